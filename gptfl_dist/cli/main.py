@@ -1,0 +1,338 @@
+"""The `gptfl` command: parses, calls one function of `run`, prints. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from gptfl_dist import __version__
+from gptfl_dist.errors import ConfigError, GptflError, Interrupted
+
+if TYPE_CHECKING:
+    from gptfl_dist.observe.summary import Summary
+
+app = typer.Typer(
+    name="gptfl",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Federated learning that starts from a model pre-trained on synthetic data.
+
+    \b
+    gptfl demo                        see it work, in runs/demo
+    gptfl init > federation.yaml      a commented federation file to edit
+    gptfl check federation.yaml       what would fail, before it does
+    gptfl run federation.yaml         everything on this machine
+    mpiexec -n 5 gptfl run federation.yaml
+    gptfl coordinator federation.yaml / gptfl silo silo.yaml   one side each, over the network
+
+    Results and progress: summary.json, report.html and logs in the run folder. Exit codes: docs/reference.md.
+    """,
+)
+
+
+class Format(StrEnum):
+    text = "text"
+    json = "json"
+
+
+class Wire(StrEnum):
+    auto = "auto"
+    grpc = "grpc"
+    mpi = "mpi"
+
+
+FormatOption = Annotated[Format, typer.Option("--format", help="how the result is printed on stdout")]
+FederationPath = Annotated[Path, typer.Argument(metavar="FEDERATION_FILE", show_default=False)]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="delete what the run folder holds and start anew")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="where everything goes")] = Path("runs/demo"),
+    silos: Annotated[int, typer.Option(min=2, max=20, help="how many silos share the data")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="rounds of each federated arm")] = 30,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    fresh: FreshOption = False,
+    format_: FormatOption = Format.text,
+) -> None:
+    """The whole method on real digits: synthetic data, pre-training, a federation of silo processes, a report.
+
+    Three arms on MNIST, split unevenly over the silos: synthetic only, FedAvg from random weights, GPT-FL. The files
+    that it writes (federation.yaml, silos/*.yaml) run again under MPI: mpiexec -n 5 gptfl run runs/demo/federation.yaml
+    """
+    from gptfl_dist.run.demo import prepare
+
+    path = prepare(folder, silos=silos, rounds=rounds, seed=seed)
+    _run(path, Wire.grpc, fresh, format_)
+
+
+@app.command()
+def run(
+    file: FederationPath,
+    exchange: Annotated[Wire, typer.Option(help="auto takes MPI under mpiexec, else gRPC")] = Wire.auto,
+    fresh: FreshOption = False,
+    format_: FormatOption = Format.text,
+) -> None:
+    """Generate, pre-train, federate and report, with every silo started here.
+
+    \b
+    gptfl run federation.yaml                 silos as processes on this machine, gRPC with mutual TLS
+    mpiexec -n 5 gptfl run federation.yaml    rank 0 coordinates four silos
+    """
+    _run(file, exchange, fresh, format_)
+
+
+@app.command()
+def generate(file: FederationPath, quiet: Annotated[bool, typer.Option(hidden=True)] = False) -> None:
+    """Make the synthetic data set of a federation file. Stopped and started again, it goes on."""
+    from gptfl_dist.config.load import load_federation
+    from gptfl_dist.run import stages
+
+    federation = load_federation(file)
+    count = stages.generate(federation)
+    if not quiet:
+        typer.echo(f"{count} images in {federation.synthesis.folder}; {federation.run_folder / stages.CONTACT_SHEET}")
+
+
+@app.command()
+def pretrain(file: FederationPath, quiet: Annotated[bool, typer.Option(hidden=True)] = False) -> None:
+    """Train the model of a federation file on its synthetic data set."""
+    from gptfl_dist.config.load import load_federation
+    from gptfl_dist.run import stages
+
+    federation = load_federation(file)
+    facts = stages.pretrain(federation)
+    if not quiet:
+        typer.echo(
+            f"{100 * facts['validation_accuracy']:.1f} % on held-out synthetic data after epoch {facts['best_epoch']}; "
+            f"{federation.run_folder / stages.PRETRAINED_WEIGHTS}"
+        )
+
+
+@app.command()
+def coordinator(file: FederationPath, fresh: FreshOption = False, format_: FormatOption = Format.text) -> None:
+    """The coordinator's side: generate, pre-train, then wait for the silos at exchange.listen."""
+    from gptfl_dist.run.institution import run_coordinator
+    from gptfl_dist.run.signals import run_until_done
+
+    _prepare_run_folder(file, fresh)
+    _show(run_until_done(run_coordinator(file, _say)), file, format_)
+
+
+@app.command()
+def silo(
+    file: Annotated[Path, typer.Argument(metavar="SILO_FILE", show_default=False)],
+    coordinator: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="instead of the file's")] = None,
+    credentials: Annotated[Path | None, typer.Option(help="folder of the three .pem files, instead of the file's")] = None,
+    work_folder: Annotated[Path | None, typer.Option(help="instead of the file's")] = None,
+) -> None:
+    """A silo's side: connect to the coordinator, train on private data when asked, until the federation is over."""
+    from gptfl_dist.run.institution import run_silo
+    from gptfl_dist.run.signals import run_until_done
+
+    goodbye = run_until_done(run_silo(file, coordinator, credentials, work_folder))
+    _say(goodbye.reason)
+
+
+@app.command()
+def credentials(
+    file: FederationPath,
+    host: Annotated[list[str], typer.Option(help="name or address under which silos reach the coordinator; repeatable")],
+    out: Annotated[Path, typer.Option(help="folder for the sets")] = Path("credentials"),
+    days: Annotated[int, typer.Option(min=1, max=825, help="how long the certificates hold")] = 90,
+) -> None:
+    """Make certificates for the coordinator and every silo of a federation file.
+
+    \b
+    gptfl credentials federation.yaml --host coordinator.example.org
+
+    The authority's key is forgotten: to admit another silo, make all sets anew. Bring each silo its folder by a
+    trusted way, and nobody else's.
+    """
+    from gptfl_dist.run.institution import make_credentials
+
+    for line in make_credentials(file, host, out, days):
+        typer.echo(line)
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)], format_: FormatOption = Format.text
+) -> None:
+    """The pre-flight of a federation file or a silo file: everything that would fail, said before it does."""
+    from gptfl_dist.run.check import check_file
+
+    findings = check_file(file)
+    if format_ is Format.json:
+        typer.echo(json.dumps([finding.as_dict() for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            typer.echo(finding.line())
+    failed = next((finding for finding in findings if finding.exit_code), None)
+    if failed is not None:
+        raise typer.Exit(failed.exit_code)
+
+
+class Kind(StrEnum):
+    federation = "federation"
+    silo = "silo"
+
+
+@app.command()
+def init(kind: Annotated[Kind, typer.Argument()] = Kind.federation) -> None:
+    """Print the commented file that holds every setting with its default.
+
+    \b
+    gptfl init > federation.yaml
+    gptfl init silo > silo.yaml
+    """
+    from importlib import resources
+
+    defaults = resources.files("gptfl_dist.config") / "defaults" / f"{kind.value}.yaml"
+    typer.echo(defaults.read_text(encoding="utf-8"), nl=False)
+
+
+@app.command()
+def schema(kind: Annotated[Kind, typer.Argument()] = Kind.federation) -> None:
+    """Print the JSON schema of a file, for editors that complete and check YAML."""
+    from gptfl_dist.config.schema import federation_schema, silo_schema
+
+    typer.echo(json.dumps(federation_schema() if kind is Kind.federation else silo_schema(), indent=2))
+
+
+def main() -> NoReturn:
+    """Runs the command; a user's mistake ends with a message and its exit code, never with a traceback."""
+    from gptfl_dist.launch.lifeline import hold_on
+
+    hold_on()
+    try:
+        app(standalone_mode=True)
+    except GptflError as error:
+        _complain(error)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        _say(str(stop) or "stopped; the same command goes on from here")
+        sys.exit(Interrupted.exit_code)
+    sys.exit(0)
+
+
+def _complain(error: GptflError) -> NoReturn:
+    if "--format=json" in sys.argv or ("--format" in sys.argv and "json" in sys.argv):
+        told: dict[str, Any] = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+        typer.echo(json.dumps({**told, "exit_code": error.exit_code}))
+    typer.echo(f"gptfl: {error}", err=True)
+    sys.exit(error.exit_code)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _run(file: Path, wire: Wire, fresh: bool, format_: Format) -> None:
+    from gptfl_dist.run.mpi import launched
+    from gptfl_dist.run.signals import run_until_done
+
+    launcher = launched()
+    if wire is Wire.mpi or (wire is Wire.auto and launcher is not None):
+        _run_rank(file, fresh, format_)
+        return
+    if wire is Wire.grpc and launcher is not None and launcher[2] > 0:
+        raise ConfigError("--exchange grpc under an MPI launcher would start every process several times")
+    from gptfl_dist.run.local import run_locally
+
+    _prepare_run_folder(file, fresh)
+    _say("exchange: gRPC with mutual TLS (no MPI launcher started this process)")
+    _show(run_until_done(run_locally(file, _say)), file, format_)
+
+
+def _run_rank(file: Path, fresh: bool, format_: Format) -> None:
+    """One rank. An error on any rank ends the whole job, with its message and exit code."""
+    from gptfl_dist.config.load import load_federation
+    from gptfl_dist.run.mpi import launched, open_world, run_rank
+    from gptfl_dist.run.signals import run_until_done
+
+    launcher = launched()
+    federation = load_federation(file)
+    try:
+        world = open_world(len(federation.silos))
+    except GptflError:
+        if launcher is not None and launcher[2] > 0:
+            sys.exit(GptflError.exit_code)  # rank 0 says it for all
+        raise
+    try:
+        if world.Get_rank() == 0:
+            _prepare_run_folder(file, fresh)
+            why = "--exchange mpi" if launcher is None else f"{launcher[0]}={launcher[1]} says that a launcher started it"
+            _say(f"exchange: MPI, {world.Get_size()} ranks ({why})")
+        summary = run_until_done(run_rank(file, world, _say))
+    except GptflError as error:
+        typer.echo(f"gptfl, rank {world.Get_rank()}: {error}", err=True)
+        world.Abort(error.exit_code)
+    except Interrupted as stop:
+        if world.Get_rank() == 0:
+            _say(str(stop))
+        world.Abort(Interrupted.exit_code)
+    except BaseException:
+        import traceback
+
+        typer.echo(f"gptfl, rank {world.Get_rank()}:\n{traceback.format_exc()}", err=True)
+        world.Abort(GptflError.exit_code)
+    if summary is not None:
+        _show(summary, file, format_)
+
+
+def _prepare_run_folder(file: Path, fresh: bool) -> None:
+    """Deletes the run folder where that was asked for and starts the log in it."""
+    import shutil
+
+    from gptfl_dist.config.load import load_federation
+    from gptfl_dist.observe.logs import configure
+
+    folder = load_federation(file).run_folder
+    if fresh and (folder / "ledger.sqlite").exists():
+        for name in _MADE_BY_A_RUN:
+            target = folder / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+    configure(folder / "logs" / "coordinator.jsonl")
+
+
+_MADE_BY_A_RUN = (
+    *("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "weights", "spools", "silos", "models", "logs"),
+    *("summary.json", "report.html", "pretrained.safetensors", "pretrained.json", "random.safetensors"),
+)
+"""What `--fresh` deletes: never the federation file, data or a synthetic set that lie in the same folder."""
+
+
+def _show(summary: Summary, file: Path, format_: Format) -> None:
+    from gptfl_dist.config.load import load_federation
+    from gptfl_dist.observe.summary import FILE_NAME
+    from gptfl_dist.observe.table import print_table
+
+    folder = load_federation(file).run_folder
+    if format_ is Format.json:
+        typer.echo((folder / FILE_NAME).read_text(encoding="utf-8"))
+        return
+    print_table(summary)
+    typer.echo(f"\n{os.path.relpath(folder / 'report.html')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The federation file and the silo file: their types, how they are loaded, and their JSON schemas.
+
+Light on purpose (pydantic and PyYAML): the command line imports it before anything that needs a model.
+"""
+
+from __future__ import annotations
+
+from gptfl_dist.config.base import Name, Section
+from gptfl_dist.config.federation import (
+    Arm,
+    Exchange,
+    Federation,
+    FederationFile,
+    Generator,
+    Model,
+    Pretraining,
+    Prompts,
+    SiloEntry,
+    Synthesis,
+    Task,
+    Training,
+    Tuning,
+)
+from gptfl_dist.config.load import load_federation, load_silo, to_yaml
+from gptfl_dist.config.plan import LocalTraining, Plan
+from gptfl_dist.config.schema import federation_schema, silo_schema
+from gptfl_dist.config.silo import Code, Coordinator, Data, Policy, SiloFile
+
+__all__ = [
+    "Arm",
+    "Code",
+    "Coordinator",
+    "Data",
+    "Exchange",
+    "Federation",
+    "FederationFile",
+    "Generator",
+    "LocalTraining",
+    "Model",
+    "Name",
+    "Plan",
+    "Policy",
+    "Pretraining",
+    "Prompts",
+    "Section",
+    "SiloEntry",
+    "SiloFile",
+    "Synthesis",
+    "Task",
+    "Training",
+    "Tuning",
+    "federation_schema",
+    "load_federation",
+    "load_silo",
+    "silo_schema",
+    "to_yaml",
+]

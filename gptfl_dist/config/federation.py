@@ -1,0 +1,213 @@
+"""The federation file: what the coordinator runs, from the labels to the last round.
+
+The commented default of every setting is `defaults/federation.yaml`; this module is its type. Paths in the file are
+relative to the file. Sections appear in the order in which the run uses them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from gptfl_dist.config.base import Name, Section
+from gptfl_dist.config.units import Duration, Size
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+Arm = Literal["synthetic_only", "fedavg_random", "gptfl"]
+Device = Annotated[
+    str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="a device: auto, cpu, cuda, cuda:1 or mps")
+]
+
+
+class Task(Section):
+    """What the model sees: images of one size, normalised alike in every arm."""
+
+    kind: Literal["image"] = "image"
+    size: PositiveInt = 32
+    channels: Literal[1, 3] = 1
+    mean: list[float] = Field(default=[0.5])
+    std: list[PositiveFloat] = Field(default=[0.5])
+
+    @model_validator(mode="after")
+    def _one_statistic_a_channel(self) -> Self:
+        for field, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.channels):
+                raise ValueError(f"{field} has {len(values)} values, expected 1 or {self.channels} (one a channel)")
+        return self
+
+
+class Model(Section):
+    """The downstream model. `cnn` and `convnet` are built in; `transformers` names a config, folder or hub id."""
+
+    name: Literal["cnn", "convnet", "transformers", "function"] = "cnn"
+    source: str | None = None
+    pretrained: bool = False
+
+    @model_validator(mode="after")
+    def _source_where_needed(self) -> Self:
+        if self.name == "transformers" and not self.source:
+            raise ValueError("model.name is transformers, so model.source must name a model folder or a hub id")
+        if self.name == "function" and not self.source:
+            raise ValueError("model.name is function, so model.source must name it as package.module:function")
+        if self.name in ("cnn", "convnet") and self.source is not None:
+            raise ValueError(f"model.name is {self.name}, which takes no model.source")
+        if self.pretrained and self.name != "transformers":
+            raise ValueError("model.pretrained is for model.name transformers alone")
+        return self
+
+
+class Prompts(Section):
+    """How labels become prompts: every template with every style, `{label}` and `{style}` filled in."""
+
+    templates: list[str] = Field(default=["a photo of a {label}"], min_length=1)
+    styles: list[str] = Field(default=[])
+
+    @model_validator(mode="after")
+    def _placeholders(self) -> Self:
+        for template in self.templates:
+            if "{label}" not in template:
+                raise ValueError(f"the template {template!r} has no {{label}}")
+            if "{style}" in template and not self.styles:
+                raise ValueError(f"the template {template!r} has {{style}}, but prompts.styles is empty")
+        return self
+
+
+class Generator(Section):
+    """A `diffusers` pipeline and how to sample from it. `source: embedded` is the one that ships with the package."""
+
+    source: str = "embedded"
+    guidance: NonNegativeFloat | Annotated[list[NonNegativeFloat], Field(min_length=1)] = 2.0
+    steps: PositiveInt = 10
+    scheduler: str | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    device: Device = "auto"
+    batch_size: PositiveInt = 50
+    size: PositiveInt | None = None
+
+
+class Synthesis(Section):
+    """The synthetic data set: which generator, which prompts, how many images, where it is kept."""
+
+    generator: Generator = Generator()
+    prompts: Prompts = Prompts()
+    images_per_label: PositiveInt = 200
+    shard_size: PositiveInt = 100
+    folder: Path = Path("synthetic")
+    threads: NonNegativeInt = 0
+
+
+class Pretraining(Section):
+    """Central training on the synthetic set. The held-out part that stops it is synthetic too."""
+
+    epochs: PositiveInt = 60
+    batch_size: PositiveInt = 64
+    learning_rate: PositiveFloat = 2e-3
+    weight_decay: NonNegativeFloat = 0.05
+    augmentation: bool = True
+    validation_share: Share = 0.1
+    patience: PositiveInt = 15
+    device: Device = "auto"
+    threads: NonNegativeInt = 0
+
+
+class Training(Section):
+    """A silo's local training in each round. Several learning rates make a grid that `tuning` chooses from."""
+
+    epochs: PositiveInt = 1
+    batch_size: PositiveInt = 32
+    learning_rate: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=1)] = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: NonNegativeFloat = 0.0
+    augmentation: bool = False
+    threads: PositiveInt = 1
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """The grid, of one rate or several."""
+        return self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]
+
+
+class Tuning(Section):
+    """How a learning rate is chosen from the grid: a short federated run of each rate, judged on validation data."""
+
+    rounds: PositiveInt = 5
+
+
+class Federation(Section):
+    """The rounds: how many, with whom, and how long to wait."""
+
+    rounds: PositiveInt = 30
+    cohort: Literal["all"] | PositiveInt = "all"
+    quorum: Literal["all", "majority"] | PositiveInt = "majority"
+    deadline: Duration = 600.0
+    join_deadline: Duration = 300.0
+    server_learning_rate: PositiveFloat = 1.0
+
+
+class Exchange(Section):
+    """The wire. `listen` is where the coordinator takes silos over gRPC; port 0 takes any free port."""
+
+    listen: str = Field(
+        default="127.0.0.1:0",
+        pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):\d{1,5}$",
+        description="a host and a port as host:port",
+    )
+    authority: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    chunk: Size = 2**20
+    keepalive: Duration = 30.0
+    max_update: Size = 8 * 2**30
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> Self:
+        given = [name for name in ("authority", "certificate", "key") if getattr(self, name) is not None]
+        if given and len(given) < 3:
+            missing = {"authority", "certificate", "key"} - set(given)
+            raise ValueError(f"{', '.join(given)} given without {', '.join(sorted(missing))}: give all three or none")
+        if not 4096 <= self.chunk <= 2**24:
+            raise ValueError(f"chunk is {self.chunk} bytes, expected 4KiB to 16MiB")
+        return self
+
+
+class SiloEntry(Section):
+    """A silo that may take part. `file` is its silo file, for runs on this machine or under MPI."""
+
+    name: Name
+    max_samples: PositiveInt = 1_000_000_000
+    file: Path | None = None
+
+
+class FederationFile(Section):
+    """The whole federation file."""
+
+    name: Name
+    seed: NonNegativeInt = 0
+    run_folder: Path = Path("run")
+    labels: list[str] = Field(min_length=2)
+    task: Task = Task()
+    model: Model = Model()
+    arms: list[Arm] = Field(default=["synthetic_only", "gptfl"], min_length=1)
+    synthesis: Synthesis = Synthesis()
+    pretraining: Pretraining = Pretraining()
+    training: Training = Training()
+    tuning: Tuning = Tuning()
+    federation: Federation = Federation()
+    exchange: Exchange = Exchange()
+    test_data: Path | None = None
+    silos: list[SiloEntry] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for what, values in (("labels", self.labels), ("arms", [*self.arms]), ("silos", [s.name for s in self.silos])):
+            twice = sorted({v for v in values if values.count(v) > 1})
+            if twice:
+                raise ValueError(f"{what} names {', '.join(twice)} twice")
+        cohort = len(self.silos) if self.federation.cohort == "all" else self.federation.cohort
+        if cohort > len(self.silos):
+            raise ValueError(f"federation.cohort is {cohort}, but there are only {len(self.silos)} silos")
+        if isinstance(self.federation.quorum, int) and self.federation.quorum > cohort:
+            raise ValueError(f"federation.quorum is {self.federation.quorum}, more than the cohort of {cohort}")
+        return self

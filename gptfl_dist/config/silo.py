@@ -1,0 +1,90 @@
+"""The silo file: one silo's side, written and owned by its operator.
+
+It names the data, the way to the coordinator and the silo's own policy, which wins over anything the coordinator
+asks for. The commented default of every setting is `defaults/silo.yaml`. Paths are relative to the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from gptfl_dist.config.base import Name, Section
+from gptfl_dist.config.federation import Device, Share
+from gptfl_dist.config.units import Duration, Size
+
+
+class Coordinator(Section):
+    """Where the coordinator is and how both sides prove who they are."""
+
+    address: str = Field(
+        pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):\d{1,5}$", description="a host and a port as host:port"
+    )
+    authority: Path
+    certificate: Path
+    key: Path
+
+
+class Data(Section):
+    """The private data: a folder with one sub-folder a label, a Parquet or `datasets` folder, or an .npz file.
+
+    `labels` renames the data's own label names to the federation's.
+    """
+
+    path: Path
+    format: Literal["auto", "folder", "parquet", "npz"] = "auto"
+    validation_share: Share = 0.1
+    labels: dict[str, str] = Field(default={})
+
+
+class Code(Section):
+    """Code of the silo's own, which only its operator can name.
+
+    `function` takes the place of the built-in local training, `model` builds the federation's model where that is no
+    built-in one, `script` is an existing training script that calls `gptfl_dist.join`.
+    """
+
+    function: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    model: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    script: Path | None = None
+
+    @model_validator(mode="after")
+    def _script_stands_alone(self) -> Self:
+        if self.script is not None and (self.function is not None or self.model is not None):
+            raise ValueError("code.script brings its own training and model: give it without code.function, code.model")
+        if self.script is None and self.function is None and self.model is None:
+            raise ValueError("code is empty: give code.function or code.model (package.module:function) or code.script")
+        return self
+
+
+class Policy(Section):
+    """What the coordinator may ask of this silo. More than this is refused."""
+
+    max_rounds: PositiveInt = 10_000
+    max_epochs_per_round: PositiveInt = 100
+    max_seconds_per_round: Duration = 24 * 3600.0
+    max_model: Size = 8 * 2**30
+    metrics: list[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]] = Field(
+        default=["accuracy", "loss", "samples", "seconds", "train_loss"]
+    )
+
+
+class SiloFile(Section):
+    """The whole silo file."""
+
+    name: Name
+    coordinator: Coordinator | None = None
+    data: Data | None = None
+    code: Code | None = None
+    policy: Policy = Policy()
+    model_source: str | None = None
+    device: Device = "auto"
+    work_folder: Path | None = None
+
+    @model_validator(mode="after")
+    def _something_to_train_on(self) -> Self:
+        if self.data is None and (self.code is None or self.code.script is None):
+            raise ValueError("data is missing: name the data folder or file (only code.script may load its own data)")
+        return self

@@ -1,0 +1,109 @@
+"""The exceptions of gptfl_dist. Each says what was found, what was expected and what to do next.
+
+The tree, with the exit code of the command line for each:
+
+    GptflError                    1   anything of ours that fits no branch below
+      ConfigError                 2   a federation or silo file is wrong
+      DataError                   3   data cannot be read or does not fit the federation
+      GeneratorError              4   a generator cannot be loaded or run
+      ModelError                  5   a model cannot be built, or weights do not fit its layout
+      ConnectionFailed            6   the other side cannot be reached, or refuses us
+        IdentityError             6   a certificate is missing, wrong or not trusted
+      ProtocolError               6   a peer sent what the protocol does not allow
+      PolicyError                 7   the silo's own policy forbids what was asked
+      FederationError             8   the federation cannot go on (quorum lost, no silo left)
+      TrainerError                9   a trainer process failed
+      StorageError               10   a disk is full, or a file cannot be written or is damaged
+      LaunchError                11   a process, an MPI world or a port cannot be had
+    Interrupted                 130   Ctrl-C or SIGTERM: stopped cleanly, the same command goes on
+
+`Interrupted` stands apart so that no `except GptflError` swallows it.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigError",
+    "ConnectionFailed",
+    "DataError",
+    "FederationError",
+    "GeneratorError",
+    "GptflError",
+    "IdentityError",
+    "Interrupted",
+    "LaunchError",
+    "ModelError",
+    "PolicyError",
+    "ProtocolError",
+    "StorageError",
+    "TrainerError",
+]
+
+
+class GptflError(Exception):
+    """Base of every error that a user can do something about."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        """`message` says what was found and expected; `hint` says what to do next."""
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+
+class ConfigError(GptflError):
+    exit_code = 2
+
+
+class DataError(GptflError):
+    exit_code = 3
+
+
+class GeneratorError(GptflError):
+    exit_code = 4
+
+
+class ModelError(GptflError):
+    exit_code = 5
+
+
+class ConnectionFailed(GptflError):
+    exit_code = 6
+
+
+class IdentityError(ConnectionFailed):
+    pass
+
+
+class ProtocolError(GptflError):
+    exit_code = 6
+
+
+class PolicyError(GptflError):
+    exit_code = 7
+
+
+class FederationError(GptflError):
+    exit_code = 8
+
+
+class TrainerError(GptflError):
+    exit_code = 9
+
+
+class StorageError(GptflError):
+    exit_code = 10
+
+
+class LaunchError(GptflError):
+    exit_code = 11
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM arrived; everything was put away and the same command goes on from there."""
+
+    exit_code = 130

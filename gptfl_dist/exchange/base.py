@@ -1,0 +1,169 @@
+"""The exchange: carrying weights out and updates back, whatever the wire.
+
+A wire implements two small interfaces, one a side. The coordinator's side turns what happens on the wire into events
+on one queue; the silo's side is a sequence of calls, any of which raises Disconnected when the wire broke and the
+silo should connect again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from gptfl_dist.config.plan import Plan
+from gptfl_dist.federation.orders import Order, Report
+from gptfl_dist.weights import Layout, WeightsFile
+
+PROTOCOL_VERSION = 1
+
+
+class Disconnected(Exception):
+    """The wire broke. Connecting again may help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """What a silo learns when it connects."""
+
+    run: str
+    plan: Plan
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """An order is no longer wanted."""
+
+    nonce: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """The coordinator closes: for good where the run is finished."""
+
+    finished: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateHeader:
+    """What a silo says of an update before it sends it: digests in hex, size in bytes."""
+
+    report: Report
+    base: str
+    layout: str
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Whether an update was committed, and if not, why."""
+
+    committed: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SiloJoined:
+    silo: str
+
+
+@dataclass(frozen=True, slots=True)
+class SiloLeft:
+    silo: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A silo's answer to an order was accepted and, where it is an update, committed."""
+
+    silo: str
+    nonce: str
+
+
+@dataclass(frozen=True, slots=True)
+class OrderFailed:
+    """A silo could not carry out an order, or its update was refused."""
+
+    silo: str
+    nonce: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SiloProgress:
+    """How far a silo's training is."""
+
+    silo: str
+    nonce: str
+    done: int
+    total: int
+
+
+ExchangeEvent = SiloJoined | SiloLeft | Answered | OrderFailed | SiloProgress
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes of weights and updates carried since the start, without framing."""
+
+    down: int = 0
+    up: int = 0
+
+
+class CoordinatorExchange(Protocol):
+    """The coordinator's end of a wire."""
+
+    transport: str
+    events: asyncio.Queue[ExchangeEvent]
+    traffic: Traffic
+
+    async def open(self, welcome: Welcome) -> None:
+        """Lets silos in. Raises LaunchError where the wire cannot be had (a port in use, a world of one rank)."""
+
+    async def publish(self, digest: str, weights: WeightsFile) -> None:
+        """Makes these weights, and no others, available to the silos that are called on next."""
+
+    async def send(self, silo: str, order: Order) -> None:
+        """Gives a silo an order. A silo that is not connected gets nothing."""
+
+    async def recall(self, silo: str, nonce: str, reason: str) -> None:
+        """Tells a silo that an order is no longer wanted."""
+
+    async def close(self, goodbye: Goodbye) -> None:
+        """Says goodbye to every silo and ends the wire."""
+
+
+class SiloExchange(Protocol):
+    """A silo's end of a wire. Each call raises Disconnected where the wire broke."""
+
+    async def connect(self) -> Welcome:
+        """Raises ConnectionFailed where trying again is of no use."""
+
+    async def ready(self) -> None:
+        """Says that the model is built and fits the layout: orders may come."""
+
+    async def receive(self) -> Order | Recalled | Goodbye:
+        """The next word of the coordinator."""
+
+    async def download(self, digest: str, layout: Layout, path: Path) -> None:
+        """Fetches weights into a weights file. Raises ProtocolError if the content is not what `digest` says."""
+
+    async def upload(self, header: UpdateHeader, update: WeightsFile) -> Receipt:
+        """Brings an update, from the byte where an earlier try of the same update broke off."""
+
+    async def report(self, report: Report) -> None:
+        """Answers an evaluation."""
+
+    async def progress(self, nonce: str, done: int, total: int) -> None:
+        """Tells how far the training is."""
+
+    async def fail(self, nonce: str, reason: str) -> None:
+        """Tells that an order cannot be carried out."""
+
+    async def close(self) -> None:
+        """Ends the wire."""

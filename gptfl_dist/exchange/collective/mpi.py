@@ -1,0 +1,296 @@
+"""The exchange over MPI: weights by broadcast, updates by typed messages into the inbox, control messages as JSON.
+
+Nothing blocks inside MPI: every operation is started and then tested with growing pauses, so a waiting rank leaves
+its core to others and a signal is handled at once. Updates arrive whole at rank 0 and are aggregated by the same code
+as over gRPC, so the weights are the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mpi4py import MPI
+
+from gptfl_dist.config.plan import LocalTraining, Plan
+from gptfl_dist.errors import ProtocolError
+from gptfl_dist.exchange.base import (
+    Answered,
+    ExchangeEvent,
+    Goodbye,
+    OrderFailed,
+    Recalled,
+    Receipt,
+    SiloJoined,
+    SiloProgress,
+    Traffic,
+    UpdateHeader,
+    Welcome,
+)
+from gptfl_dist.exchange.inbox import Inbox, Refused
+from gptfl_dist.federation.orders import Order, Report
+from gptfl_dist.files import storage_error
+from gptfl_dist.weights import Layout, WeightsFile
+from gptfl_dist.weights.file import header_of
+
+_CONTROL, _DATA = 1, 2  # message tags
+_SEGMENT = 4 << 20  # bytes of one broadcast or message
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0001, 0.02  # seconds between two tests
+
+Message = dict[str, Any]
+
+
+async def _complete(request: MPI.Request) -> None:
+    """Waits for an operation without holding the core."""
+    pause = _SHORTEST_PAUSE
+    while not request.Test():
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+async def _say(world: MPI.Comm, rank: int, message: Message) -> None:
+    await _complete(world.Isend(json.dumps(message).encode(), rank, _CONTROL))
+
+
+async def _hear(world: MPI.Comm, rank: int) -> tuple[int, Message]:
+    """The next control message from `rank` (or MPI.ANY_SOURCE), and who sent it."""
+    status = MPI.Status()
+    pause = _SHORTEST_PAUSE
+    while not world.Iprobe(rank, _CONTROL, status):
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+    sender = status.Get_source()
+    buffer = bytearray(status.Get_count(MPI.BYTE))
+    world.Recv(buffer, sender, _CONTROL)
+    return sender, json.loads(buffer)
+
+
+class MpiCoordinatorExchange:
+    """See `CoordinatorExchange`. Rank k is the k-th silo by name."""
+
+    transport = "mpi"
+
+    def __init__(self, *, world: MPI.Comm, silos: tuple[str, ...], inbox: Inbox) -> None:
+        self.events: asyncio.Queue[ExchangeEvent] = asyncio.Queue()
+        self.traffic = Traffic()
+        self._world = world
+        self._rank_of = {silo: rank for rank, silo in enumerate(sorted(silos), start=1)}
+        self._silo_of = {rank: silo for silo, rank in self._rank_of.items()}
+        self._inbox = inbox
+        self._published = ""
+        self._listener: asyncio.Task[None] | None = None
+        self._segment = memoryview(bytearray(_SEGMENT))
+
+    async def open(self, welcome: Welcome) -> None:
+        message: Message = {
+            "type": "welcome",
+            "run": welcome.run,
+            "plan": welcome.plan.model_dump(mode="json"),
+            "layout": welcome.layout.to_json(),
+        }
+        await self._tell_all(message)
+        self._listener = asyncio.create_task(self._listen())
+
+    async def publish(self, digest: str, weights: WeightsFile) -> None:
+        """Broadcasts the weights, unless the ranks hold them already."""
+        if digest == self._published:
+            return
+        await self._tell_all({"type": "weights", "digest": digest})
+        buffer = memoryview(bytearray(_SEGMENT))
+        for offset in range(0, weights.nbytes, _SEGMENT):
+            part = buffer[: min(_SEGMENT, weights.nbytes - offset)]
+            weights.read_into(offset, part)
+            await _complete(self._world.Ibcast(part, root=0))
+        self._published = digest
+        self.traffic.down += weights.nbytes * len(self._rank_of)
+
+    async def send(self, silo: str, order: Order) -> None:
+        training = None if order.training is None else order.training.model_dump(mode="json")
+        message: Message = {
+            "type": "order",
+            "kind": order.kind,
+            "nonce": order.nonce,
+            "arm": order.arm,
+            "round": order.round,
+            "base": order.base,
+            "seconds": order.seconds,
+            "training": training,
+        }
+        await _say(self._world, self._rank_of[silo], message)
+
+    async def recall(self, silo: str, nonce: str, reason: str) -> None:
+        await _say(self._world, self._rank_of[silo], {"type": "recall", "nonce": nonce, "reason": reason})
+
+    async def close(self, goodbye: Goodbye) -> None:
+        if self._listener is not None:
+            self._listener.cancel()
+        await self._tell_all({"type": "goodbye", "finished": goodbye.finished, "reason": goodbye.reason})
+
+    async def _tell_all(self, message: Message) -> None:
+        for rank in self._silo_of:
+            await _say(self._world, rank, message)
+
+    async def _listen(self) -> None:
+        while True:
+            rank, message = await _hear(self._world, MPI.ANY_SOURCE)
+            silo, kind = self._silo_of[rank], message["type"]
+            if kind == "ready":
+                self.events.put_nowait(SiloJoined(silo))
+            elif kind == "progress":
+                self.events.put_nowait(SiloProgress(silo, message["nonce"], message["done"], message["total"]))
+            elif kind == "failure":
+                self.events.put_nowait(OrderFailed(silo, message["nonce"], message["reason"]))
+            elif kind == "report":
+                report = Report(**message["report"])
+                try:
+                    self._inbox.accept(silo, report)
+                    self.events.put_nowait(Answered(silo, report.nonce))
+                except Refused as refusal:
+                    self.events.put_nowait(OrderFailed(silo, report.nonce, f"refused: {refusal}"))
+            elif kind == "update":
+                await self._receive_update(rank, silo, message)
+
+    async def _receive_update(self, rank: int, silo: str, message: Message) -> None:
+        header = UpdateHeader(**{**message["header"], "report": Report(**message["header"]["report"])})
+        nonce = header.report.nonce
+        try:
+            offset, committed = self._inbox.announce(silo, header)
+            if not committed:
+                await _say(self._world, rank, {"type": "send", "offset": offset})
+                spool = self._inbox.spool(silo, nonce)
+                ticket = spool.claim()
+                while offset < header.size:
+                    part = self._segment[: min(_SEGMENT, header.size - offset)]
+                    await _complete(self._world.Irecv(part, rank, _DATA))
+                    spool.write(ticket, offset, part)
+                    offset += len(part)
+                    self.traffic.up += len(part)
+                await asyncio.to_thread(self._inbox.finish, silo, nonce)
+        except Refused as refusal:
+            self.events.put_nowait(OrderFailed(silo, nonce, f"refused: {refusal}"))
+            await _say(self._world, rank, {"type": "receipt", "committed": False, "reason": str(refusal)})
+        else:
+            self.events.put_nowait(Answered(silo, nonce))
+            await _say(self._world, rank, {"type": "receipt", "committed": True, "reason": ""})
+
+
+class MpiSiloExchange:
+    """See `SiloExchange`. The rank takes part in every broadcast, called on in that round or not."""
+
+    def __init__(self, *, world: MPI.Comm, folder: Path) -> None:
+        self._world = world
+        self._incoming = folder / "broadcast.safetensors"
+        self._words: asyncio.Queue[Order | Recalled | Goodbye] = asyncio.Queue()
+        self._answers: asyncio.Queue[Message] = asyncio.Queue()
+        self._arrived = ""
+        self._arrival = asyncio.Condition()
+        self._layout: Layout | None = None
+        self._listener: asyncio.Task[None] | None = None
+
+    async def connect(self) -> Welcome:
+        _, message = await _hear(self._world, 0)
+        if message["type"] != "welcome":
+            raise ProtocolError(f"rank 0 sent {message['type']!r}, expected a welcome")
+        self._layout = Layout.from_json(message["layout"])
+        self._listener = asyncio.create_task(self._listen())
+        return Welcome(message["run"], Plan.model_validate(message["plan"]), self._layout)
+
+    async def ready(self) -> None:
+        await _say(self._world, 0, {"type": "ready"})
+
+    async def receive(self) -> Order | Recalled | Goodbye:
+        """The next word; raises what ended the listening."""
+        assert self._listener is not None
+        word = asyncio.ensure_future(self._words.get())
+        await asyncio.wait({word, self._listener}, return_when=asyncio.FIRST_COMPLETED)
+        if not word.done():
+            word.cancel()
+            self._listener.result()
+        return await word
+
+    async def download(self, digest: str, layout: Layout, path: Path) -> None:
+        async with self._arrival:
+            await self._arrival.wait_for(lambda: self._arrived == digest)
+        try:
+            path.unlink(missing_ok=True)
+            os.link(self._incoming, path)
+        except OSError as error:
+            raise storage_error(error, path) from None
+
+    async def upload(self, header: UpdateHeader, update: WeightsFile) -> Receipt:
+        report = header.report
+        message: Message = {
+            "type": "update",
+            "header": {
+                "report": {"nonce": report.nonce, "samples": report.samples, "metrics": dict(report.metrics)},
+                "base": header.base,
+                "layout": header.layout,
+                "digest": header.digest,
+                "size": header.size,
+            },
+        }
+        await _say(self._world, 0, message)
+        answer = await self._answers.get()
+        if answer["type"] == "send":
+            for offset in range(answer["offset"], update.nbytes, _SEGMENT):
+                part = update.read(offset, min(_SEGMENT, update.nbytes - offset))
+                await _complete(self._world.Isend(part, 0, _DATA))
+            answer = await self._answers.get()
+        return Receipt(answer["committed"], answer["reason"])
+
+    async def report(self, report: Report) -> None:
+        message = {"nonce": report.nonce, "samples": report.samples, "metrics": dict(report.metrics)}
+        await _say(self._world, 0, {"type": "report", "report": message})
+
+    async def progress(self, nonce: str, done: int, total: int) -> None:
+        await _say(self._world, 0, {"type": "progress", "nonce": nonce, "done": done, "total": total})
+
+    async def fail(self, nonce: str, reason: str) -> None:
+        await _say(self._world, 0, {"type": "failure", "nonce": nonce, "reason": reason})
+
+    async def close(self) -> None:
+        if self._listener is not None:
+            self._listener.cancel()
+
+    async def _listen(self) -> None:
+        while True:
+            _, message = await _hear(self._world, 0)
+            kind = message.pop("type")
+            if kind == "weights":
+                await self._take_broadcast(message["digest"])
+            elif kind == "order":
+                training = message.pop("training")
+                settings = None if training is None else LocalTraining.model_validate(training)
+                self._words.put_nowait(Order(**message, training=settings))
+            elif kind == "recall":
+                self._words.put_nowait(Recalled(**message))
+            elif kind == "goodbye":
+                self._words.put_nowait(Goodbye(**message))
+                return
+            else:
+                self._answers.put_nowait({"type": kind, **message})
+
+    async def _take_broadcast(self, digest: str) -> None:
+        assert self._layout is not None
+        part = self._incoming.with_name(self._incoming.name + ".part")
+        buffer = memoryview(bytearray(min(_SEGMENT, self._layout.nbytes)))
+        try:
+            with part.open("wb") as file:
+                part.chmod(0o600)
+                file.write(header_of(self._layout))
+                for offset in range(0, self._layout.nbytes, _SEGMENT):
+                    received = buffer[: min(_SEGMENT, self._layout.nbytes - offset)]
+                    await _complete(self._world.Ibcast(received, root=0))
+                    file.write(received)
+        except OSError as error:
+            raise storage_error(error, part) from None
+        with WeightsFile(part) as weights:
+            if weights.digest() != digest:
+                raise ProtocolError("the weights that were broadcast do not have the digest that was announced")
+        part.replace(self._incoming)
+        async with self._arrival:
+            self._arrived = digest
+            self._arrival.notify_all()

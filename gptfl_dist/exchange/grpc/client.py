@@ -1,0 +1,293 @@
+"""A silo's end of the gRPC exchange: it dials out, keeps one stream open for orders, and moves payloads beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+
+from gptfl_dist import __version__
+from gptfl_dist.errors import ConnectionFailed, IdentityError, PolicyError, ProtocolError
+from gptfl_dist.exchange.base import (
+    PROTOCOL_VERSION,
+    Disconnected,
+    Goodbye,
+    Recalled,
+    Receipt,
+    UpdateHeader,
+    Welcome,
+)
+from gptfl_dist.exchange.grpc import convert, frames
+from gptfl_dist.exchange.grpc import exchange_pb2 as pb
+from gptfl_dist.exchange.grpc.server import NONCE, SERVICE, UPLOAD_CHUNK
+from gptfl_dist.federation.orders import Order, Report
+from gptfl_dist.files import storage_error
+from gptfl_dist.security.authority import Credentials
+from gptfl_dist.security.credentials import check_dates
+from gptfl_dist.weights import Layout, WeightsFile
+from gptfl_dist.weights.file import header_of
+
+_LARGEST_MESSAGE = 64 << 20  # a welcome with a very large layout; the coordinator bounds its chunks to 16 MiB
+
+_FINAL = {
+    grpc.StatusCode.PERMISSION_DENIED: IdentityError,
+    grpc.StatusCode.UNAUTHENTICATED: IdentityError,
+    grpc.StatusCode.FAILED_PRECONDITION: ConnectionFailed,
+    grpc.StatusCode.INVALID_ARGUMENT: ConnectionFailed,
+    grpc.StatusCode.UNIMPLEMENTED: ConnectionFailed,
+}
+"""Status codes after which trying again is of no use."""
+
+_T = TypeVar("_T")
+
+
+class GrpcSiloExchange:
+    """See `SiloExchange`. One object serves any number of connections in turn."""
+
+    def __init__(self, *, address: str, credentials: Credentials, max_model: int, keepalive: float) -> None:
+        self._address = address
+        self._credentials = credentials
+        self._max_model = max_model
+        self._keepalive = keepalive
+        self._instance = secrets.token_hex(8)
+        self._channel: grpc.aio.Channel | None = None
+        self._call: grpc.aio.StreamStreamCall[pb.FromSilo, pb.ToSilo] | None = None
+        self._partial: tuple[str, int] = ("", 0)  # digest and bytes of a download that broke off
+        self._writing = asyncio.Lock()  # a stream takes one write at a time
+
+    async def connect(self) -> Welcome:
+        await self.close()
+        # The coordinator would hang up without a word.
+        check_dates(self._credentials.certificate, "this silo's certificate")
+        self._channel = grpc.aio.secure_channel(
+            self._address,
+            grpc.ssl_channel_credentials(
+                self._credentials.authority, self._credentials.key, self._credentials.certificate
+            ),
+            options=[
+                ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
+                ("grpc.max_send_message_length", UPLOAD_CHUNK + frames.MAX_OVERHEAD),
+                ("grpc.keepalive_time_ms", int(self._keepalive * 1000)),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.max_pings_without_data", 0),
+                ("grpc.enable_retries", 0),
+            ],
+        )
+        work: grpc.aio.StreamStreamMultiCallable[pb.FromSilo, pb.ToSilo] = self._channel.stream_stream(
+            f"/{SERVICE}/Work", pb.FromSilo.SerializeToString, pb.ToSilo.FromString
+        )
+        self._call = work()
+        hello = pb.Hello(
+            oldest_version=PROTOCOL_VERSION,
+            newest_version=PROTOCOL_VERSION,
+            release=__version__,
+            instance=self._instance,
+        )
+        await self._say(pb.FromSilo(hello=hello))
+        message = await self._next()
+        if message.WhichOneof("message") != "welcome":
+            raise ProtocolError("the coordinator's first message is no welcome", hint="install matching releases")
+        if message.welcome.version != PROTOCOL_VERSION:
+            raise ConnectionFailed(
+                f"the coordinator speaks protocol {message.welcome.version}, this silo (release {__version__}) speaks "
+                f"{PROTOCOL_VERSION}",
+                hint="install matching releases",
+            )
+        welcome = convert.welcome_from_message(message.welcome)
+        if welcome.layout.nbytes > self._max_model:
+            raise PolicyError(
+                f"the federation's model has {welcome.layout.nbytes} bytes, policy.max_model allows {self._max_model}",
+                hint="raise policy.max_model in the silo file if this is meant",
+            )
+        return welcome
+
+    async def ready(self) -> None:
+        await self._say(pb.FromSilo(ready=pb.Ready()))
+
+    async def receive(self) -> Order | Recalled | Goodbye:
+        message = await self._next()
+        kind = message.WhichOneof("message")
+        if kind == "order":
+            return convert.order_from_message(message.order)
+        if kind == "recall":
+            return Recalled(message.recall.nonce, convert.legible(message.recall.reason))
+        if kind == "goodbye":
+            return Goodbye(message.goodbye.finished, convert.legible(message.goodbye.reason))
+        raise ProtocolError(f"the coordinator sent an unexpected {kind}", hint="install matching releases")
+
+    async def download(self, digest: str, layout: Layout, path: Path) -> None:
+        part = path.with_name(path.name + ".part")
+        header = header_of(layout)
+        received = self._partial[1] if self._partial[0] == digest and part.exists() else 0
+        request = pb.DownloadRequest(digest=digest, offset=received)
+        chunks = _guard_stream(lambda: self._stream_of(request))
+        try:
+            fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.pwrite(fd, header, 0)
+                async for frame in chunks:
+                    offset, data = frames.decode_chunk(frame)
+                    if offset != received or offset + len(data) > layout.nbytes:
+                        raise ProtocolError(f"the coordinator sent bytes from {offset}, expected from {received}")
+                    while data:
+                        written = os.pwrite(fd, data, len(header) + received)
+                        received, data = received + written, data[written:]
+                    self._partial = (digest, received)
+                os.ftruncate(fd, len(header) + layout.nbytes)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise storage_error(error, path) from None
+        finally:
+            await chunks.aclose()
+        self._partial = ("", 0)
+        if received != layout.nbytes or await asyncio.to_thread(_digest_of, part) != digest:
+            part.unlink()
+            raise ProtocolError("the weights that arrived do not have the digest that was announced")
+        part.replace(path)
+
+    async def upload(self, header: UpdateHeader, update: WeightsFile) -> Receipt:
+        channel = self._open_channel
+        announce: grpc.aio.UnaryUnaryMultiCallable[pb.UpdateHeader, pb.UploadOffset] = channel.unary_unary(
+            f"/{SERVICE}/OpenUpload", pb.UpdateHeader.SerializeToString, pb.UploadOffset.FromString
+        )
+        answer = await _guard(lambda: announce(convert.header_to_message(header)))
+        if answer.refused:
+            return Receipt(False, convert.legible(answer.refused))
+        if answer.committed:
+            return Receipt(True)
+
+        async def chunks() -> AsyncIterator[bytes]:
+            for offset in range(answer.offset, update.nbytes, UPLOAD_CHUNK):
+                data = update.read(offset, min(UPLOAD_CHUNK, update.nbytes - offset))
+                yield frames.encode_chunk(offset, data)
+
+        send: grpc.aio.StreamUnaryMultiCallable[bytes, pb.Receipt] = channel.stream_unary(
+            f"/{SERVICE}/Upload", response_deserializer=pb.Receipt.FromString
+        )
+        receipt = await _guard(lambda: send(chunks(), metadata=((NONCE, header.report.nonce),)))
+        return Receipt(receipt.committed, convert.legible(receipt.reason))
+
+    async def report(self, report: Report) -> None:
+        await self._say(pb.FromSilo(report=convert.report_to_message(report)))
+
+    async def progress(self, nonce: str, done: int, total: int) -> None:
+        await self._say(pb.FromSilo(progress=pb.Progress(nonce=nonce, done=done, total=total)))
+
+    async def fail(self, nonce: str, reason: str) -> None:
+        await self._say(pb.FromSilo(failure=pb.Failure(nonce=nonce, reason=reason)))
+
+    async def close(self) -> None:
+        channel, self._channel, self._call = self._channel, None, None
+        if channel is not None:
+            await channel.close()
+
+    @property
+    def _open_channel(self) -> grpc.aio.Channel:
+        if self._channel is None:
+            raise Disconnected("not connected")
+        return self._channel
+
+    def _stream_of(self, request: pb.DownloadRequest) -> grpc.aio.UnaryStreamCall[pb.DownloadRequest, bytes]:
+        method: grpc.aio.UnaryStreamMultiCallable[pb.DownloadRequest, bytes] = self._open_channel.unary_stream(
+            f"/{SERVICE}/Download", pb.DownloadRequest.SerializeToString
+        )
+        return method(request)
+
+    async def _say(self, message: pb.FromSilo) -> None:
+        call = self._call
+        if call is None:
+            raise Disconnected("not connected")
+        async with self._writing:
+            try:
+                await _guard(lambda: call.write(message))
+            except asyncio.InvalidStateError:
+                await _read(call)  # the call is over, and only reading tells why
+                raise Disconnected("the stream is closed") from None
+
+    async def _next(self) -> pb.ToSilo:
+        if self._call is None:
+            raise Disconnected("not connected")
+        return await _read(self._call)
+
+
+def _digest_of(path: Path) -> str:
+    with WeightsFile(path) as file:
+        return file.digest()
+
+
+async def _read(call: grpc.aio.StreamStreamCall[pb.FromSilo, pb.ToSilo]) -> pb.ToSilo:
+    message = await _guard(call.read)
+    if not isinstance(message, pb.ToSilo):  # grpc.aio.EOF
+        raise Disconnected("the coordinator closed the stream")
+    return message
+
+
+def _translate(error: grpc.aio.AioRpcError) -> Exception:
+    """What a failed call means: Disconnected, or an error that trying again does not mend."""
+    details = convert.legible(error.details() or error.code().name)
+    kind = _FINAL.get(error.code())
+    if kind is not None:
+        return kind(f"the coordinator refuses: {details}", hint="ask the coordinator's operator")
+    # All that gRPC tells of a connection that could not be made is in the text.
+    details = details.partition("last error: ")[2] or details
+    if "WRONG_VERSION_NUMBER" in details:
+        return ConnectionFailed(f"what answers there speaks no TLS: {details}", hint="check coordinator.address")
+    if "SSL_ERROR_SSL" in details or "Hostname Verification Check failed" in details:
+        return IdentityError(
+            f"no TLS connection with the coordinator: {details}",
+            hint="check coordinator.authority, certificate and key, and that the certificate names its address",
+        )
+    if "failed to connect" in (error.details() or "") and details.endswith(": Socket closed"):
+        # TLS 1.3: the client is done before the server has judged its certificate.
+        return Disconnected(f"{details} after the TLS handshake; if this lasts, it does not take this certificate")
+    return Disconnected(details)
+
+
+def _task_is_cancelled() -> bool:
+    """Whether a CancelledError is meant for this task: gRPC raises it too where a channel is closed under a call."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def _guard(call: Callable[[], Awaitable[_T]]) -> _T:
+    """Makes a call, awaits it and translates its errors."""
+    try:
+        return await call()
+    except grpc.aio.AioRpcError as error:
+        raise _translate(error) from None
+    except grpc.aio.UsageError as error:
+        raise Disconnected(str(error)) from None
+    except asyncio.CancelledError:
+        if _task_is_cancelled():
+            raise
+        raise Disconnected("the connection was closed") from None
+
+
+async def _guard_stream(
+    call: Callable[[], grpc.aio.UnaryStreamCall[pb.DownloadRequest, bytes]],
+) -> AsyncGenerator[bytes, None]:
+    """Makes a call, passes its frames on and translates its errors. The call ends with the generator."""
+    stream = None
+    try:
+        stream = call()
+        async for frame in stream:
+            yield frame
+    except grpc.aio.AioRpcError as error:
+        raise _translate(error) from None
+    except grpc.aio.UsageError as error:
+        raise Disconnected(str(error)) from None
+    except asyncio.CancelledError:
+        if _task_is_cancelled():
+            raise
+        raise Disconnected("the connection was closed") from None
+    finally:
+        if stream is not None:
+            stream.cancel()

@@ -1,0 +1,97 @@
+"""Between the messages of `exchange.proto` and the types of the federation. What a peer sent is validated here."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from gptfl_dist.config.plan import LocalTraining, Plan
+from gptfl_dist.errors import ModelError, ProtocolError
+from gptfl_dist.exchange.base import UpdateHeader, Welcome
+from gptfl_dist.exchange.grpc import exchange_pb2 as pb
+from gptfl_dist.federation.orders import Order, Report
+from gptfl_dist.weights import Layout
+
+if TYPE_CHECKING:
+    from gptfl_dist.federation.orders import Kind
+
+_NONCE = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it travels in a call's metadata, which takes no other text
+_TEXT_LIMIT = 4000
+
+_KINDS: dict[Kind, pb.Order.Kind] = {"train": pb.Order.TRAIN, "evaluate": pb.Order.EVALUATE}
+
+
+def legible(text: str) -> str:
+    """A peer's own words for a log or a terminal: cut to 4000 characters, without what would steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text[:_TEXT_LIMIT])
+
+
+def order_to_message(order: Order) -> pb.Order:
+    return pb.Order(
+        kind=_KINDS[order.kind],
+        nonce=order.nonce,
+        arm=order.arm,
+        round=order.round,
+        base=order.base,
+        training=order.training.model_dump_json().encode() if order.training else b"",
+        seconds=order.seconds,
+    )
+
+
+def order_from_message(message: pb.Order) -> Order:
+    """Raises ProtocolError."""
+    kinds = {number: kind for kind, number in _KINDS.items()}
+    if message.kind not in kinds:
+        raise ProtocolError(f"an order of the unknown kind {message.kind}", hint="update gptfl_dist on this side")
+    kind = kinds[message.kind]
+    if not _NONCE.fullmatch(message.nonce):
+        raise ProtocolError(f"an order with the nonce {message.nonce[:80]!r}, expected letters and digits")
+    try:
+        training = LocalTraining.model_validate_json(message.training) if kind == "train" else None
+    except ValidationError as error:
+        raise ProtocolError(f"the order's training settings do not validate: {error}") from None
+    return Order(kind, message.nonce, legible(message.arm), message.round, message.base, message.seconds, training)
+
+
+def welcome_to_message(welcome: Welcome, version: int, release: str) -> pb.Welcome:
+    return pb.Welcome(
+        version=version,
+        release=release,
+        run=welcome.run,
+        plan=welcome.plan.model_dump_json().encode(),
+        layout=welcome.layout.to_json().encode(),
+    )
+
+
+def welcome_from_message(message: pb.Welcome) -> Welcome:
+    """Raises ProtocolError."""
+    try:
+        plan = Plan.model_validate_json(message.plan)
+        return Welcome(message.run, plan, Layout.from_json(message.layout))
+    except (ValidationError, ModelError) as error:
+        raise ProtocolError(f"the coordinator's welcome does not validate: {error}") from None
+
+
+def report_to_message(report: Report) -> pb.Report:
+    return pb.Report(nonce=report.nonce, samples=report.samples, metrics=dict(report.metrics))
+
+
+def report_from_message(message: pb.Report) -> Report:
+    return Report(message.nonce, message.samples, dict(message.metrics))
+
+
+def header_to_message(header: UpdateHeader) -> pb.UpdateHeader:
+    return pb.UpdateHeader(
+        report=report_to_message(header.report),
+        base=header.base,
+        layout=header.layout,
+        digest=header.digest,
+        size=header.size,
+    )
+
+
+def header_from_message(message: pb.UpdateHeader) -> UpdateHeader:
+    report = report_from_message(message.report)
+    return UpdateHeader(report, message.base, message.layout, message.digest, message.size)

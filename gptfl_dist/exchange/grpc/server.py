@@ -1,0 +1,335 @@
+"""The coordinator's end of the gRPC exchange.
+
+One port, mutual TLS 1.3, four methods (see `exchange.proto`). The peer is known by its certificate; each call checks
+it again. Control messages pass through a queue a silo, so an order reaches the wire the moment it is given. Weights
+are read from their file as they are sent, updates written to their spool as they arrive: neither is held in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError, Message
+
+from gptfl_dist import __version__
+from gptfl_dist.errors import IdentityError, LaunchError, ProtocolError, StorageError
+from gptfl_dist.exchange.base import (
+    PROTOCOL_VERSION,
+    Answered,
+    ExchangeEvent,
+    Goodbye,
+    OrderFailed,
+    SiloJoined,
+    SiloLeft,
+    SiloProgress,
+    Traffic,
+    Welcome,
+)
+from gptfl_dist.exchange.grpc import convert, frames
+from gptfl_dist.exchange.grpc import exchange_pb2 as pb
+from gptfl_dist.exchange.inbox import Busy, Inbox, Refused, Superseded
+from gptfl_dist.federation.orders import Order
+from gptfl_dist.security.authority import Credentials
+from gptfl_dist.security.identity import peer_identity
+from gptfl_dist.weights import WeightsFile
+
+_log = logging.getLogger(__name__)
+
+SERVICE = "gptfl.v1.Exchange"
+NONCE = "gptfl-nonce"
+UPLOAD_CHUNK = 1 << 20
+_CONTROL_LIMIT = 64 << 20  # a layout of a very large model; payloads are bounded by the chunk
+_CALLS = 16  # of one connection at a time; a silo needs three
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+_Message = TypeVar("_Message", bound=Message)
+
+
+@dataclass(eq=False)
+class _Line:
+    """One silo's open Work stream."""
+
+    instance: str
+    peer: str
+    ready: bool = False
+    outgoing: asyncio.Queue[pb.ToSilo | None] = field(default_factory=asyncio.Queue)
+
+
+class GrpcCoordinatorExchange:
+    """See `CoordinatorExchange`. `silos` are the names that may connect."""
+
+    transport = "grpc+mtls"
+
+    def __init__(
+        self, *, listen: str, credentials: Credentials, federation: str, silos: tuple[str, ...], inbox: Inbox,
+        chunk: int, keepalive: float,
+    ) -> None:  # fmt: skip
+        self.events: asyncio.Queue[ExchangeEvent] = asyncio.Queue()
+        self.traffic = Traffic()
+        self.port = 0
+        self._listen = listen
+        self._credentials = credentials
+        self._federation = federation
+        self._silos = silos
+        self._inbox = inbox
+        self._chunk = chunk
+        self._keepalive = keepalive
+        self._lines: dict[str, _Line] = {}
+        self._published: tuple[str, WeightsFile] | None = None
+        self._welcome: Welcome | None = None
+        self._server: grpc.aio.Server | None = None
+        self._closing = False
+        self._checks: set[asyncio.Task[pb.Receipt]] = set()
+
+    async def open(self, welcome: Welcome) -> None:
+        """Binds the port; `port` is then the one in use. Raises LaunchError where it cannot be had."""
+        self._welcome = welcome
+        milliseconds = int(self._keepalive * 1000)
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", UPLOAD_CHUNK + frames.MAX_OVERHEAD),
+                ("grpc.max_concurrent_streams", _CALLS),
+                ("grpc.max_send_message_length", _CONTROL_LIMIT),
+                ("grpc.keepalive_time_ms", milliseconds),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", milliseconds // 2),
+                ("grpc.http2.max_ping_strikes", 0),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        # Requests arrive as bytes and are parsed by the methods, once they know who sent them.
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Work": grpc.stream_stream_rpc_method_handler(self._work, response_serializer=pb.ToSilo.SerializeToString),
+            "OpenUpload": grpc.unary_unary_rpc_method_handler(
+                self._open_upload, response_serializer=pb.UploadOffset.SerializeToString
+            ),
+            "Download": grpc.unary_stream_rpc_method_handler(self._download),
+            "Upload": grpc.stream_unary_rpc_method_handler(
+                self._upload, response_serializer=pb.Receipt.SerializeToString
+            ),
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+        secrets = grpc.ssl_server_credentials(
+            [(self._credentials.key, self._credentials.certificate)],
+            root_certificates=self._credentials.authority,
+            require_client_auth=True,
+        )
+        try:
+            self.port = self._server.add_secure_port(self._listen, secrets)
+        except RuntimeError:
+            self.port = 0
+        if self.port == 0:
+            raise LaunchError(
+                f"cannot listen on {self._listen}: the port is in use, or the address is not this machine's",
+                hint="stop the process that holds it, or set exchange.listen to another port (0 takes any free one)",
+            )
+        await self._server.start()
+
+    async def publish(self, digest: str, weights: WeightsFile) -> None:
+        self._published = (digest, weights)
+
+    async def send(self, silo: str, order: Order) -> None:
+        if silo in self._lines:
+            self._lines[silo].outgoing.put_nowait(pb.ToSilo(order=convert.order_to_message(order)))
+
+    async def recall(self, silo: str, nonce: str, reason: str) -> None:
+        if silo in self._lines:
+            self._lines[silo].outgoing.put_nowait(pb.ToSilo(recall=pb.Recall(nonce=nonce, reason=reason)))
+
+    async def close(self, goodbye: Goodbye) -> None:
+        self._closing = True
+        message = pb.ToSilo(goodbye=pb.Goodbye(finished=goodbye.finished, reason=goodbye.reason))
+        for line in self._lines.values():
+            line.outgoing.put_nowait(message)
+            line.outgoing.put_nowait(None)
+        if self._server is not None:
+            await self._server.stop(grace=2.0)
+        # A check reads its spool in a thread, which nothing can stop; its caller closes the spools next.
+        await asyncio.gather(*self._checks, return_exceptions=True)
+
+    async def _identify(self, context: _Context) -> str:
+        """The silo behind a call. Aborts the call of anybody else."""
+        try:
+            identity = peer_identity(context.auth_context())
+        except IdentityError as error:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, error.message)
+        if identity.federation != self._federation or identity.role != "silo" or identity.name not in self._silos:
+            await context.abort(
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"the certificate names {identity.uri}, which is no silo of the federation {self._federation}",
+            )
+        return identity.name
+
+    async def _work(self, requests: AsyncIterator[bytes], context: _Context) -> AsyncIterator[pb.ToSilo]:
+        silo = await self._identify(context)
+        first = await _parse(pb.FromSilo, await anext(aiter(requests), b""), context)
+        if first.WhichOneof("message") != "hello":
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a hello")
+        hello = first.hello
+        if not hello.oldest_version <= PROTOCOL_VERSION <= hello.newest_version:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"the silo (release {hello.release[:40]}) speaks protocol {hello.oldest_version} to "
+                f"{hello.newest_version}, the coordinator (release {__version__}) speaks {PROTOCOL_VERSION}: "
+                "install matching releases",
+            )
+        if self._closing:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator is stopping")
+        old = self._lines.get(silo)
+        if old is not None and old.instance != hello.instance:
+            await context.abort(
+                grpc.StatusCode.ALREADY_EXISTS,
+                f"{silo} is connected already, from {old.peer}: does a second process use its certificate?",
+            )
+        line = self._lines[silo] = _Line(hello.instance, context.peer())
+        if old is not None:
+            old.outgoing.put_nowait(None)  # the same process came back before its old connection was found dead
+        assert self._welcome is not None
+        line.outgoing.put_nowait(
+            pb.ToSilo(welcome=convert.welcome_to_message(self._welcome, PROTOCOL_VERSION, __version__))
+        )
+        listener = asyncio.create_task(self._listen_to(silo, line, requests))
+        try:
+            while (message := await line.outgoing.get()) is not None:
+                yield message
+        finally:
+            listener.cancel()
+            if self._lines.get(silo) is line:
+                del self._lines[silo]
+                self.events.put_nowait(SiloLeft(silo))
+
+    async def _listen_to(self, silo: str, line: _Line, requests: AsyncIterator[bytes]) -> None:
+        """Hears a silo out, until the stream ends or cannot be understood."""
+        try:
+            async for request in requests:
+                self._hear(silo, line, pb.FromSilo.FromString(request))
+        except DecodeError:
+            _log.warning("silo %s sent what is no message; its connection is closed", silo)
+        except StorageError as error:
+            _log.error("the answer of silo %s could not be written: %s", silo, error)
+        except grpc.aio.BaseError:
+            pass  # the connection broke
+        finally:
+            line.outgoing.put_nowait(None)
+
+    def _hear(self, silo: str, line: _Line, message: pb.FromSilo) -> None:
+        """Turns what a silo says into events: only once that it is ready, and nothing of orders that it was not given.
+
+        So a silo that talks without end fills no queue. Raises StorageError.
+        """
+        kind = message.WhichOneof("message")
+        if kind == "ready" and not line.ready:
+            line.ready = True
+            self.events.put_nowait(SiloJoined(silo))
+        elif kind == "progress" and self._inbox.awaits(silo, message.progress.nonce):
+            progress = message.progress
+            self.events.put_nowait(SiloProgress(silo, progress.nonce, progress.done, progress.total))
+        elif kind == "failure":
+            self._fail(silo, message.failure.nonce, message.failure.reason)
+        elif kind == "report":
+            report = convert.report_from_message(message.report)
+            awaited = self._inbox.awaits(silo, report.nonce)
+            try:
+                self._inbox.accept(silo, report)
+            except Refused as refusal:
+                self._fail(silo, report.nonce, f"refused: {refusal}")
+            else:
+                if awaited:
+                    self.events.put_nowait(Answered(silo, report.nonce))
+
+    async def _download(self, data: bytes, context: _Context) -> AsyncIterator[bytes]:
+        await self._identify(context)
+        request = await _parse(pb.DownloadRequest, data, context)
+        published = self._published
+        if published is None or published[0] != request.digest:
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND, f"the weights {request.digest[:12]!r} are not handed out now"
+            )
+        weights = published[1]
+        if request.offset > weights.nbytes:
+            await context.abort(grpc.StatusCode.OUT_OF_RANGE, f"the weights end at byte {weights.nbytes}")
+        for offset in range(request.offset, weights.nbytes, self._chunk):
+            if self._closing or self._published is not published:
+                await context.abort(grpc.StatusCode.ABORTED, "the weights are not handed out any more")
+            block = weights.read(offset, min(self._chunk, weights.nbytes - offset))
+            yield frames.encode_chunk(offset, block)
+            self.traffic.down += len(block)
+
+    async def _open_upload(self, data: bytes, context: _Context) -> pb.UploadOffset:
+        silo = await self._identify(context)
+        header = convert.header_from_message(await _parse(pb.UpdateHeader, data, context))
+        try:
+            offset, committed = self._inbox.announce(silo, header)
+        except Refused as refusal:
+            self._fail(silo, header.report.nonce, f"refused: {refusal}")
+            return pb.UploadOffset(refused=str(refusal))
+        except Busy:
+            await context.abort(grpc.StatusCode.ABORTED, "an upload of this update is being checked; ask again")
+        except StorageError as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, error.message)
+        return pb.UploadOffset(offset=offset, committed=committed)
+
+    async def _upload(self, requests: AsyncIterator[bytes], context: _Context) -> pb.Receipt:
+        silo = await self._identify(context)
+        nonce = ""
+        for key, value in context.invocation_metadata() or ():
+            if key == NONCE:
+                nonce = str(value)
+        try:
+            spool = self._inbox.spool(silo, nonce)
+            ticket = spool.claim()
+            async for frame in requests:
+                offset, data = frames.decode_chunk(frame)
+                spool.write(ticket, offset, data)
+                self.traffic.up += len(data)
+            if spool.received < spool.size:
+                # A stream that breaks may look as if it ended: the silo shall come back and go on from here.
+                await context.abort(grpc.StatusCode.ABORTED, f"ended after {spool.received} of {spool.size} bytes")
+            # The check goes on where the silo hangs up meanwhile: what it commits must be told.
+            check = asyncio.create_task(self._check(silo, nonce))
+            self._checks.add(check)
+            check.add_done_callback(self._checked)
+            return await asyncio.shield(check)
+        except Superseded:
+            await context.abort(grpc.StatusCode.ABORTED, "a newer upload took over")
+        except Busy:
+            await context.abort(grpc.StatusCode.ABORTED, "an upload of this update is being checked; ask again")
+        except StorageError as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, error.message)
+        except (Refused, ProtocolError) as refusal:
+            self._fail(silo, nonce, f"refused: {refusal}")
+            return pb.Receipt(reason=str(refusal))
+
+    async def _check(self, silo: str, nonce: str) -> pb.Receipt:
+        """Checks and commits a finished upload, and tells so. Raises Busy or StorageError."""
+        try:
+            await asyncio.to_thread(self._inbox.finish, silo, nonce)
+        except Refused as refusal:
+            self._fail(silo, nonce, f"refused: {refusal}")
+            return pb.Receipt(reason=str(refusal))
+        self.events.put_nowait(Answered(silo, nonce))
+        return pb.Receipt(committed=True)
+
+    def _checked(self, check: asyncio.Task[pb.Receipt]) -> None:
+        self._checks.discard(check)
+        if not check.cancelled() and isinstance(error := check.exception(), StorageError):
+            _log.error("an update could not be committed: %s", error)
+
+    def _fail(self, silo: str, nonce: str, reason: str) -> None:
+        """Tells that an order failed, once. What a silo says of orders that are not open changes nothing."""
+        if self._inbox.fail(silo, nonce):
+            self.events.put_nowait(OrderFailed(silo, nonce, convert.legible(reason)))
+
+
+async def _parse(kind: type[_Message], data: bytes, context: _Context) -> _Message:
+    """The message in a request; a call that carries none is refused."""
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the request is no {kind.__name__}")

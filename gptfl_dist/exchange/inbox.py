@@ -1,0 +1,259 @@
+"""Where updates arrive, whatever the wire: spooled at their offset, checked, then committed in one step or refused.
+
+Each silo has one spool file, preallocated and used again every round. What a silo announces is checked before any
+byte is taken (the order it answers, the weights it started from, layout, size, samples, metrics); what it sent is
+checked before it counts (digest, finite values). Only then is `commit` called, which writes the ledger.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blake3 import blake3
+
+from gptfl_dist.aggregation.mean import is_finite
+from gptfl_dist.errors import StorageError
+from gptfl_dist.exchange.base import UpdateHeader
+from gptfl_dist.federation.orders import Order, Report
+from gptfl_dist.files import storage_error
+from gptfl_dist.weights import BLOCK, Layout
+
+_METRIC = re.compile(r"[a-z][a-z0-9_]{0,62}")
+_MAX_METRICS = 64
+
+
+class Refused(Exception):
+    """The update is not taken; the text says why, for the silo's operator."""
+
+
+class Superseded(Exception):
+    """A newer connection of the same silo writes to this spool now."""
+
+
+class Busy(Exception):
+    """This update arrived whole and is being checked; asked again in a moment, the answer will be there."""
+
+
+class Spool:
+    """A file that takes one update of `size` bytes in order. `read` makes it a flat buffer for the aggregation."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        self.size = size
+        self.received = 0
+        self._writer = 0
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                if size:
+                    os.posix_fallocate(self._fd, 0, size)
+                os.ftruncate(self._fd, size)
+            except OSError:
+                os.close(self._fd)
+                raise
+        except OSError as error:
+            raise storage_error(error, path) from None
+
+    def claim(self) -> int:
+        """A ticket for a new writer; older tickets are void from now on."""
+        self._writer += 1
+        return self._writer
+
+    def write(self, ticket: int, offset: int, data: memoryview) -> None:
+        """Appends bytes. Raises Superseded for an old ticket, Refused for a gap or too many bytes."""
+        if ticket != self._writer:
+            raise Superseded
+        if offset != self.received or offset + len(data) > self.size:
+            raise Refused(f"bytes {offset} to {offset + len(data)} sent, expected from {self.received} of {self.size}")
+        while data:
+            try:
+                written = os.pwrite(self._fd, data, self.received)
+            except OSError as error:
+                raise storage_error(error, self.path) from None
+            self.received += written
+            data = data[written:]
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`. Raises StorageError if the file was cut short under our hands."""
+        data = os.pread(self._fd, size, offset)
+        if len(data) != size:
+            raise StorageError(f"{self.path}: ends at byte {offset + len(data)}, expected {self.size} bytes")
+        return data
+
+    def digest(self) -> str:
+        """BLAKE3 of the whole, in hex."""
+        hasher = blake3()
+        for offset in range(0, self.size, BLOCK):
+            hasher.update(self.read(offset, min(BLOCK, self.size - offset)))
+        return hasher.hexdigest()
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+@dataclass
+class _Expected:
+    """An order that was given to a silo, and how far its answer has come."""
+
+    order: Order
+    header: UpdateHeader | None = None
+    checking: bool = False
+    committed: bool = False
+
+
+@dataclass
+class Inbox:
+    """`max_samples` holds the registered maximum of each silo; `commit(silo, order, report, digest)` makes it durable.
+
+    `digest` is "" for an evaluation. `finish` may run in a thread beside all other calls: what it checks cannot be
+    overwritten meanwhile, and an order that is withdrawn meanwhile is not committed.
+    """
+
+    folder: Path
+    layout: Layout
+    max_samples: Mapping[str, int]
+    commit: Callable[[str, Order, Report, str], None]
+    _expected: dict[str, _Expected] = field(default_factory=dict)
+    _spools: dict[str, Spool] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # around every change of what is expected
+
+    def expect(self, silo: str, order: Order) -> None:
+        """From now on this silo may answer this order, and no other."""
+        with self._lock:
+            self._expected[silo] = _Expected(order)
+
+    def expect_committed(self, silo: str, order: Order, digest: str) -> bool:
+        """Takes over a committed update of an interrupted run. False if its spool does not hold it any more."""
+        spool = self._spool(silo)
+        if spool.digest() != digest:
+            return False
+        with self._lock:
+            self._expected[silo] = _Expected(order, committed=True)
+        return True
+
+    def withdraw(self, silo: str) -> None:
+        """This silo's answer is no longer wanted."""
+        with self._lock:
+            self._expected.pop(silo, None)
+
+    def awaits(self, silo: str, nonce: str) -> bool:
+        """Whether this silo still owes the answer to this order."""
+        expected = self._expected.get(silo)
+        return expected is not None and expected.order.nonce == nonce and not expected.committed
+
+    def fail(self, silo: str, nonce: str) -> bool:
+        """The order failed for good: withdraws it. False where the silo owes no answer to it, so nothing failed."""
+        with self._lock:
+            if not self.awaits(silo, nonce):
+                return False
+            del self._expected[silo]
+            return True
+
+    def announce(self, silo: str, header: UpdateHeader) -> tuple[int, bool]:
+        """Checks what a silo says it will send. Returns (first byte wanted, already committed).
+
+        Writers from before it hold void tickets afterwards. Raises Refused, or Busy while a finished upload of this
+        order is checked.
+        """
+        with self._lock:
+            expected = self._check_report(silo, header.report, "train")
+            if header.base != expected.order.base:
+                raise Refused(f"trained from the weights {header.base[:12]}, expected {expected.order.base[:12]}")
+            if header.layout != self.layout.digest:
+                raise Refused("the layout of the update is not the federation's: the model is defined differently")
+            if header.size != self.layout.nbytes:
+                raise Refused(f"announces {header.size} bytes, the layout has {self.layout.nbytes}")
+            if expected.committed:
+                return self.layout.nbytes, True
+            if expected.checking:
+                raise Busy
+            spool = self._spool(silo)
+            spool.claim()
+            if expected.header != header:
+                expected.header, spool.received = header, 0
+            return spool.received, False
+
+    def spool(self, silo: str, nonce: str) -> Spool:
+        """The spool of an announced update. Raises Refused where none was announced under this nonce."""
+        expected = self._expected.get(silo)
+        if expected is None or expected.header is None or expected.order.nonce != nonce or expected.committed:
+            raise Refused("no such update was announced")
+        return self._spools[silo]
+
+    def finish(self, silo: str, nonce: str) -> None:
+        """Checks and commits a finished upload. Blocking: reads the whole spool twice.
+
+        Raises Refused, or Busy where another call checks it already.
+        """
+        with self._lock:
+            spool = self.spool(silo, nonce)
+            expected = self._expected[silo]
+            header = expected.header
+            assert header is not None
+            if expected.checking:
+                raise Busy
+            if spool.received != spool.size:
+                raise Refused(f"ended after {spool.received} of {spool.size} bytes")
+            expected.checking = True
+        try:
+            if spool.digest() != header.digest:
+                wrong = "the bytes that arrived do not have the announced digest"
+            else:
+                wrong = "" if is_finite(self.layout, spool) else "the update holds NaN or infinite values"
+            with self._lock:
+                # The spool may be another order's by now: then nothing of it is touched.
+                if self._expected.get(silo) is not expected:
+                    raise Refused("the order was withdrawn")
+                if wrong:
+                    expected.header = None
+                    raise Refused(wrong)
+                self.commit(silo, expected.order, header.report, header.digest)
+                expected.committed = True
+        finally:
+            expected.checking = False
+
+    def accept(self, silo: str, report: Report) -> None:
+        """Takes the answer to an evaluation. Raises Refused."""
+        with self._lock:
+            expected = self._check_report(silo, report, "evaluate")
+            if not expected.committed:
+                self.commit(silo, expected.order, report, "")
+                expected.committed = True
+
+    def updates(self, silos: tuple[str, ...]) -> dict[str, Spool]:
+        """The spools of committed updates."""
+        assert all(self._expected[silo].committed for silo in silos)
+        return {silo: self._spools[silo] for silo in silos}
+
+    def close(self) -> None:
+        for spool in self._spools.values():
+            spool.close()
+        self._spools.clear()
+
+    def _spool(self, silo: str) -> Spool:
+        if silo not in self._spools:
+            self._spools[silo] = Spool(self.folder / f"{silo}.spool", self.layout.nbytes)
+        return self._spools[silo]
+
+    def _check_report(self, silo: str, report: Report, kind: str) -> _Expected:
+        expected = self._expected.get(silo)
+        if expected is None or expected.order.nonce != report.nonce:
+            raise Refused("answers no order that is open for this silo")
+        if expected.order.kind != kind:
+            raise Refused(f"the order was to {expected.order.kind}")
+        smallest = 1 if kind == "train" else 0
+        if not smallest <= report.samples <= self.max_samples[silo]:
+            raise Refused(f"claims {report.samples} samples, expected {smallest} to {self.max_samples[silo]}")
+        if len(report.metrics) > _MAX_METRICS:
+            raise Refused(f"sends {len(report.metrics)} metrics, expected at most {_MAX_METRICS}")
+        for name, value in report.metrics.items():
+            if not _METRIC.fullmatch(name) or not math.isfinite(value):
+                raise Refused(f"the metric {name[:64]!r} = {value} is no finite number under a plain name")
+        return expected

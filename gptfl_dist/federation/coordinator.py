@@ -1,0 +1,269 @@
+"""The coordinator of one arm as a state machine without input or output: events in, commands out.
+
+    gather --enough silos--> train --enough updates--> aggregate --Aggregated--> gather ... --last round--> evaluate --> done
+
+A round calls on a cohort drawn without replacement from the silos that are connected. It ends when every silo of the
+cohort has delivered or failed, or at its deadline; it counts if a quorum delivered. A silo that leaves in mid-round
+gets its order again when it comes back before the deadline. After the last round every connected silo evaluates the
+final weights on its validation part.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+# Events
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A silo is connected and ready for orders."""
+
+    silo: str
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A silo's connection is gone."""
+
+    silo: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """A silo's update (or evaluation) of this round was accepted."""
+
+    silo: str
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A silo could not do what it was called on for, or what it returned was refused."""
+
+    silo: str
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlinePassed:
+    """The time for a state of a round is over."""
+
+    round: int
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregated:
+    """The weights that this round leads to are there."""
+
+    round: int
+
+
+Event = Joined | Left | Delivered | Failed | DeadlinePassed | Aggregated
+
+# Commands
+
+
+@dataclass(frozen=True, slots=True)
+class StartRound:
+    """Make the weights of `round - 1` available to this cohort."""
+
+    round: int
+    cohort: tuple[str, ...]
+    kind: Literal["train", "evaluate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Give a silo its order of this round."""
+
+    silo: str
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """Tell a silo that its order is no longer wanted."""
+
+    silo: str
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetDeadline:
+    """Send DeadlinePassed(round, state) after so many seconds."""
+
+    round: int
+    state: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregate:
+    """Make the next weights from these silos' updates."""
+
+    round: int
+    silos: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The arm is done; these silos evaluated the final weights."""
+
+    evaluated: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """The arm cannot go on."""
+
+    reason: str
+
+
+Command = StartRound | Call | Recall | SetDeadline | Aggregate | Finish | GiveUp
+
+State = Literal["gather", "train", "aggregate", "evaluate", "done"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What governs an arm's rounds; seconds are those of the federation file."""
+
+    arm: str
+    seed: int
+    silos: tuple[str, ...]
+    rounds: int
+    cohort: int
+    quorum: int
+    deadline: float
+    join_deadline: float
+
+
+class Coordinator:
+    """Call `begin` (or `resume`) once, then `handle` for each event; do the commands in the order given."""
+
+    def __init__(self, rules: Rules) -> None:
+        self._rules = rules
+        self._connected: set[str] = set()
+        self._cohort: tuple[str, ...] = ()
+        self._delivered: set[str] = set()
+        self._failed: dict[str, str] = {}
+        self.round = 0
+        self.state: State = "gather"
+
+    def begin(self, connected: Iterable[str], finished_rounds: int = 0) -> list[Command]:
+        """Starts after so many finished rounds, with the silos that are connected already."""
+        self._connected = set(connected)
+        self.round = finished_rounds
+        return self._next_round()
+
+    def resume(
+        self, connected: Iterable[str], round_: int, cohort: Iterable[str], delivered: Iterable[str]
+    ) -> list[Command]:
+        """Goes on in a training round that was broken off: the cohort stands, and who delivered is not called again."""
+        self._connected = set(connected)
+        self.round = round_
+        return self._open("train", tuple(cohort), set(delivered))
+
+    def handle(self, event: Event) -> list[Command]:
+        """The commands that follow from an event. Events of other rounds and states change nothing."""
+        if isinstance(event, Joined):
+            self._connected.add(event.silo)
+            if self.state == "gather":
+                return self._start_if_enough(late=False)
+            return [Call(event.silo, self.round)] if event.silo in self._open_calls() else []
+        if isinstance(event, Left):
+            self._connected.discard(event.silo)
+            if self.state == "evaluate" and event.silo in self._open_calls():
+                # Nobody waits for an evaluation of a silo that went away: the weights are final.
+                self._failed[event.silo] = "left"
+                return self._end_if_complete()
+            return []
+        if self.state == "done" or event.round != self.round:
+            return []
+        if isinstance(event, Delivered) and event.silo in self._open_calls():
+            self._delivered.add(event.silo)
+            return self._end_if_complete()
+        if isinstance(event, Failed) and event.silo in self._open_calls():
+            self._failed[event.silo] = event.reason
+            return self._end_if_complete()
+        if isinstance(event, DeadlinePassed) and event.state == self.state:
+            return self._deadline_passed()
+        if isinstance(event, Aggregated) and self.state == "aggregate":
+            return self._next_round()
+        return []
+
+    def _open_calls(self) -> set[str]:
+        """The silos whose answer is awaited."""
+        if self.state not in ("train", "evaluate"):
+            return set()
+        return set(self._cohort) - self._delivered - self._failed.keys()
+
+    def _next_round(self) -> list[Command]:
+        self.round += 1
+        self.state = "gather"
+        commands: list[Command] = [SetDeadline(self.round, "gather", self._rules.join_deadline)]
+        return commands + self._start_if_enough(late=False)
+
+    def _start_if_enough(self, *, late: bool) -> list[Command]:
+        """Starts once a whole cohort is connected; after the join deadline a quorum will do."""
+        final = self.round > self._rules.rounds
+        present = sorted(self._connected)
+        wanted = len(self._rules.silos) if final else self._rules.cohort
+        if len(present) < (self._rules.quorum if late else wanted):
+            return []
+        if final:
+            return self._open("evaluate", tuple(present), set())
+        # A string seed is hashed by `random` itself (SHA-512), alike on every machine.
+        draw = random.Random(f"{self._rules.seed}/{self._rules.arm}/{self.round}")
+        cohort = tuple(sorted(draw.sample(present, min(self._rules.cohort, len(present)))))
+        return self._open("train", cohort, set())
+
+    def _open(self, state: Literal["train", "evaluate"], cohort: tuple[str, ...], delivered: set[str]) -> list[Command]:
+        self.state, self._cohort, self._delivered, self._failed = state, cohort, delivered, {}
+        commands: list[Command] = [
+            StartRound(self.round, cohort, state),
+            SetDeadline(self.round, state, self._rules.deadline),
+        ]
+        commands += [Call(silo, self.round) for silo in cohort if silo in self._open_calls() & self._connected]
+        return commands + self._end_if_complete()
+
+    def _deadline_passed(self) -> list[Command]:
+        if self.state == "gather":
+            commands = self._start_if_enough(late=True)
+            missing = ", ".join(sorted(set(self._rules.silos) - self._connected))
+            return commands or self._give_up(
+                f"round {self.round}: {len(self._connected)} silos are connected and {self._rules.quorum} are needed; "
+                f"missing: {missing}"
+            )
+        late = sorted(self._open_calls())
+        commands = [Recall(silo, self.round, "the deadline of the round has passed") for silo in late]
+        self._failed |= dict.fromkeys(late, "missed the deadline")
+        return commands + self._end_if_complete()
+
+    def _end_if_complete(self) -> list[Command]:
+        """Ends the round once nobody is waited for."""
+        if self._open_calls():
+            return []
+        delivered = tuple(sorted(self._delivered))
+        if self.state == "evaluate":
+            self.state = "done"
+            return [Finish(delivered)]
+        if len(delivered) < self._rules.quorum:
+            reasons = "; ".join(f"{silo}: {reason}" for silo, reason in sorted(self._failed.items()))
+            return self._give_up(
+                f"round {self.round}: {len(delivered)} of the {len(self._cohort)} silos called on delivered and "
+                f"{self._rules.quorum} are needed ({reasons})"
+            )
+        self.state = "aggregate"
+        return [Aggregate(self.round, delivered)]
+
+    def _give_up(self, reason: str) -> list[Command]:
+        self.state = "done"
+        return [GiveUp(reason)]

@@ -1,0 +1,41 @@
+"""What the coordinator asks of a silo, and what a silo answers, whatever the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gptfl_dist.config.plan import LocalTraining
+
+Kind = Literal["train", "evaluate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One task for one silo: to train from the weights whose BLAKE3 is `base`, or to evaluate them.
+
+    `nonce` is unique to this order and silo. `seconds` is how long the coordinator waits. `training` is None for an
+    evaluation.
+    """
+
+    kind: Kind
+    nonce: str
+    arm: str
+    round: int
+    base: str
+    seconds: float
+    training: LocalTraining | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a silo tells of an order: the samples behind it, and its metrics by name.
+
+    Of a training order, `accuracy` and `loss` are those of the received weights on the silo's validation part, and
+    `samples` counts the training samples; of an evaluation, `samples` counts the validation samples.
+    """
+
+    nonce: str
+    samples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)

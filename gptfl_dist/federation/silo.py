@@ -1,0 +1,36 @@
+"""What a silo lets the coordinator ask of it: its own policy, checked before anything is done. No input or output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gptfl_dist.config.silo import Policy
+from gptfl_dist.errors import PolicyError
+from gptfl_dist.federation.orders import Order
+
+
+@dataclass
+class PolicyGuard:
+    """Counts the training rounds that this silo took part in and refuses what its policy does not allow."""
+
+    policy: Policy
+    rounds: int = 0
+
+    def check(self, order: Order) -> None:
+        """Raises PolicyError where the order asks for more than the policy allows."""
+        if order.kind != "train":
+            return
+        assert order.training is not None
+        if order.training.epochs > self.policy.max_epochs_per_round:
+            raise PolicyError(
+                f"the coordinator asks for {order.training.epochs} epochs a round, "
+                f"policy.max_epochs_per_round allows {self.policy.max_epochs_per_round}"
+            )
+        if self.rounds >= self.policy.max_rounds:
+            raise PolicyError(f"policy.max_rounds allows {self.policy.max_rounds} rounds, and they are used up")
+        self.rounds += 1
+
+    def release(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The metrics that may leave."""
+        return {name: value for name, value in metrics.items() if name in self.policy.metrics}

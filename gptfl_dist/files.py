@@ -1,0 +1,45 @@
+"""Files that are whole or not there: written under a temporary name in the same folder, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from gptfl_dist.errors import StorageError
+
+__all__ = ["replacing", "storage_error", "write_file"]
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[int]:
+    """A descriptor of a temporary file (0600) that becomes `path` when the block ends well, and vanishes if not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+        temporary.replace(path)
+    except OSError as error:
+        raise storage_error(error, path) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def storage_error(error: OSError, path: Path) -> StorageError:
+    """The StorageError that tells a user what an OSError while writing `path` means."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(f"{path}: the disk is full", hint="free some space; the same command goes on from there")
+    return StorageError(f"{path}: {error.strerror or error}", hint="check the folder and its permissions")
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Writes a small file in one step, 0600. Raises StorageError where the disk refuses."""
+    with replacing(path) as fd, os.fdopen(os.dup(fd), "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)

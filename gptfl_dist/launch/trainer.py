@@ -1,0 +1,131 @@
+"""An agent's hold on its trainer process: started when needed, asked one thing at a time, killed if it must be."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gptfl_dist.errors import LaunchError, TrainerError
+from gptfl_dist.files import storage_error
+from gptfl_dist.launch.channel import ENV, LONGEST_MESSAGE, Message, encode, error_from_message
+
+_TAIL = 2000  # bytes of a dead trainer's output that are shown
+
+
+class TrainerProcess:
+    """Starts `command` with a channel; `ask` sends a message and waits for the answer.
+
+    The output of the process goes to `log`.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path, cwd: Path | None = None) -> None:
+        self._command = command
+        self._log = log
+        self._cwd = cwd
+        self._process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
+    async def start(self) -> None:
+        """Raises LaunchError if the command cannot be run."""
+        try:
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            log = self._log.open("ab")
+        except OSError as error:
+            raise storage_error(error, self._log) from None
+        ours, theirs = socket.socketpair()
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self._cwd,
+                env={**os.environ, ENV: str(theirs.fileno())},
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        except OSError as error:
+            ours.close()
+            raise LaunchError(f"cannot start {error.filename or self._command[0]}: {error.strerror}") from None
+        finally:
+            theirs.close()
+            log.close()
+        self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=LONGEST_MESSAGE)
+
+    async def ask(
+        self, message: Message, answer: str, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Message:
+        """Sends a message and waits for the answer of this type; progress on the way is passed on.
+
+        Raises the error that the trainer met, or TrainerError if the process ended or sent what is no message. A
+        trainer whose answer is not waited for any more (the call is cancelled) is killed: the next call would take
+        that answer for its own.
+        """
+        assert self._reader is not None
+        assert self._writer is not None
+        assert self._process is not None
+        process = self._process
+        try:
+            self._writer.write(encode(message))
+            await self._writer.drain()
+            while line := await self._reader.readline():
+                received = _decode(line)
+                if received["type"] == "progress":
+                    progress(received["done"], received["total"])
+                elif received["type"] == "failed":
+                    raise error_from_message(received)
+                elif received["type"] == answer:
+                    return received
+                else:
+                    raise TrainerError(f"the trainer answered {received['type']!r}, expected {answer!r}")
+        except ConnectionError:
+            pass
+        except ValueError:  # also what a line longer than the limit raises
+            await self.stop()
+            raise TrainerError("the trainer sent what is no message", hint=f"see {self._log}") from None
+        except asyncio.CancelledError:
+            await self.stop()
+            raise
+        code = await process.wait()
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        raise TrainerError(f"the trainer {how} before it answered\n{self._last_words()}", hint=f"see {self._log}")
+
+    async def stop(self) -> None:
+        """Kills the trainer: it holds nothing that is not on disk."""
+        if self._writer is not None:
+            self._writer.close()
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+        self._process = None
+
+    def _last_words(self) -> str:
+        with contextlib.suppress(OSError), self._log.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL))
+            return log.read().decode(errors="replace").strip()
+        return ""
+
+
+def _decode(line: bytes) -> Message:
+    """Raises ValueError where the line is no message."""
+    message = json.loads(line)
+    if not isinstance(message, dict) or "type" not in message:
+        raise ValueError(line[:80])
+    return message
+
+
+def python_module(module: str) -> list[str]:
+    """The command that runs a module of ours with this interpreter."""
+    return [sys.executable, "-m", module]

@@ -1,0 +1,52 @@
+"""How good a model is on a data set: every sample counts once, the last batch too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gptfl_dist.config.federation import Task
+from gptfl_dist.errors import DataError
+from gptfl_dist.learning.data import ImageSet
+from gptfl_dist.learning.device import resolve_device
+from gptfl_dist.learning.models import logits
+from gptfl_dist.learning.preprocess import normalise
+
+BATCH_SIZE = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """`accuracy` of 0 to 1, mean cross entropy `loss`, and `confusion` int64 (L, L) with a row for each true label."""
+
+    accuracy: float
+    loss: float
+    samples: int
+    confusion: np.ndarray
+
+
+def evaluate(model: nn.Module, data: ImageSet, task: Task, *, device: str) -> Evaluation:
+    """Runs the model in evaluation mode over `data`. The model stays on the device, its mode is put back."""
+    if len(data) == 0:
+        raise DataError("there is no sample to evaluate on", hint="give a data set with at least one image")
+    target = resolve_device(device)
+    model.to(target)
+    training = model.training
+    model.eval()
+    labels = len(data.label_names)
+    loss = 0.0
+    confusion = torch.zeros(labels * labels, dtype=torch.int64)
+    with torch.inference_mode():
+        for images, truth in zip(
+            torch.split(data.images, BATCH_SIZE), torch.split(data.labels, BATCH_SIZE), strict=True
+        ):
+            scores = logits(model, normalise(images.to(target), task)).float().cpu()
+            loss += float(F.cross_entropy(scores, truth, reduction="sum"))
+            confusion += torch.bincount(truth * labels + scores.argmax(dim=1), minlength=labels * labels)
+    model.train(training)
+    matrix = confusion.view(labels, labels).numpy()
+    return Evaluation(float(matrix.trace() / len(data)), loss / len(data), len(data), matrix)

@@ -1,0 +1,100 @@
+"""A silo's local training in one round: plain SGD from the weights it was given.
+
+Nothing outlives the call but the weights: a new optimiser each time, every draw from the seed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gptfl_dist.config.federation import Task
+from gptfl_dist.config.plan import LocalTraining
+from gptfl_dist.errors import DataError, TrainerError
+from gptfl_dist.learning.augment import augment
+from gptfl_dist.learning.data import ImageSet
+from gptfl_dist.learning.device import resolve_device
+from gptfl_dist.learning.models import logits
+from gptfl_dist.learning.preprocess import normalise
+from gptfl_dist.learning.seeding import derive_seed, deterministic
+
+
+def train(
+    model: nn.Module,
+    data: ImageSet,
+    settings: LocalTraining,
+    task: Task,
+    *,
+    seed: int,
+    device: str,
+    progress: Callable[[int, int], None],
+) -> dict[str, float]:
+    """Trains `model` in place and leaves it on the device: `settings.epochs` epochs over `data`, shuffled by `seed`.
+
+    Sets torch's threads and global seeds (see `deterministic`). `progress(done, total)` counts batches.
+    Returns `train_loss` (mean of the last epoch), `samples` (of the data set) and `seconds`.
+    Raises TrainerError where the loss is no longer finite, DataError where there is no data.
+    """
+    if len(data) == 0:
+        raise DataError("there is no sample to train on", hint="give a data set with at least one image")
+    started = time.monotonic()
+    deterministic(seed, settings.threads)
+    target = resolve_device(device)
+    model.to(target).train()
+    optimiser = torch.optim.SGD(
+        model.parameters(),
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+    shuffling = torch.Generator().manual_seed(derive_seed(seed, "shuffle"))
+    warping = torch.Generator().manual_seed(derive_seed(seed, "augment"))
+    total = settings.epochs * batch_count(len(data), settings.batch_size)
+    done = 0
+    for _ in range(settings.epochs):
+        epoch_loss = 0.0
+        for chosen in batches(len(data), settings.batch_size, shuffling):
+            images = normalise(data.images[chosen].to(target), task)
+            if settings.augmentation:
+                images = augment(images, warping)
+            loss = F.cross_entropy(logits(model, images), data.labels[chosen].to(target))
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise TrainerError(
+                    f"the training loss became {value} in batch {done + 1} of {total}",
+                    hint=f"training.learning_rate is {settings.learning_rate:g}: lower it; "
+                    "if the loss is not finite in the first batch, the received weights are at fault",
+                )
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            epoch_loss += value * len(chosen)
+            done += 1
+            progress(done, total)
+    return {
+        "train_loss": epoch_loss / len(data),
+        "samples": float(len(data)),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def batch_count(samples: int, batch_size: int) -> int:
+    """How many batches `batches` gives."""
+    return max(1, samples // batch_size + (samples % batch_size > 1))
+
+
+def batches(samples: int, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """int64 indices, every sample once, shuffled. The last batch is kept; a single leftover joins the one before it.
+
+    A batch norm cannot train on one sample, and with it a silo of 33 samples could not take part.
+    """
+    order = torch.randperm(samples, generator=generator)
+    count = batch_count(samples, batch_size)
+    for index in range(count):
+        stop = samples if index == count - 1 else (index + 1) * batch_size
+        yield order[index * batch_size : stop]

@@ -1,0 +1,176 @@
+"""The downstream model: two built-in networks, any image classifier of `transformers`, or a function of the user's.
+
+Normalisation layers are group norms: batch statistics of a skewed silo would travel with the weights and hurt every
+other silo. (A `transformers` ResNet brings its batch norms along; its buffers are weights like the rest.)
+Code is run only where `function` names it; a checkpoint is read from safetensors only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gptfl_dist.config.federation import Model, Task
+from gptfl_dist.errors import ModelError
+from gptfl_dist.learning.code import import_function
+
+
+def build_model(model: Model, task: Task, label_count: int, seed: int) -> nn.Module:
+    """A network on the CPU from float32 (N, C, size, size) to (N, label_count), its random weights fixed by `seed`.
+
+    The global generator is left as it was. Raises ModelError where the model cannot be built or does not fit the task.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if model.name == "cnn":
+            return _cnn(task, label_count)
+        if model.name == "convnet":
+            return _convnet(task, label_count)
+        assert model.source is not None  # the config demands it for the two kinds below
+        if model.name == "transformers":
+            network = _transformers(model.source, model.pretrained, task, label_count)
+        else:
+            network = _from_function(model.source, task, label_count)
+        _check_output(network, model.source, task, label_count)
+        return network
+
+
+def logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The model's output (N, labels) for float32 images, whether it returns a tensor or a `transformers` output."""
+    output = model(images)
+    scores = getattr(output, "logits", output)
+    if not isinstance(scores, torch.Tensor):
+        raise ModelError(
+            f"the model returned {type(output).__name__}, expected a tensor (N, labels) or an output with .logits",
+            hint="return the class scores from the model's forward",
+        )
+    return scores
+
+
+def _cnn(task: Task, label_count: int) -> nn.Module:
+    """Two convolutions and two linear layers, for small images on a CPU. Average pooling costs half of max pooling."""
+    side = task.size // 4
+    if side == 0:
+        raise ModelError(f"task.size is {task.size}, too small for the model cnn", hint="use task.size 4 or more")
+    return nn.Sequential(
+        nn.Conv2d(task.channels, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * side * side, 64),
+        nn.ReLU(),
+        nn.Linear(64, label_count),
+    )
+
+
+def _convnet(task: Task, label_count: int) -> nn.Module:
+    """The ConvNet of the GPT-FL paper: 3 x [Conv3x3 128 - GroupNorm - ReLU - AvgPool2] - Linear."""
+    side = task.size // 8
+    if side == 0:
+        raise ModelError(f"task.size is {task.size}, too small for the model convnet", hint="use task.size 8 or more")
+    layers: list[nn.Module] = []
+    for channels in (task.channels, 128, 128):
+        layers += [nn.Conv2d(channels, 128, 3, padding=1), nn.GroupNorm(4, 128), nn.ReLU(), nn.AvgPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * side * side, label_count))
+
+
+def _transformers(source: str, pretrained: bool, task: Task, label_count: int) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForImageClassification
+    from transformers.utils import logging
+
+    # Its bar would run into ours, and its report warns of the new head, which is meant; the check below is stricter.
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+    if (Path(source).is_absolute() or source.startswith(".")) and not Path(source).exists():
+        raise ModelError(
+            f"model.source is {source}, but no such folder exists",
+            hint="give a folder that holds a config.json, or a hub id such as microsoft/resnet-18",
+        )
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config.num_labels = label_count
+        if hasattr(config, "num_channels"):
+            config.num_channels = task.channels
+        if hasattr(config, "image_size"):
+            config.image_size = task.size
+        if not pretrained:
+            network: nn.Module = AutoModelForImageClassification.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=torch.float32, trust_remote_code=False
+            )
+            return network
+        network, report = AutoModelForImageClassification.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model.source {source} cannot be loaded as an image classifier: {_first_line(error)}",
+            hint="give a folder or hub id of a transformers image classifier"
+            + (" with safetensors weights (pickled .bin files are not read)" if pretrained else " (its config.json)"),
+        ) from error
+    # Only the head may be drawn anew. A backbone that lost a layer to another shape would train, badly and unseen.
+    prefix = f"{getattr(network, 'base_model_prefix', '')}."
+    lost = sorted({entry[0] for entry in report["mismatched_keys"]} | set(report["missing_keys"]))
+    backbone = [key for key in lost if key.startswith(prefix)]
+    if backbone:
+        raise ModelError(
+            f"the weights of model.source {source} do not fit the task: {len(backbone)} tensors of its backbone are "
+            f"absent or of another shape, the first {backbone[0]}",
+            hint=f"task.channels is {task.channels} and task.size {task.size}: set them to what the checkpoint was "
+            "trained with, or set model.pretrained to false",
+        )
+    return network
+
+
+def _from_function(source: str, task: Task, label_count: int) -> nn.Module:
+    function = import_function(source, "model.source")
+    try:
+        network = function(label_count=label_count, task=task)
+    except Exception as error:  # the user's code may raise anything
+        raise ModelError(
+            f"model.source {source} failed: {type(error).__name__}: {_first_line(error)}",
+            hint="it is called with the keywords label_count (int) and task (config.Task), and returns an nn.Module",
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise ModelError(
+            f"model.source {source} returned {type(network).__name__}, expected a torch.nn.Module",
+            hint="return the network itself",
+        )
+    return network
+
+
+def _check_output(network: nn.Module, source: str, task: Task, label_count: int) -> None:
+    """One blank batch through a foreign model, so that a misfit shows here and not at a silo in its first round."""
+    images = torch.zeros(2, task.channels, task.size, task.size)
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad():
+            shape = tuple(logits(network, images).shape)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ModelError(
+            f"model.source {source} cannot take images of shape {tuple(images.shape)}: {_first_line(error)}",
+            hint="make task.size and task.channels fit the model",
+        ) from error
+    finally:
+        network.train(training)
+    if shape != (2, label_count):
+        raise ModelError(
+            f"model.source {source} returns shape {shape} for 2 images, expected (2, {label_count})",
+            hint="give it one output for each label of the federation",
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,304 @@
+"""The coordinator's durable record: SQLite beside weights files that are named by their content.
+
+Every step of a round is one transaction, so a coordinator that was killed finds the round it was in, the orders it
+gave and the updates it had committed. The whole of a run folder belongs to one federation file: another is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptfl_dist.errors import ConfigError, StorageError
+from gptfl_dist.files import storage_error
+from gptfl_dist.weights import Layout, write_weights
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS arms (
+    arm TEXT PRIMARY KEY, learning_rate REAL NOT NULL, start TEXT NOT NULL, finished INTEGER NOT NULL DEFAULT 0,
+    best_round INTEGER
+);
+CREATE TABLE IF NOT EXISTS rounds (
+    arm TEXT NOT NULL, round INTEGER NOT NULL, kind TEXT NOT NULL, base TEXT NOT NULL, cohort TEXT NOT NULL,
+    weights TEXT, seconds REAL, bytes_down INTEGER, bytes_up INTEGER, test_accuracy REAL,
+    PRIMARY KEY (arm, round)
+);
+CREATE TABLE IF NOT EXISTS orders (
+    arm TEXT NOT NULL, round INTEGER NOT NULL, silo TEXT NOT NULL, nonce TEXT NOT NULL,
+    samples INTEGER, metrics TEXT, digest TEXT, failure TEXT,
+    PRIMARY KEY (arm, round, silo)
+);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class OrderRecord:
+    """An order that was given. `samples`, `metrics` and `digest` are None until it was answered."""
+
+    silo: str
+    nonce: str
+    samples: int | None
+    metrics: dict[str, float] | None
+    digest: str | None
+    failure: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """A round. `weights` is None until it was aggregated; digests are BLAKE3 in hex."""
+
+    round: int
+    kind: str
+    base: str
+    cohort: tuple[str, ...]
+    weights: str | None
+    seconds: float | None
+    bytes_down: int | None
+    bytes_up: int | None
+    test_accuracy: float | None
+    orders: tuple[OrderRecord, ...]
+
+    def mean_metric(self, name: str) -> float | None:
+        """The mean of a metric over the silos that answered and sent it, weighted by their samples."""
+        told = [(o.samples, o.metrics[name]) for o in self.orders if o.samples and o.metrics and name in o.metrics]
+        total = sum(samples for samples, _ in told)
+        return sum(samples * value for samples, value in told) / total if total else None
+
+
+@dataclass(frozen=True, slots=True)
+class ArmRecord:
+    """An arm with its rounds in order. `start` is the digest of the weights that it began with."""
+
+    arm: str
+    learning_rate: float
+    start: str
+    finished: bool
+    best_round: int | None
+    rounds: tuple[RoundRecord, ...]
+
+    @property
+    def final(self) -> str:
+        """The digest of the newest weights."""
+        return next((r.weights for r in reversed(self.rounds) if r.weights is not None), self.start)
+
+    @property
+    def finished_rounds(self) -> int:
+        return sum(r.weights is not None for r in self.rounds)
+
+    def weights_of(self, round_: int) -> str:
+        """The digest of the weights after a round; round 0 is the start."""
+        if round_ == 0:
+            return self.start
+        return next(r.weights for r in self.rounds if r.round == round_ and r.weights is not None)
+
+
+class Ledger:
+    """The record in a run folder. Every method is one transaction and safe to call from any thread."""
+
+    def __init__(self, folder: Path, request: str) -> None:
+        """Opens or makes the record. `request` is a text that stands for what the run computes.
+
+        Raises ConfigError if the folder holds a run of another request, StorageError if it cannot be written, if the
+        database is damaged, or if another process holds it.
+        """
+        self.folder = folder
+        self._path = folder / "ledger.sqlite"
+        self._lock = threading.RLock()
+        with contextlib.ExitStack() as undo:
+            with self._storing():
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "weights").mkdir(exist_ok=True, mode=0o700)
+                held = undo.enter_context((folder / "ledger.lock").open("wb"))
+                try:
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process lets go by itself
+                except BlockingIOError:
+                    raise StorageError(
+                        f"{folder}: another coordinator is at work on this run", hint="wait until it ends, or stop it"
+                    ) from None
+                for part in (folder / "weights").glob(".*.part"):
+                    part.unlink()  # of a process that was killed while it wrote
+                self._database = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
+                undo.callback(self._database.close)
+                self._path.chmod(0o600)
+                self._database.execute("PRAGMA journal_mode=WAL")
+                self._database.executescript(_SCHEMA)
+            known = self.fact("request")
+            if known is not None and known != request:
+                difference = _first_difference(known, request)
+                raise ConfigError(
+                    f"{folder} holds a run of other settings than the federation file's ({difference})",
+                    hint="set another run_folder, or start anew with --fresh",
+                )
+            self.set_fact("request", request)
+            self._close = undo.pop_all().close
+
+    def close(self) -> None:
+        self._close()
+
+    def fact(self, name: str) -> str | None:
+        """A text noted under a name, or None."""
+        row = self._execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def set_fact(self, name: str, value: str) -> None:
+        self._execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Adds to the time that a stage has taken, over interruptions."""
+        with self._lock:
+            self.set_fact(f"seconds/{stage}", str(self.seconds().get(stage, 0.0) + seconds))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage."""
+        rows = self._execute("SELECT name, value FROM facts WHERE name LIKE 'seconds/%' ORDER BY rowid")
+        return {name.removeprefix("seconds/"): float(value) for name, value in rows.fetchall()}
+
+    def begin_arm(self, arm: str, learning_rate: float, start: str) -> None:
+        """Notes an arm, once."""
+        self._execute(
+            "INSERT OR IGNORE INTO arms (arm, learning_rate, start) VALUES (?, ?, ?)", (arm, learning_rate, start)
+        )
+
+    def arm(self, arm: str) -> ArmRecord | None:
+        """All that is known of an arm."""
+        row = self._execute(
+            "SELECT arm, learning_rate, start, finished, best_round FROM arms WHERE arm = ?", (arm,)
+        ).fetchone()
+        if row is None:
+            return None
+        orders: dict[int, list[OrderRecord]] = {}
+        for round_, silo, nonce, samples, metrics, digest, failure in self._execute(
+            "SELECT round, silo, nonce, samples, metrics, digest, failure FROM orders WHERE arm = ? ORDER BY silo",
+            (arm,),
+        ).fetchall():
+            told = None if metrics is None else json.loads(metrics)
+            orders.setdefault(round_, []).append(OrderRecord(silo, nonce, samples, told, digest, failure))
+        rounds = tuple(
+            RoundRecord(
+                round_,
+                kind,
+                base,
+                tuple(json.loads(cohort)),
+                weights,
+                seconds,
+                down,
+                up,
+                test_accuracy,
+                tuple(orders.get(round_, [])),
+            )
+            for round_, kind, base, cohort, weights, seconds, down, up, test_accuracy in self._execute(
+                "SELECT round, kind, base, cohort, weights, seconds, bytes_down, bytes_up, test_accuracy "
+                "FROM rounds WHERE arm = ? ORDER BY round",
+                (arm,),
+            ).fetchall()
+        )
+        return ArmRecord(row[0], row[1], row[2], bool(row[3]), row[4], rounds)
+
+    def arms(self) -> list[str]:
+        """The names of all arms and trials, in the order of their beginning."""
+        return [str(row[0]) for row in self._execute("SELECT arm FROM arms ORDER BY rowid").fetchall()]
+
+    def open_round(
+        self, arm: str, round_: int, kind: str, base: str, cohort: Iterable[str], nonces: Mapping[str, str]
+    ) -> None:
+        """Notes a round and the orders that will be given in it."""
+        with self._lock, self._storing(), self._database:
+            self._database.execute("BEGIN")
+            self._database.execute(
+                "INSERT OR REPLACE INTO rounds (arm, round, kind, base, cohort) VALUES (?, ?, ?, ?, ?)",
+                (arm, round_, kind, base, json.dumps(list(cohort))),
+            )
+            self._database.execute("DELETE FROM orders WHERE arm = ? AND round = ?", (arm, round_))
+            self._database.executemany(
+                "INSERT INTO orders (arm, round, silo, nonce) VALUES (?, ?, ?, ?)",
+                [(arm, round_, silo, nonce) for silo, nonce in nonces.items()],
+            )
+
+    def commit(self, arm: str, round_: int, silo: str, samples: int, metrics: Mapping[str, float], digest: str) -> None:
+        """Notes a silo's answer: from now on it counts."""
+        self._execute(
+            "UPDATE orders SET samples = ?, metrics = ?, digest = ?, failure = NULL "
+            "WHERE arm = ? AND round = ? AND silo = ?",
+            (samples, json.dumps(dict(metrics)), digest, arm, round_, silo),
+        )
+
+    def fail(self, arm: str, round_: int, silo: str, reason: str) -> None:
+        """Notes why a silo's answer does not count."""
+        self._execute(
+            "UPDATE orders SET failure = ? WHERE arm = ? AND round = ? AND silo = ?", (reason, arm, round_, silo)
+        )
+
+    def close_round(
+        self, arm: str, round_: int, weights: str | None, seconds: float, bytes_down: int, bytes_up: int
+    ) -> None:
+        """Notes the weights that a round led to (None after an evaluation)."""
+        self._execute(
+            "UPDATE rounds SET weights = ?, seconds = ?, bytes_down = ?, bytes_up = ? WHERE arm = ? AND round = ?",
+            (weights, seconds, bytes_down, bytes_up, arm, round_),
+        )
+
+    def note_test_accuracy(self, arm: str, round_: int, accuracy: float) -> None:
+        """Notes the accuracy on central test data of the weights after a round. Nothing is ever chosen by it."""
+        self._execute("UPDATE rounds SET test_accuracy = ? WHERE arm = ? AND round = ?", (accuracy, arm, round_))
+
+    def finish_arm(self, arm: str, best_round: int) -> None:
+        self._execute("UPDATE arms SET finished = 1, best_round = ? WHERE arm = ?", (best_round, arm))
+
+    def weights_path(self, digest: str) -> Path:
+        """Where the weights of this digest lie."""
+        return self.folder / "weights" / f"{digest}.safetensors"
+
+    def add_weights(self, layout: Layout, blocks: Iterable[bytes]) -> str:
+        """Writes weights under their digest; returns it."""
+        incoming = self.folder / "weights" / "incoming.safetensors"
+        digest = write_weights(incoming, layout, blocks)
+        incoming.replace(self.weights_path(digest))
+        return digest
+
+    def drop_weights_except(self, digests: Iterable[str]) -> None:
+        """Deletes the weights that nothing needs any more."""
+        keep = {self.weights_path(digest).name for digest in digests}
+        for path in (self.folder / "weights").glob("*.safetensors"):
+            if path.name not in keep:
+                path.unlink(missing_ok=True)
+
+    def _execute(self, statement: str, values: tuple[object, ...] = ()) -> sqlite3.Cursor:
+        with self._lock, self._storing():
+            return self._database.execute(statement, values)
+
+    @contextlib.contextmanager
+    def _storing(self) -> Iterator[None]:
+        """Turns what SQLite and the disk refuse into StorageError."""
+        try:
+            yield
+        except OSError as error:
+            raise storage_error(error, self._path) from None
+        except (sqlite3.NotSupportedError, sqlite3.OperationalError) as error:
+            raise StorageError(
+                f"{self._path}: {error}", hint="check the folder, its permissions and the disk"
+            ) from None
+        except sqlite3.Error as error:
+            raise StorageError(
+                f"{self._path}: the record is damaged ({error})",
+                hint="bring the run folder back from a backup, or start anew with --fresh",
+            ) from None
+
+
+def _first_difference(old: str, new: str) -> str:
+    """Names the first setting in which two JSON texts differ."""
+
+    def walk(path: str, a: object, b: object) -> str:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in a | b:
+                if a.get(key) != b.get(key):
+                    return walk(f"{path}.{key}" if path else str(key), a.get(key), b.get(key))
+        return f"{path} was {json.dumps(a)[:80]}, now {json.dumps(b)[:80]}"
+
+    return walk("", json.loads(old), json.loads(new))

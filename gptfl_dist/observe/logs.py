@@ -1,0 +1,82 @@
+"""Logs: everything into a file, one JSON object a line, and what a person must see on stderr.
+
+The package logs through `logging.getLogger(__name__)`; what a call gives as `extra={...}` becomes fields of its line.
+Libraries are heard from warning upwards only.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from datetime import UTC, datetime
+from json import dumps
+from pathlib import Path
+from typing import Literal, TextIO
+
+from gptfl_dist.files import storage_error
+
+Level = Literal["debug", "info", "warning", "error"]
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class JsonLines(logging.Formatter):
+    """A line of JSON a record: time (ISO, UTC), level, logger, message, extra fields, the exception if there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= {name: value for name, value in vars(record).items() if name not in _STANDARD and name not in line}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return dumps(line, default=str, ensure_ascii=False)
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what `sys.stderr` is at the moment, so that a line goes above a progress bar and not through it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
+_installed: list[logging.Handler] = []
+
+
+def configure(path: Path | None, *, level: Level = "info", json: bool = True) -> None:
+    """Send logs of `level` and above to the file `path` (none if None) and warnings and errors to stderr.
+
+    The file is added to, never begun anew; without `json` it gets plain lines. A second call replaces the first.
+    Raises StorageError where the file cannot be opened.
+    """
+    plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    stderr = _Stderr()
+    stderr.setLevel(logging.WARNING)
+    stderr.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    handlers: list[logging.Handler] = [stderr]
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = logging.FileHandler(path, encoding="utf-8")
+        except OSError as error:
+            raise storage_error(error, path) from None
+        file.setFormatter(JsonLines() if json else plain)
+        handlers.append(file)
+    root = logging.getLogger()
+    while _installed:
+        old = _installed.pop()
+        root.removeHandler(old)
+        old.close()
+    for handler in handlers:
+        root.addHandler(handler)
+        _installed.append(handler)
+    root.setLevel(logging.WARNING)
+    logging.getLogger("gptfl_dist").setLevel(level.upper())
+    logging.captureWarnings(True)

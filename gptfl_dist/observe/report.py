@@ -1,0 +1,354 @@
+"""`report.html`: the result of a run for people, as one page that needs nothing but itself.
+
+No script, no font and no picture from elsewhere: figures and the contact sheet are inside the page as data, and its
+content security policy forbids everything else. Every text from outside (labels, names of silos, the federation
+file) is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from statistics import median
+
+from gptfl_dist.errors import StorageError
+from gptfl_dist.files import write_file
+from gptfl_dist.observe.figures import ARM_COLOURS, costs, learning_curves
+from gptfl_dist.observe.style import STYLE
+from gptfl_dist.observe.summary import FederatedArm, RoundRecord, Summary
+from gptfl_dist.observe.wording import (
+    ARM_NAMES,
+    UNKNOWN,
+    duration,
+    headline,
+    kept_accuracy,
+    percent,
+    rounds_to_target_text,
+    size,
+)
+
+FILE_NAME = "report.html"
+
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+_SHEET_LIMIT = 400_000
+"""Bytes up to which a contact sheet goes into the page as it is; a larger one is shrunk and becomes a JPEG."""
+
+_SHEET_WIDTH = 1400
+
+_MATRIX_LIMIT = 30
+"""Labels up to which the whole confusion matrix is legible; beyond, the most frequent confusions are listed."""
+
+_SILO_LIMIT = 60
+
+_LABEL_COLOURS = (
+    *("#332288", "#88ccee", "#cc6677", "#117733", "#ddcc77"),
+    *("#aa4499", "#44aa99", "#882255", "#999933", "#bbbbbb"),
+)
+
+
+@dataclass(frozen=True)
+class ReportDetails:
+    """What the report shows beyond the summary; a part that is None or empty is left out.
+
+    `confusion[i][j]` counts samples of label i taken for label j by the final model; `split[silo][i]` the training
+    samples of label i at a silo; `contact_sheet` is a PNG file.
+    """
+
+    labels: Sequence[str]
+    settings_text: str
+    contact_sheet: Path | None = None
+    confusion: Sequence[Sequence[int]] | None = None
+    rounds: Mapping[str, Sequence[RoundRecord]] = field(default_factory=dict)
+    split: Mapping[str, Sequence[int]] | None = None
+
+
+def write_report(folder: Path, summary: Summary, details: ReportDetails) -> Path:
+    """Write `report.html` into the run's folder, whole or not at all; returns its path. Raises StorageError."""
+    path = folder / FILE_NAME
+    parts = [
+        _result(summary, details),
+        _curves(summary) if summary.arms.federated else "",
+        _contact_sheet(summary, details.contact_sheet) if details.contact_sheet is not None else "",
+        _confusion(summary, details.labels, details.confusion) if details.confusion is not None else "",
+        _split(details.labels, details.split) if details.split else "",
+        _costs(summary, details.rounds),
+        _tuning(summary) if summary.tuning else "",
+        _settings(summary, details.settings_text),
+    ]
+    title = escape(f"{summary.run}: federated learning report")
+    finished = summary.finished.strftime("%d %B %Y, %H:%M %Z")
+    facts = f"{summary.silos} silos · {escape(summary.transport)} · seed {summary.seed} · {finished}"
+    write_file(
+        path,
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f'<header>\n<p class="kicker">Run <b>{escape(summary.run)}</b></p>\n<h1>{escape(headline(summary))}</h1>\n'
+        f'<p class="facts">{facts}</p>\n</header>\n' + "\n".join(part for part in parts if part) + "\n"
+        "</main>\n</body>\n</html>\n",
+    )
+    return path
+
+
+def _section(name: str, title: str, *content: str) -> str:
+    return f'<section id="{name}">\n<h2>{title}</h2>\n' + "\n".join(content) + "\n</section>"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+    """A table of cells that are HTML already; the first column is the rows' heading."""
+    heading = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    body = "\n".join(
+        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows
+    )
+    table = f'<table class="{kind}"><thead><tr>{heading}</tr></thead>\n<tbody>{body}</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
+
+
+def _figure(mime: str, data: bytes, alt: str, caption: str) -> str:
+    source = f"data:{mime};base64,{base64.b64encode(data).decode()}"
+    return f'<figure><img src="{source}" alt="{escape(alt)}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _arm(name: str) -> str:
+    return f'<span class="chip" style="background:{ARM_COLOURS[name]}"></span>{ARM_NAMES[name]}'
+
+
+def _result(summary: Summary, details: ReportDetails) -> str:
+    rows = []
+    if (synthetic := summary.arms.synthetic_only) is not None:
+        accuracy = f"<b>{percent(kept_accuracy(summary, synthetic))}</b>"
+        rows.append([_arm("synthetic_only"), accuracy, *[UNKNOWN] * 6])
+    for name, arm in summary.arms.federated.items():
+        rows.append([_arm(name), *_result_cells(summary, arm, details.rounds.get(name, ()))])
+    notes = [
+        f"Accuracy is that of each arm's best model, on {summary.curve_of} data. The best model was chosen on the "
+        "silos' validation data."
+    ]
+    if summary.target_accuracy is not None:
+        notes.append(
+            f"The target, {percent(summary.target_accuracy)}, is the best that FedAvg from random weights reaches in "
+            "its rounds."
+        )
+    head = ["Arm", "Accuracy", "After the last round", "Rounds to the target", "Traffic to the target"]
+    head += ["Bytes down", "Bytes up", "Time a round"]
+    return _section("result", "Result", _table(head, rows, "numbers"), f'<p class="note">{" ".join(notes)}</p>')
+
+
+def _result_cells(summary: Summary, arm: FederatedArm, records: Sequence[RoundRecord]) -> list[str]:
+    last = arm.final_accuracy if summary.curve_of == "test" else (arm.validation_curve or [None])[-1]
+    spent = UNKNOWN
+    if arm.rounds_to_target is not None and len(records) >= arm.rounds_to_target:
+        spent = size(sum(record.bytes_down + record.bytes_up for record in records[: arm.rounds_to_target]))
+    return [
+        f"<b>{percent(kept_accuracy(summary, arm))}</b>",
+        percent(last),
+        rounds_to_target_text(summary, arm),
+        spent,
+        size(arm.bytes_down),
+        size(arm.bytes_up),
+        duration(arm.seconds_per_round),
+    ]
+
+
+def _curves(summary: Summary) -> str:
+    ends = [
+        f"{ARM_NAMES[name]} ends at {percent(next((v for v in reversed(arm.curve) if v is not None), None))}"
+        f" after {arm.rounds} rounds"
+        for name, arm in summary.arms.federated.items()
+    ]
+    caption = "Numbers are those of the last round. A dot marks the model that was kept, the best on validation data."
+    if summary.curve_of == "test" and any(arm.start_accuracy is not None for arm in summary.arms.federated.values()):
+        caption += " Round 0 is the start, before any silo trained."
+    alt = f"Line chart of accuracy on {summary.curve_of} data by round. {'. '.join(ends)}."
+    return _section("curves", "Learning curves", _figure("image/svg+xml", learning_curves(summary), alt, caption))
+
+
+def _contact_sheet(summary: Summary, path: Path) -> str:
+    mime, data = _sheet_bytes(path)
+    caption = f"A sample of the {summary.synthetic_images:,} synthetic images that the start weights were trained on."
+    alt = "Contact sheet of synthetic images, a sample of every label."
+    return _section("synthetic", "Synthetic data", _figure(mime, data, alt, caption))
+
+
+def _sheet_bytes(path: Path) -> tuple[str, bytes]:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as sheet:
+            if sheet.format == "PNG" and len(data) <= _SHEET_LIMIT:
+                return "image/png", data
+            small = sheet.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise StorageError(
+            f"{path}: the contact sheet cannot be read ({error})", hint="Generate the synthetic data again."
+        ) from error
+    small.thumbnail((_SHEET_WIDTH, _SHEET_WIDTH))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=85)
+    return "image/jpeg", buffer.getvalue()
+
+
+def _confusion(summary: Summary, labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> str:
+    total = sum(map(sum, confusion))
+    right = sum(row[index] for index, row in enumerate(confusion))
+    if len(labels) <= _MATRIX_LIMIT:
+        table = _matrix(labels, confusion)
+        reading = (
+            "Rows are the true labels, columns what the model predicted. Blue is right, orange wrong, darker is more."
+        )
+    else:
+        table = _most_confused(labels, confusion)
+        reading = "The most frequent confusions."
+    note = f"{right:,} of {total:,} samples right, {summary.curve_of} data. {reading}"
+    return _section("confusion", "Confusion matrix of the final model", table, f'<p class="note">{note}</p>')
+
+
+def _matrix(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> str:
+    dense = " dense" if len(labels) > 15 else ""
+    # Long names stand upright above their columns.
+    upright = ' class="upright"' if max(map(len, labels)) > 5 else ""
+    head = "".join(f'<th scope="col"{upright}><span>{escape(label)}</span></th>' for label in labels)
+    rows = []
+    for index, (label, counts) in enumerate(zip(labels, confusion, strict=True)):
+        samples = sum(counts)
+        cells = "".join(_cell(count, samples, right=index == column) for column, count in enumerate(counts))
+        recall = percent(counts[index] / samples if samples else None)
+        rows.append(f'<tr><th scope="row">{escape(label)}</th>{cells}<td class="recall">{recall}</td></tr>')
+    return (
+        f'<div class="scroll"><table class="matrix{dense}"><thead><tr><td class="corner"></td>'
+        f'<th scope="colgroup" colspan="{len(labels)}" class="axis">predicted</th><td></td></tr>\n'
+        f'<tr><th scope="col" class="axis">true</th>{head}<th scope="col" class="recall">right</th></tr></thead>\n'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _cell(count: int, samples: int, *, right: bool) -> str:
+    if not count:
+        return '<td class="none">0</td>'
+    # Mistakes are few: by the root of their share they are seen, beside the diagonal too.
+    share = count / samples
+    strength = 0.12 + 0.88 * (share if right else share**0.5)
+    ink = "#fff" if right and strength > 0.5 else "#1f2328"
+    hue = "0,103,168" if right else "230,130,40"
+    return f'<td style="background:rgba({hue},{strength:.2f});color:{ink}">{count}</td>'
+
+
+def _most_confused(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> str:
+    wrong = [
+        (count, true, said)
+        for true, counts in enumerate(confusion)
+        for said, count in enumerate(counts)
+        if count and true != said
+    ]
+    worst = sorted(wrong, key=lambda entry: (-entry[0], entry[1:]))[:20]
+    rows = [[escape(labels[true]), escape(labels[said]), f"{count:,}"] for count, true, said in worst]
+    return _table(["True label", "Taken for", "Samples"], rows)
+
+
+def _split(labels: Sequence[str], split: Mapping[str, Sequence[int]]) -> str:
+    largest = max((sum(counts) for counts in split.values()), default=0) or 1
+    shown = list(split.items())[:_SILO_LIMIT]
+    rows = []
+    for silo, counts in shown:
+        segments = "".join(
+            _segment(index, labels[index], count, count / largest) for index, count in enumerate(counts) if count
+        )
+        name = escape(silo)
+        rows.append(
+            f'<div class="silo"><span class="name" title="{name}">{name}</span><span class="track">{segments}</span>'
+            f'<span class="total">{sum(counts):,}</span></div>'
+        )
+    legend = "".join(
+        f'<span><span class="chip" style="background:{_label_colour(index)}"></span>{escape(label)}</span>'
+        for index, label in enumerate(labels)
+    )
+    more = f" {len(split) - len(shown)} more silos are not shown." if len(split) > len(shown) else ""
+    note = f"Training samples of each label at each silo.{more}"
+    return _section(
+        "split",
+        "Private data by silo",
+        f'<div class="legend">{legend}</div><div class="split">{"".join(rows)}</div>',
+        f'<p class="note">{note}</p>',
+    )
+
+
+def _segment(index: int, label: str, count: int, share: float) -> str:
+    colour = _label_colour(index)
+    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+    ink = "#000" if 0.299 * red + 0.587 * green + 0.114 * blue > 120 else "#fff"
+    name = escape(label)
+    # A track is about 680 pixels wide, a character 7.
+    inside = name if share * 680 > 7 * len(label) + 8 else ""
+    style = f"width:{share * 100:.2f}%;background:{colour};color:{ink}"
+    return f'<span class="segment" style="{style}" title="{name}: {count:,}">{inside}</span>'
+
+
+def _label_colour(index: int) -> str:
+    return _LABEL_COLOURS[index % len(_LABEL_COLOURS)]
+
+
+def _costs(summary: Summary, rounds: Mapping[str, Sequence[RoundRecord]]) -> str:
+    rounds = {name: records for name, records in rounds.items() if records}
+    content = []
+    if rounds:
+        medians = [
+            f"{ARM_NAMES[name]}: {size(median(r.bytes_down for r in records))} down, "
+            f"{size(median(r.bytes_up for r in records))} up, {duration(median(r.seconds for r in records))}"
+            for name, records in rounds.items()
+        ]
+        caption = f"A median round, all silos together. {'; '.join(medians)}."
+        alt = f"Three line charts by round: bytes to the silos, bytes from the silos, seconds. {caption}"
+        content.append(_figure("image/svg+xml", costs(rounds), alt, caption))
+    longest = max(summary.seconds.values(), default=0) or 1
+    stages = [
+        [escape(stage), duration(taken), f'<span class="bar" style="width:{100 * taken / longest:.1f}%"></span>']
+        for stage, taken in summary.seconds.items()
+    ]
+    content.append(_table(["Stage", "Time", ""], stages, "stages"))
+    return _section("costs", "What it costs: bytes and seconds", *content)
+
+
+def _tuning(summary: Summary) -> str:
+    rates = sorted({rate for grid in summary.tuning.values() for rate in grid})
+    arms = summary.arms.federated
+    rows = []
+    for name, grid in summary.tuning.items():
+        chosen = next((arm.learning_rate for key, arm in arms.items() if key == name), None)
+        cells = [percent(grid.get(rate)) for rate in rates]
+        marked = [
+            f'<b class="chosen">{cell} ✓</b>' if rate == chosen else cell
+            for rate, cell in zip(rates, cells, strict=True)
+        ]
+        rows.append([_arm(name), *marked])
+    note = "Accuracy on validation data after a short federation at each client learning rate. ✓ marks the rate chosen."
+    head = ["Learning rate", *(f"{rate:g}" for rate in rates)]
+    table = _table(head, rows, "numbers")
+    return _section("tuning", "Choice of the learning rate", table, f'<p class="note">{note}</p>')
+
+
+def _settings(summary: Summary, text: str) -> str:
+    federated = summary.arms.federated
+    facts = [
+        ("Run", escape(summary.run)),
+        ("Transport", escape(summary.transport)),
+        ("Silos", str(summary.silos)),
+        ("Seed", str(summary.seed)),
+        ("Model", f"{summary.parameters:,} parameters, {size(summary.model_bytes)}"),
+        ("Synthetic images", f"{summary.synthetic_images:,}"),
+        *((f"Learning rate, {ARM_NAMES[name]}", f"{arm.learning_rate:g}") for name, arm in federated.items()),
+        ("Started", summary.started.isoformat(timespec="seconds")),
+        ("Finished", summary.finished.isoformat(timespec="seconds")),
+    ]
+    for name, digests in summary.weights.items():
+        facts.append((f"Weights (BLAKE3), {ARM_NAMES[name]}", f"kept model <code>{digests.best}</code>"))
+        if digests.final != digests.best:
+            facts.append(("", f"last round <code>{digests.final}</code>"))
+    entries = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts)
+    return _section("settings", "Settings", f"<dl>{entries}</dl>", f"<h3>Federation file</h3><pre>{escape(text)}</pre>")

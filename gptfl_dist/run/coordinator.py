@@ -1,0 +1,157 @@
+"""The coordinator's whole job in order: generate, pre-train, federate, report. Whatever the wire.
+
+A run folder belongs to one federation file. Calling again on the same folder goes on where it stopped, and where the
+run is finished it returns what it found.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from gptfl_dist.config.federation import FederationFile
+from gptfl_dist.config.load import load_federation
+from gptfl_dist.errors import ConfigError
+from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
+from gptfl_dist.exchange.inbox import Inbox
+from gptfl_dist.launch.trainer import TrainerProcess, python_module
+from gptfl_dist.ledger.store import Ledger, RoundRecord
+from gptfl_dist.observe import progress
+from gptfl_dist.observe.summary import FILE_NAME, Summary, read_summary
+from gptfl_dist.observe.summary import RoundRecord as ShownRound
+from gptfl_dist.run.federate import PRETRAINED_WEIGHTS, Evaluator, Federator, rounds_planned
+from gptfl_dist.run.result import federated_arms, settings_text, write_results
+from gptfl_dist.run.stages import run_stage
+
+_log = logging.getLogger(__name__)
+
+
+class Terminal:
+    """Shows an operator the rounds as they end."""
+
+    def __init__(self, file: FederationFile, say: Callable[[str], None]) -> None:
+        self.table = progress.RoundTable(rounds_planned(file))
+        self._say = say
+
+    def round_closed(self, arm: str, rounds: int, record: RoundRecord, test_accuracy: float | None) -> None:
+        shown = ShownRound(
+            round=record.round,
+            seconds=record.seconds or 0.0,
+            bytes_down=record.bytes_down or 0,
+            bytes_up=record.bytes_up or 0,
+            accuracy=test_accuracy,
+            validation_accuracy=record.mean_metric("accuracy"),
+        )
+        delivered = sum(order.digest is not None for order in record.orders)
+        self.table.add(arm, rounds, shown, silos=delivered, cohort=len(record.cohort))
+
+    def note(self, text: str) -> None:
+        _log.info(text)
+        self._say(text)
+
+
+async def coordinate(
+    path: Path,
+    *,
+    make_exchange: Callable[[FederationFile, Inbox], CoordinatorExchange],
+    opened: Callable[[CoordinatorExchange, Callable[[BaseException], None]], Awaitable[None]],
+    say: Callable[[str], None],
+) -> Summary:
+    """Runs the federation file at `path` to its end.
+
+    `opened` is called once the exchange takes silos, with a function that ends the federation with an error; `say`
+    shows a line to the operator. Raises what stops a run; the same call then goes on from there.
+    """
+    file = load_federation(path)
+    ledger = Ledger(file.run_folder, _request(file))
+    try:
+        if ledger.fact("finished") is not None and (file.run_folder / FILE_NAME).exists():
+            say(f"{file.run_folder}: this run is finished; --fresh makes it anew")
+            return read_summary(file.run_folder)
+        if ledger.fact("started") is None:
+            ledger.set_fact("started", datetime.now(UTC).isoformat())
+        await _before_the_federation(path, file, ledger)
+        summary = await _federate(path, file, ledger, make_exchange, opened, say)
+        ledger.set_fact("finished", summary.finished.isoformat())
+        return summary
+    finally:
+        ledger.close()
+
+
+def _request(file: FederationFile) -> str:
+    """What makes a run another run: everything but where it lies and how it is reached."""
+    content = file.model_dump(mode="json", exclude={"run_folder", "exchange"})
+    for silo in content["silos"]:
+        del silo["file"]
+    return json.dumps(content, sort_keys=True)
+
+
+async def _before_the_federation(path: Path, file: FederationFile, ledger: Ledger) -> None:
+    """Synthetic data and pre-training, where an arm of the file needs them."""
+    if not {"synthetic_only", "gptfl"} & set(file.arms):
+        return
+    for stage in ("generate", "pretrain"):
+        started = time.monotonic()
+        try:
+            await run_stage(stage, path)
+        finally:
+            ledger.add_seconds(stage, time.monotonic() - started)
+    ledger.set_fact("synthetic_images", str(file.synthesis.images_per_label * len(file.labels)))
+
+
+async def _federate(
+    path: Path,
+    file: FederationFile,
+    ledger: Ledger,
+    make_exchange: Callable[[FederationFile, Inbox], CoordinatorExchange],
+    opened: Callable[[CoordinatorExchange, Callable[[BaseException], None]], Awaitable[None]],
+    say: Callable[[str], None],
+) -> Summary:
+    process = TrainerProcess(python_module("gptfl_dist.run.evaluator"), file.run_folder / "logs" / "evaluator.log")
+    evaluator = Evaluator(process, file, file.run_folder)
+    try:
+        layout = await evaluator.start()
+        synthetic = None
+        if "synthetic_only" in file.arms:
+            synthetic = await evaluator.test(file.run_folder / PRETRAINED_WEIGHTS)
+        confusion = None if synthetic is None else synthetic[1]
+        if federated_arms(file):
+            watcher = Terminal(file, say)
+            federator = Federator(
+                file=file,
+                layout=layout,
+                ledger=ledger,
+                evaluator=evaluator,
+                make_exchange=lambda inbox: make_exchange(file, inbox),
+                watcher=watcher,
+            )
+            goodbye = Goodbye(False, "the coordinator stopped before the end; it may come back")
+            try:
+                await federator.start()
+                with watcher.table:
+                    await opened(federator.exchange, federator.fail)
+                    await federator.run()
+                goodbye = Goodbye(True, "the federation is finished")
+            finally:
+                await federator.stop(goodbye)
+            tested = await evaluator.test(file.run_folder / "models" / f"{federated_arms(file)[-1]}.safetensors")
+            confusion = None if tested is None else tested[1]
+    finally:
+        await evaluator.stop()
+    accuracy = None if synthetic is None else synthetic[0]
+    return write_results(file, ledger, layout, accuracy, confusion, settings_text(path))
+
+
+def silo_files(file: FederationFile) -> dict[str, Path]:
+    """The silo file of each silo, by name in sorted order, for runs that start the silos themselves."""
+    missing = [entry.name for entry in file.silos if entry.file is None]
+    if missing:
+        raise ConfigError(
+            f"silos: {', '.join(missing)} have no file, and this run starts the silos itself",
+            hint="give each silo its file, or start the sides apart with gptfl coordinator and gptfl silo",
+        )
+    return {entry.name: entry.file for entry in sorted(file.silos, key=lambda s: s.name) if entry.file is not None}

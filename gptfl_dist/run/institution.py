@@ -1,0 +1,99 @@
+"""One side each, between institutions: the coordinator at its address, a silo that dials out to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+from gptfl_dist.config.federation import FederationFile
+from gptfl_dist.config.load import load_federation, load_silo
+from gptfl_dist.errors import ConfigError, IdentityError, StorageError
+from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
+from gptfl_dist.exchange.inbox import Inbox
+from gptfl_dist.observe.logs import configure
+from gptfl_dist.observe.summary import Summary
+from gptfl_dist.run.coordinator import coordinate
+from gptfl_dist.run.silo import ProcessRunner, Silo
+from gptfl_dist.security.authority import Authority
+from gptfl_dist.security.credentials import load_credentials
+
+_KEEPALIVE = 30.0  # seconds; a silent connection through a firewall is kept open by it
+
+
+async def run_coordinator(path: Path, say: Callable[[str], None]) -> Summary:
+    """Runs the coordinator of the federation file at `path`. Raises what stops it."""
+    settings = load_federation(path).exchange
+    if settings.authority is None or settings.certificate is None or settings.key is None:
+        raise ConfigError(
+            f"{path}: exchange.authority, certificate and key are missing",
+            hint="make them with: gptfl credentials FEDERATION_FILE --host NAME, and name them in the file",
+        )
+    credentials, identity = load_credentials(settings.authority, settings.certificate, settings.key)
+    if identity.role != "coordinator":
+        raise IdentityError(f"{settings.certificate} is the certificate of {identity.uri}, expected the coordinator's")
+
+    def make_exchange(file: FederationFile, inbox: Inbox) -> CoordinatorExchange:
+        from gptfl_dist.exchange.grpc.server import GrpcCoordinatorExchange
+
+        return GrpcCoordinatorExchange(
+            listen=settings.listen,
+            credentials=credentials,
+            federation=file.name,
+            silos=tuple(sorted(entry.name for entry in file.silos)),
+            inbox=inbox,
+            chunk=settings.chunk,
+            keepalive=settings.keepalive,
+        )
+
+    async def opened(exchange: CoordinatorExchange, fail: Callable[[BaseException], None]) -> None:
+        say(f"taking silos at {settings.listen}, gRPC with mutual TLS")
+
+    return await coordinate(path, make_exchange=make_exchange, opened=opened, say=say)
+
+
+async def run_silo(
+    path: Path, coordinator: str | None, credentials_folder: Path | None, work_folder: Path | None
+) -> Goodbye:
+    """Runs the silo of the silo file at `path`; the other arguments replace what the file says."""
+    from gptfl_dist.exchange.grpc.client import GrpcSiloExchange
+
+    silo = load_silo(path)
+    side = silo.coordinator
+    if coordinator is None and side is None:
+        raise ConfigError(f"{path}: coordinator is missing", hint="name its address, authority, certificate and key")
+    if credentials_folder is not None:
+        files = [credentials_folder / f"{name}.pem" for name in ("authority", "certificate", "key")]
+    elif side is not None:
+        files = [side.authority, side.certificate, side.key]
+    else:
+        raise ConfigError("--coordinator without --credentials", hint="give both, or name them in the silo file")
+    credentials, identity = load_credentials(*files)
+    if identity.role != "silo" or identity.name != silo.name:
+        raise IdentityError(
+            f"{files[1]} is the certificate of {identity.uri}, but {path} is the file of the silo {silo.name}",
+            hint="use the set that was made for this silo",
+        )
+    folder = work_folder or silo.work_folder or path.parent / f"{silo.name}-work"
+    configure(folder / "agent.jsonl")
+    address = coordinator if coordinator is not None else side.address if side is not None else ""
+    exchange = GrpcSiloExchange(
+        address=address, credentials=credentials, max_model=silo.policy.max_model, keepalive=_KEEPALIVE
+    )
+    runner = ProcessRunner(silo, path.parent, folder / "trainer.log")
+    return await Silo(silo=silo, exchange=exchange, runner=runner, folder=folder).run()
+
+
+def make_credentials(path: Path, hosts: list[str], out: Path, days: int) -> list[str]:
+    """Writes a set a side below `out`; returns what to do with each. Raises StorageError where sets lie there already."""
+    file = load_federation(path)
+    if out.exists() and any(out.iterdir()):
+        raise StorageError(f"{out} is not empty", hint="name another folder with --out, or move the old sets away")
+    authority = Authority(file.name, valid=timedelta(days=days))
+    authority.issue_coordinator(hosts).save(out / "coordinator")
+    for silo in file.silos:
+        authority.issue_silo(silo.name).save(out / silo.name)
+    return [
+        f"{out / 'coordinator'}: name its three files under exchange in {path}",
+        *(f"{out / silo.name}: bring it to {silo.name}, for coordinator in its silo file" for silo in file.silos),
+    ]

@@ -1,0 +1,93 @@
+"""How an existing PyTorch loop becomes a silo: `gptfl_dist.join`.
+
+    silo = gptfl_dist.join(model, evaluate=accuracy)     # once the model is built
+    for epoch in range(1000):
+        if not silo.receive():                           # waits for a round and loads its weights into the model
+            break                                        # the federation is over
+        ...                                              # the loop as it was
+        silo.deliver(samples=len(train_set))             # hands the update to the agent
+
+The script is named under `code.script` of the silo file and started by `gptfl silo`. It needs no certificate and opens
+no connection: the agent that started it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptfl_dist.errors import TrainerError
+from gptfl_dist.launch.channel import TrainerEnd
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Metrics = float | Mapping[str, float]
+
+
+class Silo:
+    """A training script's place in the federation. Made by `join`."""
+
+    def __init__(self, model: nn.Module, evaluate: Callable[[], Metrics] | None) -> None:
+        from gptfl_dist.weights.flat import FlatModel
+
+        self._channel = TrainerEnd()
+        self._evaluate = evaluate
+        self._flat = FlatModel(model)
+        self._order: dict[str, Any] | None = None
+        self._received: dict[str, float] = {}
+        self.round = 0
+        """The number of the round in progress, from 1."""
+
+    def receive(self) -> bool:
+        """Waits for the next round and loads its weights into the model. False once the federation is over."""
+        while True:
+            message = self._channel.receive()
+            if message["type"] == "setup":
+                self._channel.send({"type": "ready", "layout": self._flat.layout.to_json(), "labels": []})
+            elif message["type"] == "finish":
+                return False
+            else:
+                self._flat.load(Path(message["weights"]))
+                self._received = self._metrics()
+                if message["type"] == "train":
+                    self._order, self.round = message, message["round"]
+                    return True
+                self._channel.send(
+                    {"type": "result", "digest": "", "samples": 1 if self._received else 0, "metrics": self._received}
+                )
+
+    def deliver(self, samples: int, **metrics: float) -> None:
+        """Hands over the update: the model's weights minus the received ones, trained on so many samples.
+
+        `metrics` are numbers that the coordinator may see, as far as the silo's policy lets them out.
+        Raises TrainerError where no round is open.
+        """
+        if self._order is None:
+            raise TrainerError("deliver() without a round", hint="call receive() first, once for each deliver()")
+        update = Path(self._order["update"])
+        digest = self._flat.save_update(Path(self._order["weights"]), update)
+        told = {name: float(value) for name, value in metrics.items()}
+        self._order = None
+        self._channel.send(
+            {"type": "result", "digest": digest, "samples": int(samples), "metrics": {**told, **self._received}}
+        )
+
+    def _metrics(self) -> dict[str, float]:
+        """The script's own evaluation of the received weights; a bare number is the accuracy."""
+        if self._evaluate is None:
+            return {}
+        result = self._evaluate()
+        if isinstance(result, Mapping):
+            return {name: float(value) for name, value in result.items()}
+        return {"accuracy": float(result)}
+
+
+def join(model: nn.Module, *, evaluate: Callable[[], Metrics] | None = None) -> Silo:
+    """Makes this script the trainer of the silo that started it.
+
+    `evaluate` is called with the received weights in the model and returns the accuracy on the silo's own validation
+    data, or a mapping of metrics. Raises LaunchError where the script was not started by `gptfl silo`.
+    """
+    return Silo(model, evaluate)

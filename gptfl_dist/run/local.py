@@ -1,0 +1,98 @@
+"""A whole federation on this machine: the coordinator here, every silo's agent and trainer as processes of their own.
+
+They speak what institutions would: gRPC with mutual TLS, from an authority made for the run whose key is never
+written. Used by `gptfl run` without an MPI.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+
+from gptfl_dist.config.federation import FederationFile
+from gptfl_dist.config.load import load_federation, load_silo
+from gptfl_dist.errors import ConfigError, GptflError
+from gptfl_dist.exchange.base import CoordinatorExchange
+from gptfl_dist.exchange.inbox import Inbox
+from gptfl_dist.launch.lifeline import Child
+from gptfl_dist.observe.summary import Summary
+from gptfl_dist.run.coordinator import coordinate, silo_files
+from gptfl_dist.security.authority import Authority
+
+_HOST = "127.0.0.1"
+_VALID = timedelta(days=30)  # longer than any run on one machine
+_LAST_LINES = 1500  # characters of a failed silo's log that are shown
+
+
+class SiloFailed(GptflError):
+    """A silo's agent ended with an error; its exit code becomes the run's."""
+
+    def __init__(self, name: str, exit_code: int, log: Path) -> None:
+        last = log.read_text(errors="replace")[-_LAST_LINES:].strip() if log.exists() else ""
+        super().__init__(f"silo {name} ended with exit code {exit_code}:\n{last}", hint=f"its log is {log}")
+        self.exit_code = exit_code if exit_code > 0 else 1
+
+
+async def run_locally(path: Path, say: Callable[[str], None]) -> Summary:
+    """Runs the federation file at `path` with all its silos on this machine. Raises what stops it."""
+    file = load_federation(path)
+    files = silo_files(file)
+    for name, silo_file in files.items():
+        if load_silo(silo_file).name != name:
+            raise ConfigError(f"{silo_file}: name is {load_silo(silo_file).name}, {path} expects {name}")
+    authority = Authority(file.name, valid=_VALID)
+    with ExitStack() as children:
+        watchers: list[asyncio.Task[None]] = []
+
+        def make_exchange(file: FederationFile, inbox: Inbox) -> CoordinatorExchange:
+            from gptfl_dist.exchange.grpc.server import GrpcCoordinatorExchange
+
+            return GrpcCoordinatorExchange(
+                listen=f"{_HOST}:0",
+                credentials=authority.issue_coordinator([_HOST, "localhost"]),
+                federation=file.name,
+                silos=tuple(files),
+                inbox=inbox,
+                chunk=file.exchange.chunk,
+                keepalive=file.exchange.keepalive,
+            )
+
+        async def start_silos(exchange: CoordinatorExchange, fail: Callable[[BaseException], None]) -> None:
+            from gptfl_dist.exchange.grpc.server import GrpcCoordinatorExchange
+
+            assert isinstance(exchange, GrpcCoordinatorExchange)
+            for name, silo_file in files.items():
+                home = file.run_folder / "silos" / name
+                authority.issue_silo(name).save(home / "credentials")
+                log = home / "agent.log"
+                with log.open("wb") as output:
+                    child = Child(
+                        [
+                            *(sys.executable, "-m", "gptfl_dist", "silo", str(silo_file)),
+                            *("--coordinator", f"{_HOST}:{exchange.port}"),
+                            *("--credentials", str(home / "credentials")),
+                            *("--work-folder", str(home)),
+                        ],
+                        output=output,
+                    )
+                children.callback(child.stop)
+                watchers.append(asyncio.create_task(_watch(name, child, log, fail)))
+            say(f"{len(files)} silos started, gRPC with mutual TLS on {_HOST}:{exchange.port}")
+
+        try:
+            return await coordinate(path, make_exchange=make_exchange, opened=start_silos, say=say)
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+
+
+async def _watch(name: str, child: Child, log: Path, fail: Callable[[BaseException], None]) -> None:
+    """Ends the run if a silo's agent ends with an error: on one machine nobody will start it again."""
+    while (code := child.process.poll()) is None:
+        await asyncio.sleep(0.2)
+    if code != 0:
+        fail(SiloFailed(name, code, log))

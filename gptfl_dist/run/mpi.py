@@ -1,0 +1,85 @@
+"""The same federation file under `mpiexec`: rank 0 is the coordinator, rank k the k-th silo by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptfl_dist.config.federation import FederationFile
+from gptfl_dist.config.load import load_federation, load_silo
+from gptfl_dist.errors import LaunchError
+from gptfl_dist.exchange.base import CoordinatorExchange
+from gptfl_dist.exchange.inbox import Inbox
+from gptfl_dist.observe.summary import Summary
+from gptfl_dist.run.coordinator import coordinate, silo_files
+from gptfl_dist.run.silo import ProcessRunner, Silo
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_LAUNCHERS = {"PMI_SIZE": "PMI_RANK", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK", "MPI_LOCALNRANKS": "MPI_LOCALRANKID"}
+"""Environment variables of MPI launchers: number of ranks, own rank. Slurm's own alone say nothing of an MPI."""
+
+
+def launched() -> tuple[str, int, int] | None:
+    """(variable, ranks, own rank) where an MPI launcher started this process, else None."""
+    for size, rank in _LAUNCHERS.items():
+        if size in os.environ:
+            return size, int(os.environ[size]), int(os.environ.get(rank, "0"))
+    return None
+
+
+def open_world(silos: int) -> MPI.Comm:
+    """The MPI world, checked against the launcher and the number of silos. Raises LaunchError."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise LaunchError(
+            f"no MPI library can be loaded: {str(error).splitlines()[0]}",
+            hint="install one with: pip install 'gptfl-dist[mpi]', or load your cluster's MPI module",
+        ) from None
+    world = MPI.COMM_WORLD
+    start = launched()
+    if start is not None and start[1] > 1 and world.Get_size() == 1:
+        library = MPI.Get_library_version().splitlines()[0].strip()
+        raise LaunchError(
+            f"the launcher started {start[1]} processes ({start[0]}), but each is alone in its MPI world: "
+            f"the launcher belongs to another MPI than the library that mpi4py loaded ({library})",
+            hint="use the mpiexec of that library (`which -a mpiexec`), or install the MPI that the launcher belongs to",
+        )
+    if world.Get_size() != silos + 1:
+        raise LaunchError(
+            f"the MPI world has {world.Get_size()} ranks, expected {silos + 1}: one coordinator and {silos} silos",
+            hint=f"start it with: mpiexec -n {silos + 1} gptfl run FILE",
+        )
+    return world
+
+
+async def run_rank(path: Path, world: MPI.Comm, say: Callable[[str], None]) -> Summary | None:
+    """This rank's part in the federation file at `path`; rank 0 returns the summary."""
+    from gptfl_dist.exchange.collective.mpi import MpiCoordinatorExchange, MpiSiloExchange
+
+    file = load_federation(path)
+    files = silo_files(file)
+    rank = world.Get_rank()
+    if rank == 0:
+
+        def make_exchange(file: FederationFile, inbox: Inbox) -> CoordinatorExchange:
+            return MpiCoordinatorExchange(world=world, silos=tuple(files), inbox=inbox)
+
+        async def opened(exchange: CoordinatorExchange, fail: Callable[[BaseException], None]) -> None:
+            say(f"{len(files)} silos as ranks 1 to {len(files)} over MPI")
+
+        return await coordinate(path, make_exchange=make_exchange, opened=opened, say=say)
+    name, silo_path = list(files.items())[rank - 1]
+    folder = file.run_folder / "silos" / name
+    silo = load_silo(silo_path)
+    if silo.name != name:
+        raise LaunchError(f"{silo_path}: name is {silo.name}, {path} expects {name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    exchange = MpiSiloExchange(world=world, folder=folder)
+    runner = ProcessRunner(silo, silo_path.parent, folder / "trainer.log")
+    await Silo(silo=silo, exchange=exchange, runner=runner, folder=folder).run()
+    return None

@@ -1,0 +1,266 @@
+"""A silo: connects, waits for orders, has them carried out by its trainer, returns the results. Whatever the wire.
+
+The loop survives a broken connection: it connects again with growing pauses, is given the order it was working on
+once more, and answers with the result it already has. A finished update is kept on disk until it was received.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from gptfl_dist.config.plan import Plan
+from gptfl_dist.config.silo import SiloFile
+from gptfl_dist.errors import ConnectionFailed, GptflError, ModelError, ProtocolError, TrainerError
+from gptfl_dist.exchange.base import Disconnected, Goodbye, Recalled, SiloExchange, UpdateHeader, Welcome
+from gptfl_dist.federation.orders import Order, Report
+from gptfl_dist.federation.silo import PolicyGuard
+from gptfl_dist.files import storage_error
+from gptfl_dist.launch.channel import Message
+from gptfl_dist.launch.trainer import TrainerProcess, python_module
+from gptfl_dist.weights import Layout, WeightsFile
+
+_log = logging.getLogger(__name__)
+
+FIRST_PAUSE = 0.5
+LONGEST_PAUSE = 30.0
+_PROGRESS_EVERY = 1.0  # seconds between two reports of a training's progress
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What carrying out an order gave: BLAKE3 of the update (empty for an evaluation), samples, metrics."""
+
+    digest: str
+    samples: int
+    metrics: dict[str, float]
+
+
+class OrderRunner(Protocol):
+    """Carries out orders: a trainer process, or the trainer in this very process."""
+
+    async def setup(self, plan: Plan) -> Layout:
+        """Builds model and data; returns the model's layout."""
+
+    async def run(self, order: Order, weights: Path, update: Path, progress: Callable[[int, int], None]) -> Result:
+        """Trains or evaluates."""
+
+    async def stop(self) -> None:
+        """Ends what runs."""
+
+
+class ProcessRunner:
+    """An OrderRunner whose trainer is a process of its own, started anew when it has ended."""
+
+    def __init__(self, silo: SiloFile, folder: Path, log: Path) -> None:
+        """`folder` is where the silo file lies; the trainer's output goes to `log`."""
+        script = silo.code.script if silo.code is not None else None
+        command = python_module("gptfl_dist.run.trainer")
+        if script is not None:
+            command = [command[0], str(script)]
+        self._silo = silo
+        self._folder = folder
+        self._process = TrainerProcess(command, log, cwd=folder)
+        self._plan: Plan | None = None
+
+    async def setup(self, plan: Plan) -> Layout:
+        self._plan = plan
+        await self._process.stop()
+        await self._process.start()
+        message: Message = {
+            "type": "setup",
+            "plan": plan.model_dump(mode="json"),
+            "silo": self._silo.model_dump(mode="json"),
+            "folder": str(self._folder),
+        }
+        return Layout.from_json((await self._process.ask(message, "ready"))["layout"])
+
+    async def run(self, order: Order, weights: Path, update: Path, progress: Callable[[int, int], None]) -> Result:
+        if not self._process.running:
+            assert self._plan is not None
+            await self.setup(self._plan)
+        message: Message = {"type": order.kind, "weights": str(weights)}
+        if order.training is not None:
+            training = order.training.model_dump(mode="json")
+            message |= {"update": str(update), "round": order.round, "training": training}
+        answer = await self._process.ask(message, "result", progress)
+        metrics = {str(name): float(value) for name, value in answer["metrics"].items()}
+        return Result(str(answer["digest"]), int(answer["samples"]), metrics)
+
+    async def stop(self) -> None:
+        await self._process.stop()
+
+
+class Silo:
+    """Runs a silo over one exchange until the coordinator says goodbye."""
+
+    def __init__(self, *, silo: SiloFile, exchange: SiloExchange, runner: OrderRunner, folder: Path) -> None:
+        """`folder` takes the received weights and the update."""
+        self._exchange = exchange
+        self._runner = runner
+        self._guard = PolicyGuard(silo.policy)
+        self._seconds = silo.policy.max_seconds_per_round
+        self._weights = folder / "weights.safetensors"
+        self._update = folder / "update.safetensors"
+        self._held = ""  # digest of what lies in `_weights`
+        self._layout: Layout | None = None
+        self._welcome: Welcome | None = None
+        self._work: asyncio.Task[None] | None = None
+        self._order: Order | None = None  # the order that is worked on, or was answered last
+        self._result: Result | None = None  # its result, once there is one
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise storage_error(error, folder) from None
+
+    async def run(self) -> Goodbye:
+        """Raises the error that ends the silo, such as an identity that is refused or data that do not fit."""
+        pause = FIRST_PAUSE
+        try:
+            while True:
+                try:
+                    welcome = await self._exchange.connect()
+                    await self._prepare(welcome)
+                    await self._exchange.ready()
+                    pause = FIRST_PAUSE
+                    return await self._listen()
+                except Disconnected as broken:
+                    # Jitter keeps the silos of a restarted coordinator from coming back all at once.
+                    wait = pause * random.uniform(0.5, 1.0)
+                    _log.warning("not connected (%s); trying again in %.1f s", broken, wait)
+                    pause = min(2 * pause, LONGEST_PAUSE)
+                    await asyncio.sleep(wait)
+        finally:
+            await self._drop_work()
+            await self._runner.stop()
+            await self._exchange.close()
+
+    async def _prepare(self, welcome: Welcome) -> None:
+        """Builds model and data for the plan, once; a coordinator that starts another run is another plan."""
+        if self._welcome == welcome:
+            return
+        _log.info("connected to the run %s of the federation %s", welcome.run, welcome.plan.federation)
+        await self._drop_work()
+        self._order = self._result = None
+        self._layout = await self._runner.setup(welcome.plan)
+        difference = welcome.layout.difference(self._layout)
+        if difference:
+            raise ModelError(
+                f"the model built here is not the federation's: {difference}",
+                hint="use the coordinator's model definition and release",
+            )
+        self._welcome = welcome
+
+    async def _listen(self) -> Goodbye:
+        """Takes orders while earlier ones are worked on, so that a recall is heard at once."""
+        listening = asyncio.create_task(self._exchange.receive())
+        try:
+            while True:
+                waiting = {listening} if self._work is None else {listening, self._work}
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if self._work is not None and self._work.done():
+                    work, self._work = self._work, None
+                    work.result()
+                if not listening.done():
+                    continue
+                word = listening.result()
+                if isinstance(word, Goodbye):
+                    if not word.finished:
+                        raise Disconnected(word.reason)
+                    return word
+                if isinstance(word, Recalled):
+                    if self._order is not None and self._order.nonce == word.nonce and self._work is not None:
+                        _log.warning("round %d recalled: %s", self._order.round, word.reason)
+                        await self._drop_work()
+                        await self._runner.stop()
+                elif self._order is None or self._order.nonce != word.nonce:
+                    await self._drop_work()
+                    self._order, self._result = word, None
+                    self._work = asyncio.create_task(self._carry_out(word))
+                elif self._work is None:
+                    self._work = asyncio.create_task(self._carry_out(word))  # asked again after a reconnection
+                listening = asyncio.create_task(self._exchange.receive())
+        finally:
+            listening.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await listening
+
+    async def _drop_work(self) -> None:
+        if self._work is not None:
+            self._work.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await self._work
+            self._work = None
+
+    async def _carry_out(self, order: Order) -> None:
+        """Answers an order with a result or with a failure. Raises only what ends the silo or its connection."""
+        try:
+            if self._result is None:
+                self._guard.check(order)
+                await self._fetch(order)
+                self._result = await asyncio.wait_for(
+                    self._runner.run(order, self._weights, self._update, self._progress_of(order)), self._seconds
+                )
+            await self._answer(order, self._result)
+        except TimeoutError:
+            await self._runner.stop()
+            reason = f"training took longer than policy.max_seconds_per_round ({self._seconds:g} s)"
+            _log.error("round %d: %s", order.round, reason)
+            await self._exchange.fail(order.nonce, reason)
+        except (ConnectionFailed, ProtocolError):
+            raise
+        except GptflError as error:
+            _log.error("round %d: %s", order.round, error)
+            await self._exchange.fail(order.nonce, f"{type(error).__name__}: {error.message}")
+
+    async def _fetch(self, order: Order) -> None:
+        if self._held != order.base:
+            assert self._layout is not None
+            self._held = ""
+            await self._exchange.download(order.base, self._layout, self._weights)
+            self._held = order.base
+
+    async def _answer(self, order: Order, result: Result) -> None:
+        metrics = self._guard.release(result.metrics)
+        unusable = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if unusable:
+            raise TrainerError(f"the metrics {', '.join(unusable)} are not finite")
+        report = Report(order.nonce, result.samples, metrics)
+        if order.kind == "evaluate":
+            await self._exchange.report(report)
+            return
+        assert self._layout is not None
+        with WeightsFile(self._update) as update:
+            header = UpdateHeader(report, order.base, self._layout.digest, result.digest, update.nbytes)
+            receipt = await self._exchange.upload(header, update)
+        if receipt.committed:
+            _log.info("round %d of %s: update delivered", order.round, order.arm)
+        else:
+            _log.error("round %d of %s: update refused: %s", order.round, order.arm, receipt.reason)
+
+    def _progress_of(self, order: Order) -> Callable[[int, int], None]:
+        """Passes a training's progress on, at most once a second. A report that cannot be sent is let go."""
+        loop = asyncio.get_running_loop()
+        sent = loop.time()
+        reports: set[asyncio.Task[None]] = set()
+
+        async def tell(done: int, total: int) -> None:
+            with contextlib.suppress(Disconnected, ConnectionFailed):
+                await self._exchange.progress(order.nonce, done, total)
+
+        def report(done: int, total: int) -> None:
+            nonlocal sent
+            if loop.time() - sent >= _PROGRESS_EVERY:
+                sent = loop.time()
+                task = asyncio.create_task(tell(done, total))
+                reports.add(task)
+                task.add_done_callback(reports.discard)
+
+        return report

@@ -1,0 +1,108 @@
+"""The stages before the federation, each a function: synthetic data, then pre-training on them.
+
+Each finds what an earlier call finished and goes on from there. They run in a process of their own (`run_stage`), so
+that the coordinator's stays small and Ctrl-C ends them at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from gptfl_dist.config.federation import FederationFile
+from gptfl_dist.errors import DataError, GptflError
+from gptfl_dist.files import write_file
+from gptfl_dist.launch.lifeline import Child
+from gptfl_dist.observe.progress import progress
+from gptfl_dist.run.federate import PRETRAINED_WEIGHTS
+
+CONTACT_SHEET = "synthetic.png"
+_PRETRAINED_FACTS = "pretrained.json"
+
+
+def generate(file: FederationFile) -> int:
+    """Makes the synthetic set and its contact sheet; returns how many images it has. Raises GeneratorError."""
+    from gptfl_dist.synthesis.contact_sheet import contact_sheet
+    from gptfl_dist.synthesis.synthesize import synthesize
+
+    total = file.synthesis.images_per_label * len(file.labels)
+    with progress("generate", total, "images") as bar:
+        made = synthesize(file.synthesis, file.task, file.labels, file.seed, file.synthesis.folder, bar.callback)
+    contact_sheet(file.synthesis.folder, file.run_folder / CONTACT_SHEET)
+    return made.count
+
+
+def pretrain(file: FederationFile) -> dict[str, Any]:
+    """Trains the model on the synthetic set; writes the weights into the run folder and returns how it went.
+
+    Reused where the synthetic set, the model and every setting are the same. Raises DataError, ModelError.
+    """
+    from gptfl_dist.learning.data import load_images
+    from gptfl_dist.learning.models import build_model
+    from gptfl_dist.learning.pretrain import pretrain as train
+    from gptfl_dist.learning.seeding import derive_seed, usable_cores
+    from gptfl_dist.synthesis.store import complete_manifest
+    from gptfl_dist.weights.flat import FlatModel
+
+    manifest = complete_manifest(file.synthesis.folder)
+    request = {
+        "shards": [shard.digest for shard in manifest.shards],
+        "model": file.model.model_dump(mode="json"),
+        "task": file.task.model_dump(mode="json"),
+        "labels": file.labels,
+        "seed": file.seed,
+        "pretraining": file.pretraining.model_dump(mode="json"),
+        "threads": file.pretraining.threads or usable_cores(),
+    }
+    facts, weights = file.run_folder / _PRETRAINED_FACTS, file.run_folder / PRETRAINED_WEIGHTS
+    if facts.exists() and weights.exists():
+        known: dict[str, Any] = json.loads(facts.read_text())
+        if known["request"] == request:
+            return known
+    data = load_images(_synthetic_data(file.synthesis.folder), file.task, file.labels)
+    model = build_model(file.model, file.task, len(file.labels), file.seed)
+    with progress("pretrain", 0, "batches") as bar:
+        result = train(
+            model,
+            data,
+            file.pretraining,
+            file.task,
+            seed=derive_seed(file.seed, "pretrain"),
+            progress=bar.callback,
+        )
+    FlatModel(model.cpu()).save(weights)
+    known = {"request": request, **asdict(result)}
+    write_file(facts, json.dumps(known, indent=1))
+    return known
+
+
+def _synthetic_data(folder: Path) -> Any:
+    from gptfl_dist.config.silo import Data
+
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no synthetic set", hint="make it with: gptfl generate FEDERATION_FILE")
+    return Data(path=folder, format="parquet")
+
+
+class StageFailed(GptflError):
+    """A stage's process ended with an error that it has printed itself."""
+
+    def __init__(self, stage: str, exit_code: int) -> None:
+        super().__init__(f"{stage} did not finish (exit code {exit_code}); its message stands above")
+        self.exit_code = exit_code
+
+
+async def run_stage(stage: Literal["generate", "pretrain"], path: Path) -> None:
+    """Runs a stage of the federation file at `path` in a process of its own. Raises StageFailed."""
+    child = Child([sys.executable, "-m", "gptfl_dist", stage, os.fspath(path), "--quiet"], output=None)
+    try:
+        code = await asyncio.to_thread(child.process.wait)
+    finally:
+        child.stop()
+    if code != 0:
+        raise StageFailed(stage, code)

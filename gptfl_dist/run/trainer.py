@@ -1,0 +1,169 @@
+"""The silo's training: what a silo does with its data, as an object and as the program that an agent starts.
+
+    python -m gptfl_dist.run.trainer      (started by the agent, never by hand)
+
+`Trainer` holds model and data for the whole run. The program serves it over the channel; under MPI the rank calls it
+directly. Nothing but the weights goes from one round to the next.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptfl_dist.config.federation import Model
+from gptfl_dist.config.plan import LocalTraining, Plan
+from gptfl_dist.config.silo import SiloFile
+from gptfl_dist.errors import GptflError, PolicyError, TrainerError
+from gptfl_dist.launch.channel import TrainerEnd, error_to_message
+from gptfl_dist.learning.code import import_function
+from gptfl_dist.learning.data import load_images, split
+from gptfl_dist.learning.device import resolve_device
+from gptfl_dist.learning.evaluate import evaluate
+from gptfl_dist.learning.local import train
+from gptfl_dist.learning.models import build_model
+from gptfl_dist.learning.seeding import derive_seed, deterministic
+from gptfl_dist.weights import Layout
+from gptfl_dist.weights.flat import FlatModel
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a training returned: BLAKE3 of the update file, training samples, metrics of received and new weights."""
+
+    digest: str
+    samples: int
+    metrics: Mapping[str, float]
+
+
+class Trainer:
+    """Trains and evaluates one silo's model on its data."""
+
+    def __init__(self, plan: Plan, silo: SiloFile, folder: Path) -> None:
+        """Reads the data and builds the model; `folder` is where the silo file lies, for code of its own.
+
+        Raises DataError, ModelError or PolicyError.
+        """
+        assert silo.data is not None
+        self._plan = plan
+        self._name = silo.name
+        self._device = str(resolve_device(silo.device))
+        self._train = train
+        if silo.code is not None:
+            sys.path.insert(0, str(folder))
+            if silo.code.function is not None:
+                self._train = import_function(silo.code.function, "code.function")
+        data = load_images(silo.data, plan.task, plan.labels)
+        seed = derive_seed(plan.seed, "validation", silo.name)
+        self._training, self._validation = split(data, silo.data.validation_share, seed)
+        model = build_model(_model_of(plan, silo), plan.task, len(plan.labels), plan.seed)
+        self._flat = FlatModel(model.to(self._device))
+
+    @property
+    def layout(self) -> Layout:
+        return self._flat.layout
+
+    def label_counts(self) -> list[int]:
+        """How many samples the silo has of each label, training and validation together."""
+        counts = [0] * len(self._plan.labels)
+        for data in (self._training, self._validation):
+            for label in data.labels.tolist():
+                counts[label] += 1
+        return counts
+
+    def train(
+        self,
+        *,
+        round_: int,
+        settings: LocalTraining,
+        weights: Path,
+        update: Path,
+        progress: Callable[[int, int], None],
+    ) -> Trained:
+        """Evaluates the received weights on the validation part, trains, and writes the update.
+
+        Seeded by (run seed, round, silo).
+        """
+        received = self.evaluate(weights, settings.threads)
+        seed = derive_seed(self._plan.seed, "train", round_, self._name)
+        metrics = self._train(
+            self._flat.model,
+            self._training,
+            settings,
+            self._plan.task,
+            seed=seed,
+            device=self._device,
+            progress=progress,
+        )
+        if not isinstance(metrics, dict):
+            raise TrainerError(
+                f"the training function returned {type(metrics).__name__}, expected a dict of metrics",
+                hint='return for example {"train_loss": 0.3}',
+            )
+        digest = self._flat.save_update(weights, update)
+        told = {name: float(value) for name, value in metrics.items()}
+        kept = {name: value for name, value in received.metrics.items() if name != "samples"}
+        return Trained(digest, len(self._training), {**told, **kept})
+
+    def evaluate(self, weights: Path, threads: int = 1) -> Trained:
+        """Loads weights and evaluates them on the validation part. The digest is empty."""
+        deterministic(0, threads)
+        self._flat.load(weights)
+        result = evaluate(self._flat.model, self._validation, self._plan.task, device=self._device)
+        return Trained("", result.samples, {"accuracy": result.accuracy, "loss": result.loss})
+
+
+def _model_of(plan: Plan, silo: SiloFile) -> Model:
+    """The model to build here: the plan's, with what only the silo's operator may name filled in."""
+    if plan.model.name == "function":
+        if silo.code is None or silo.code.model is None:
+            raise PolicyError(
+                f"the federation's model is code ({plan.model.source}), and this silo file names none",
+                hint="if you trust that code and have it here, name it under code.model of the silo file",
+            )
+        return plan.model.model_copy(update={"source": silo.code.model})
+    if plan.model.name == "transformers" and silo.model_source is not None:
+        return plan.model.model_copy(update={"source": silo.model_source})
+    return plan.model
+
+
+def main() -> None:
+    """Serves a Trainer until the agent is gone."""
+    channel = TrainerEnd()
+    trainer: Trainer | None = None
+    while True:
+        message = channel.receive()
+        try:
+            if message["type"] == "setup":
+                silo = SiloFile.model_validate(message["silo"])
+                trainer = Trainer(Plan.model_validate(message["plan"]), silo, Path(message["folder"]))
+                channel.send({"type": "ready", "layout": trainer.layout.to_json(), "labels": trainer.label_counts()})
+                continue
+            assert trainer is not None
+            weights = Path(message["weights"])
+            if message["type"] == "train":
+                result = trainer.train(
+                    round_=message["round"],
+                    settings=LocalTraining.model_validate(message["training"]),
+                    weights=weights,
+                    update=Path(message["update"]),
+                    progress=lambda done, total: channel.send({"type": "progress", "done": done, "total": total}),
+                )
+            else:
+                result = trainer.evaluate(weights)
+            channel.send(
+                {
+                    "type": "result",
+                    "digest": result.digest,
+                    "samples": result.samples,
+                    "metrics": dict(result.metrics),
+                }
+            )
+        except GptflError as error:
+            channel.send(error_to_message(error))
+
+
+if __name__ == "__main__":
+    main()

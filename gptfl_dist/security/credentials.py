@@ -1,0 +1,80 @@
+"""Reads the three PEM files of one side and says what is wrong with them before a handshake fails without a word."""
+
+from __future__ import annotations
+
+import stat
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+
+from gptfl_dist.errors import IdentityError
+from gptfl_dist.security.authority import Credentials
+from gptfl_dist.security.identity import Identity
+
+_HINT = "`gptfl credentials` makes a set for every side"
+
+
+def load_credentials(authority: Path, certificate: Path, key: Path) -> tuple[Credentials, Identity]:
+    """The credentials in these files and the identity in the certificate.
+
+    Raises IdentityError where a file is missing, unreadable or open to others, where key and certificate do not
+    belong together, where the authority did not sign the certificate, or where it is not valid now.
+    """
+    pem = {path: _read(path) for path in (authority, certificate, key)}
+    mode = stat.S_IMODE(key.stat().st_mode)
+    if mode & 0o077:
+        raise IdentityError(f"{key}: others may read this private key (mode {mode:04o})", hint=f"chmod 600 {key}")
+    try:
+        own = x509.load_pem_x509_certificate(pem[certificate])
+    except ValueError:
+        raise IdentityError(f"{certificate}: not a PEM certificate", hint=_HINT) from None
+    try:
+        issuer = x509.load_pem_x509_certificate(pem[authority])
+    except ValueError:
+        raise IdentityError(f"{authority}: not a PEM certificate", hint=_HINT) from None
+    try:
+        private = serialization.load_pem_private_key(pem[key], password=None)
+        own_key = own.public_key()
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise IdentityError(f"{key}: not an unencrypted PEM private key", hint=_HINT) from None
+    if private.public_key() != own_key:
+        raise IdentityError(f"{key} is not the key of {certificate}", hint="name the pair that was issued together")
+    try:
+        own.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature):
+        raise IdentityError(
+            f"{certificate} was not issued by {authority}", hint="ask the coordinator's operator for a matching set"
+        ) from None
+    check_dates(pem[certificate], str(certificate))
+    try:
+        names = own.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+        uris = []
+    if len(uris) != 1:
+        raise IdentityError(f"{certificate}: carries {len(uris)} URIs, expected exactly one", hint=_HINT)
+    return Credentials(pem[authority], pem[certificate], pem[key]), Identity.from_uri(uris[0])
+
+
+def check_dates(certificate: bytes, name: str) -> None:
+    """Raises IdentityError where a PEM certificate is not valid now; `name` is what the message calls it."""
+    read = x509.load_pem_x509_certificate(certificate)
+    now = datetime.now(UTC)
+    if not read.not_valid_before_utc <= now <= read.not_valid_after_utc:
+        raise IdentityError(
+            f"{name}: valid {read.not_valid_before_utc:%F %T} to {read.not_valid_after_utc:%F %T} UTC, "
+            f"and now it is {now:%F %T}",
+            hint="renew the certificate, or set this machine's clock",
+        )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > 1 << 20:
+            raise IdentityError(f"{path}: too large for a PEM file", hint=_HINT)
+        return path.read_bytes()
+    except OSError as error:
+        raise IdentityError(f"{path}: {error.strerror}", hint=_HINT) from None

@@ -1,0 +1,64 @@
+"""Who a peer is: read from its certificate alone, never from what it says.
+
+A certificate of a federation carries exactly one URI among its alternative names:
+`gptfl://FEDERATION/coordinator` or `gptfl://FEDERATION/silo/NAME`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Self
+from urllib.parse import quote, unquote, urlsplit
+
+from gptfl_dist.errors import IdentityError
+
+Role = Literal["coordinator", "silo"]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A role in a federation; `name` is the silo's, or "coordinator"."""
+
+    federation: str
+    role: Role
+    name: str
+
+    @property
+    def uri(self) -> str:
+        """The URI that stands in the certificate."""
+        path = "coordinator" if self.role == "coordinator" else f"silo/{quote(self.name, safe='')}"
+        return f"gptfl://{quote(self.federation, safe='')}/{path}"
+
+    @classmethod
+    def from_uri(cls, uri: str) -> Self:
+        """Raises IdentityError where the URI is no identity of ours."""
+        try:
+            parts = urlsplit(uri)
+        except ValueError:
+            parts = urlsplit("")
+        steps = parts.path.split("/")
+        # netloc, not hostname: the latter is folded to lower case.
+        identity: Self | None = None
+        if parts.path == "/coordinator":
+            identity = cls(unquote(parts.netloc), "coordinator", "coordinator")
+        elif len(steps) == 3 and steps[1] == "silo":
+            identity = cls(unquote(parts.netloc), "silo", unquote(steps[2]))
+        # Only the one spelling that `uri` gives is taken, so that no two texts mean the same silo.
+        if identity is None or not identity.federation or not identity.name or identity.uri != uri:
+            raise IdentityError(f"the certificate names {uri!r}, expected gptfl://FEDERATION/silo/NAME")
+        return identity
+
+
+def peer_identity(auth_context: Mapping[str, Iterable[bytes]]) -> Identity:
+    """The identity of the peer of a gRPC call, from its `auth_context()`.
+
+    Raises IdentityError where the connection is older than TLS 1.3 or the certificate names not exactly one identity.
+    """
+    version = b"".join(auth_context.get("ssl_tls_version", ()))
+    if version != b"TLSv1.3":
+        raise IdentityError(f"the connection speaks {version.decode(errors='replace') or 'no TLS'}, expected TLSv1.3")
+    uris = list(auth_context.get("peer_uri", ()))
+    if len(uris) != 1:
+        raise IdentityError(f"the certificate carries {len(uris)} URIs, expected exactly one")
+    return Identity.from_uri(uris[0].decode(errors="replace"))

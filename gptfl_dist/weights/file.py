@@ -1,0 +1,134 @@
+"""Weights on disk: a safetensors file whose data section is the flat buffer of the layout.
+
+`WeightsFile` reads any range of the flat buffer with `pread`, so a model is sent or aggregated without being held in
+memory. `write_weights` takes the buffer block by block, writes to a temporary file and renames it when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
+
+from blake3 import blake3
+
+from gptfl_dist.errors import ModelError, StorageError
+from gptfl_dist.files import replacing
+from gptfl_dist.weights.layout import Layout
+
+BLOCK = 1 << 20
+"""Bytes that are read or written at a time."""
+
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+class WeightsFile:
+    """An open safetensors file read by ranges of its flat buffer. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens and checks the header. Raises ModelError if the file is no safetensors file of a gapless layout."""
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ModelError(f"{path}: {error.strerror}", hint="name an existing .safetensors file") from None
+        try:
+            self.layout, self._start = _read_header(self._fd, path)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self.nbytes = self.layout.nbytes
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes of the flat buffer from `offset`. Raises StorageError if the file ends early."""
+        data = os.pread(self._fd, size, self._start + offset)
+        if len(data) != size:
+            raise StorageError(f"{self.path}: ends at byte {offset + len(data)} of the flat buffer, expected more")
+        return data
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fills `buffer` with the flat buffer's bytes from `offset`. Raises StorageError if the file ends early."""
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._fd, [buffer[done:]], self._start + offset + done)
+            if count <= 0:
+                raise StorageError(f"{self.path}: ends at byte {offset + done} of the flat buffer, expected more")
+            done += count
+
+    def digest(self) -> str:
+        """BLAKE3 of the flat buffer, in hex."""
+        hasher = blake3()
+        for offset in range(0, self.nbytes, BLOCK):
+            hasher.update(self.read(offset, min(BLOCK, self.nbytes - offset)))
+        return hasher.hexdigest()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _read_header(fd: int, path: Path) -> tuple[Layout, int]:
+    """The layout and the place of the data section."""
+    size = os.fstat(fd).st_size
+    length = int.from_bytes(os.pread(fd, 8, 0), "little")
+    if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
+        raise ModelError(f"{path}: not a safetensors file", hint="expected weights as safetensors; no pickle is read")
+    try:
+        header = json.loads(os.pread(fd, length, 8))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        layout = Layout.of((name, tuple(entry["shape"]), entry["dtype"]) for name, entry in entries.items())
+        offsets = {name: tuple(entry["data_offsets"]) for name, entry in entries.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ModelError(f"{path}: its safetensors header cannot be read") from None
+    for tensor in layout.tensors:
+        if offsets[tensor.name] != (tensor.offset, tensor.offset + tensor.nbytes):
+            raise ModelError(
+                f"{path}: tensor {tensor.name} lies at {offsets[tensor.name]}, not in layout order",
+                hint="convert the file with gptfl_dist.weights.save_model",
+            )
+    if size != 8 + length + layout.nbytes:
+        raise ModelError(f"{path}: has {size} bytes, expected {8 + length + layout.nbytes}: it is cut short or padded")
+    return layout, 8 + length
+
+
+def header_of(layout: Layout) -> bytes:
+    """The safetensors header of a layout: eight bytes of length, then JSON padded so that the data is aligned."""
+    entries = {
+        t.name: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.offset, t.offset + t.nbytes]}
+        for t in layout.tensors
+    }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_weights(path: Path, layout: Layout, blocks: Iterable[bytes | bytearray | memoryview]) -> str:
+    """Writes the flat buffer given as consecutive blocks; returns its BLAKE3 digest in hex.
+
+    Raises StorageError where the disk refuses, ModelError if the blocks are not as long as the layout.
+    """
+    hasher, written = blake3(), 0
+    with replacing(path) as fd:
+        _write_all(fd, memoryview(header_of(layout)))
+        for block in blocks:
+            view = memoryview(block).cast("B")
+            _write_all(fd, view)
+            hasher.update(view)
+            written += len(view)
+        if written != layout.nbytes:
+            raise ModelError(f"{path}: {written} bytes of weights given, the layout has {layout.nbytes}")
+    return hasher.hexdigest()
+
+
+def _write_all(fd: int, view: memoryview) -> None:
+    while view:
+        view = view[os.write(fd, view) :]

@@ -1,0 +1,103 @@
+"""A PyTorch model whose parameters and buffers are views into one flat buffer.
+
+Loading weights is then one read into the buffer, and an update is one subtraction, whatever the number of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gptfl_dist.errors import ModelError
+from gptfl_dist.weights.file import BLOCK, WeightsFile, write_weights
+from gptfl_dist.weights.layout import Layout
+
+_DTYPES = {
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "F16": torch.float16,
+    "BF16": torch.bfloat16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state by name, a tensor shared by several names under the first only."""
+    named: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            named[name] = tensor
+    return named
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """The layout of a model's parameters and persistent buffers. Raises ModelError for an unsupported dtype."""
+    triples = []
+    for name, tensor in _named_tensors(model).items():
+        if tensor.dtype not in _NAMES:
+            raise ModelError(f"tensor {name} has dtype {tensor.dtype}, expected one of {', '.join(_DTYPES)}")
+        triples.append((name, tuple(tensor.shape), _NAMES[tensor.dtype]))
+    return Layout.of(triples)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a one-dimensional uint8 tensor on the CPU."""
+    return memoryview(tensor.numpy())  # type: ignore[arg-type]
+
+
+class FlatModel:
+    """Binds a model to one flat buffer: a uint8 tensor of `layout.nbytes` on the model's device."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layout = layout_of(model)
+        named = _named_tensors(model)
+        device = next((tensor.device for tensor in named.values()), torch.device("cpu"))
+        self.buffer = torch.empty(self.layout.nbytes, dtype=torch.uint8, device=device)
+        for spec in self.layout.tensors:
+            view = self.buffer[spec.offset : spec.offset + spec.nbytes].view(_DTYPES[spec.dtype]).view(spec.shape)
+            view.copy_(named[spec.name].detach())
+            named[spec.name].data = view
+
+    def load(self, path: Path) -> None:
+        """Reads a weights file into the buffer. Raises ModelError if its layout is another."""
+        with WeightsFile(path) as file:
+            difference = self.layout.difference(file.layout)
+            if difference:
+                raise ModelError(f"{path} does not fit: {difference}", hint="use one model definition on all sides")
+            if self.buffer.device.type == "cpu":
+                file.read_into(0, _bytes_of(self.buffer))
+            else:
+                staging = torch.empty_like(self.buffer, device="cpu")
+                file.read_into(0, _bytes_of(staging))
+                self.buffer.copy_(staging)
+
+    def save(self, path: Path) -> str:
+        """Writes the buffer as a weights file; returns its BLAKE3 digest."""
+        flat = _bytes_of(self.buffer.cpu())
+        return write_weights(path, self.layout, (flat[i : i + BLOCK] for i in range(0, len(flat), BLOCK)))
+
+    def save_update(self, received: Path, path: Path) -> str:
+        """Writes the update (the buffer minus the weights in `received`) as a weights file; returns its BLAKE3 digest.
+
+        Works block by block, so it takes no second model in memory. Subtraction is in each tensor's own dtype;
+        a BOOL carries the local value itself.
+        """
+        flat = self.buffer.cpu()
+
+        def blocks(file: WeightsFile) -> Iterator[memoryview]:
+            for segment in self.layout.segments():
+                for start in range(segment.start, segment.stop, BLOCK):
+                    stop = min(start + BLOCK, segment.stop)
+                    local = flat[start:stop].view(_DTYPES[segment.dtype])
+                    if segment.dtype == "BOOL":
+                        yield _bytes_of(local.view(torch.uint8))
+                        continue
+                    base = torch.frombuffer(bytearray(file.read(start, stop - start)), dtype=_DTYPES[segment.dtype])
+                    yield _bytes_of(torch.sub(local, base).view(torch.uint8))
+
+        with WeightsFile(received) as file:
+            return write_weights(path, self.layout, blocks(file))

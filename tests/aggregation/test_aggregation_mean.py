@@ -1,0 +1,167 @@
+"""The weighted mean is the closed form, whatever the dtype and whatever the order; what is not finite is found."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptfl_dist.aggregation.mean import is_finite, narrow, weighted_mean, widen
+from gptfl_dist.weights import BLOCK, FLOATS, ITEM_SIZE, Layout
+
+TORCH = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+MANTISSA = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
+
+
+class Flat:
+    """A flat buffer in memory."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def read(self, offset: int, size: int) -> bytes:
+        assert offset + size <= len(self.data)
+        return self.data[offset : offset + size]
+
+
+def flat_of(layout: Layout, seed: int, scale: float = 1.0) -> tuple[Flat, dict[str, torch.Tensor]]:
+    """A random flat buffer and the tensors in it, by name."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for spec in layout.tensors:
+        if spec.dtype in FLOATS:
+            values = (torch.randn(spec.shape, generator=generator, dtype=torch.float64) * scale).to(TORCH[spec.dtype])
+        else:
+            values = torch.randint(0, 2 if spec.dtype == "BOOL" else 40, spec.shape, generator=generator)
+            values = values.to(TORCH[spec.dtype])
+        tensors[spec.name] = values
+    raw = b"".join(tensors[s.name].reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for s in layout.tensors)
+    return Flat(raw), tensors
+
+
+layouts = st.lists(
+    st.tuples(st.lists(st.integers(0, 5), max_size=3).map(tuple), st.sampled_from(sorted(ITEM_SIZE))), max_size=8
+).map(lambda tensors: Layout.of((f"t{i}", shape, dtype) for i, (shape, dtype) in enumerate(tensors)))
+
+
+@settings(deadline=None)
+@given(
+    layouts,
+    st.lists(st.integers(1, 1_000_000), min_size=1, max_size=4),
+    st.sampled_from([1.0, 0.5, 1.3]),
+    st.integers(0, 2**32),
+)
+def test_the_mean_is_the_closed_form(layout, counts, rate, seed):
+    base, weights = flat_of(layout, seed)
+    silos = [f"s{i}" for i in range(len(counts))]
+    updates = {silo: flat_of(layout, seed + 1 + i, 0.01) for i, silo in enumerate(silos)}
+    samples = dict(zip(silos, counts, strict=True))
+    result = b"".join(weighted_mean(layout, base, {s: u for s, (u, _) in updates.items()}, samples, rate))
+    assert len(result) == layout.nbytes
+    for spec in layout.tensors:
+        part = bytearray(result[spec.offset : spec.offset + spec.nbytes])
+        if not part:
+            continue
+        got = torch.frombuffer(part, dtype=TORCH[spec.dtype]).reshape(spec.shape)
+        before = weights[spec.name]
+        given_ = [updates[s][1][spec.name] for s in silos]
+        if spec.dtype == "BOOL":
+            assert torch.equal(got, before)
+        elif spec.dtype in FLOATS:
+            stacked = np.stack([t.to(torch.float64).numpy() for t in given_])
+            expected = before.to(torch.float64).numpy() + rate * np.average(stacked, axis=0, weights=counts)
+            # Half a unit in the last place of the dtype, and a little of float64's own rounding.
+            np.testing.assert_allclose(
+                got.to(torch.float64).numpy(), expected, rtol=2.0 ** -(MANTISSA[spec.dtype] + 1) * 1.01 + 1e-15,
+                atol=1e-14 if spec.dtype != "F16" else 2.0**-25,
+            )  # fmt: skip
+        else:
+            assert torch.equal(got, before + torch.stack(given_).amax(0))
+
+
+@settings(deadline=None)
+@given(layouts, st.permutations(range(5)), st.integers(0, 2**32))
+def test_the_result_is_bitwise_the_same_whatever_the_order(layout, order, seed):
+    base, _ = flat_of(layout, seed)
+    updates = {f"s{i}": flat_of(layout, seed + 1 + i)[0] for i in range(5)}
+    samples = {f"s{i}": 3**i for i in range(5)}
+    straight = b"".join(weighted_mean(layout, base, updates, samples, 1.0))
+    shuffled = {f"s{i}": updates[f"s{i}"] for i in order}
+    assert b"".join(weighted_mean(layout, base, shuffled, samples, 1.0)) == straight
+
+
+def test_a_silo_counts_by_its_share_of_the_samples():
+    layout = Layout.of([("w", (2,), "F32")])
+    base = Flat(np.array([1, 1], "<f4").tobytes())
+    updates = {"a": Flat(np.array([8, 0], "<f4").tobytes()), "b": Flat(np.array([0, 8], "<f4").tobytes())}
+    result = b"".join(weighted_mean(layout, base, updates, {"a": 3, "b": 1, "absent": 1000}, 0.5))
+    assert np.frombuffer(result, "<f4").tolist() == [1 + 0.5 * 0.75 * 8, 1 + 0.5 * 0.25 * 8]
+
+
+def test_a_buffer_of_several_blocks_and_dtypes_is_taken_block_by_block():
+    layout = Layout.of([("a", (3 * BLOCK // 8 + 5,), "F64"), ("b", (BLOCK // 2 + 7,), "BF16"), ("c", (9,), "I8")])
+    base, weights = flat_of(layout, 1)
+    update, delta = flat_of(layout, 2)
+    blocks = list(weighted_mean(layout, base, {"s": update}, {"s": 10}, 1.0))
+    assert max(map(len, blocks)) <= BLOCK
+    result = b"".join(blocks)
+    for spec in layout.tensors:
+        got = torch.frombuffer(bytearray(result[spec.offset : spec.offset + spec.nbytes]), dtype=TORCH[spec.dtype])
+        wide = torch.float64 if spec.dtype in FLOATS else TORCH[spec.dtype]
+        expected = (weights[spec.name].to(wide) + delta[spec.name].to(wide)).to(TORCH[spec.dtype])
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+@given(st.lists(st.floats(width=64), min_size=1, max_size=50))
+def test_bfloat16_is_rounded_as_torch_rounds(values):
+    expected = torch.tensor(values, dtype=torch.float64).to(torch.bfloat16)
+    got = torch.frombuffer(bytearray(narrow(np.array(values), "BF16")), dtype=torch.bfloat16)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.nan_to_num(0.0), expected.nan_to_num(0.0))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_every_16_bit_number_survives_the_round_trip(dtype):
+    bits = np.arange(2**16, dtype="<u2")
+    wide = widen(bits.tobytes(), dtype)
+    expected = torch.from_numpy(bits.view("<i2").copy()).view(TORCH[dtype]).to(torch.float64).numpy()
+    np.testing.assert_array_equal(wide, expected)
+    back = np.frombuffer(narrow(wide, dtype), "<u2")
+    numbers = ~np.isnan(wide)
+    np.testing.assert_array_equal(back[numbers], bits[numbers])
+    assert np.isnan(widen(back[~numbers].tobytes(), dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", sorted(FLOATS))
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", ["first", "border", "last"])
+def test_one_bad_number_is_found_anywhere(dtype, value, place):
+    count = BLOCK // ITEM_SIZE[dtype] + 3
+    layout = Layout.of([("a", (2,), "F64"), ("b", (2,), "F32"), ("c", (2,), "BF16"), ("d", (count,), dtype)])
+    good, tensors = flat_of(layout, 0)
+    assert is_finite(layout, good)
+    spec = next(s for s in layout.tensors if s.name == "d")
+    index = {"first": 0, "border": BLOCK // ITEM_SIZE[dtype] - 1, "last": count - 1}[place]
+    tensors["d"][index] = value
+    raw = bytearray(good.data)
+    raw[spec.offset : spec.offset + spec.nbytes] = tensors["d"].view(torch.uint8).numpy().tobytes()
+    assert not is_finite(layout, Flat(bytes(raw)))
+
+
+def test_a_signalling_nan_is_found_without_a_warning():
+    layout = Layout.of([("a", (1,), "BF16")])
+    assert not is_finite(layout, Flat(b"\x81\x7f"))
+
+
+def test_integers_and_booleans_are_never_called_infinite():
+    layout = Layout.of([("a", (64,), "I64"), ("b", (64,), "U8"), ("c", (64,), "BOOL")])
+    assert is_finite(layout, Flat(b"\xff" * layout.nbytes))

@@ -1,0 +1,186 @@
+"""The coordinator's state machine: driven by random silos, it ends, and never breaks its promises."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptfl_dist.federation.coordinator import (
+    Aggregate,
+    Aggregated,
+    Call,
+    Coordinator,
+    DeadlinePassed,
+    Delivered,
+    Failed,
+    Finish,
+    GiveUp,
+    Joined,
+    Left,
+    Recall,
+    Rules,
+    SetDeadline,
+    StartRound,
+)
+
+SILOS = ("a", "b", "c", "d")
+
+
+def rules(**changes) -> Rules:
+    default = dict(arm="gptfl", seed=0, silos=SILOS, rounds=2, cohort=4, quorum=3, deadline=60.0, join_deadline=30.0)
+    return Rules(**{**default, **changes})
+
+
+def calls(commands) -> list[str]:
+    return [c.silo for c in commands if isinstance(c, Call)]
+
+
+def test_a_round_waits_for_the_whole_cohort_and_then_aggregates_in_sorted_order():
+    machine = Coordinator(rules())
+    assert machine.begin(["a"]) == [SetDeadline(1, "gather", 30.0)]
+    assert machine.handle(Joined("d")) == []
+    assert machine.handle(Joined("c")) == []
+    started = machine.handle(Joined("b"))
+    assert started[0] == StartRound(1, SILOS, "train")
+    assert calls(started) == list(SILOS)
+    for silo in "dbc":
+        assert machine.handle(Delivered(silo, 1)) == []
+    assert machine.handle(Delivered("a", 1)) == [Aggregate(1, SILOS)]
+    assert calls(machine.handle(Aggregated(1))) == list(SILOS)
+
+
+def test_a_failing_silo_does_not_end_the_run_while_a_quorum_delivers():
+    machine = Coordinator(rules())
+    machine.begin(SILOS)
+    machine.handle(Failed("b", 1, "refused: not finite"))
+    machine.handle(Delivered("a", 1))
+    machine.handle(Delivered("c", 1))
+    assert machine.handle(Delivered("d", 1)) == [Aggregate(1, ("a", "c", "d"))]
+
+
+def test_without_a_quorum_the_run_ends_and_says_which_silo_failed_and_why():
+    machine = Coordinator(rules())
+    machine.begin(SILOS)
+    machine.handle(Failed("b", 1, "out of memory"))
+    machine.handle(Failed("c", 1, "refused"))
+    machine.handle(Delivered("a", 1))
+    (give_up,) = machine.handle(Delivered("d", 1))
+    assert isinstance(give_up, GiveUp)
+    assert "b: out of memory" in give_up.reason
+    assert "2 of the 4" in give_up.reason
+
+
+def test_at_the_deadline_the_late_are_recalled_and_a_quorum_is_enough():
+    machine = Coordinator(rules())
+    machine.begin(SILOS)
+    for silo in "abc":
+        machine.handle(Delivered(silo, 1))
+    ended = machine.handle(DeadlinePassed(1, "train"))
+    assert [c.silo for c in ended if isinstance(c, Recall)] == ["d"]
+    assert ended[-1] == Aggregate(1, ("a", "b", "c"))
+
+
+def test_a_silo_that_comes_back_in_mid_round_gets_its_order_again_but_not_after_delivery():
+    machine = Coordinator(rules())
+    machine.begin(SILOS)
+    machine.handle(Left("a"))
+    assert machine.handle(Joined("a")) == [Call("a", 1)]
+    machine.handle(Delivered("a", 1))
+    machine.handle(Left("a"))
+    assert machine.handle(Joined("a")) == []
+
+
+def test_a_resumed_round_calls_only_on_those_who_have_not_delivered():
+    machine = Coordinator(rules())
+    commands = machine.resume(["a", "b", "d"], 2, ["a", "b", "d"], ["b"])
+    assert calls(commands) == ["a", "d"]
+    machine.handle(Delivered("a", 2))
+    assert machine.handle(Delivered("d", 2)) == [Aggregate(2, ("a", "b", "d"))]
+
+
+def test_a_resumed_round_in_which_all_have_delivered_aggregates_at_once():
+    machine = Coordinator(rules())
+    assert machine.resume([], 1, SILOS, SILOS)[-1] == Aggregate(1, SILOS)
+
+
+def test_too_few_silos_at_the_join_deadline_names_the_missing():
+    machine = Coordinator(rules())
+    machine.begin(["a", "c"])
+    (give_up,) = machine.handle(DeadlinePassed(1, "gather"))
+    assert "missing: b, d" in give_up.reason
+    machine = Coordinator(rules())
+    machine.begin(["a", "c", "d"])
+    assert calls(machine.handle(DeadlinePassed(1, "gather"))) == ["a", "c", "d"]
+
+
+def test_the_cohort_is_drawn_without_replacement_alike_for_the_same_seed_and_differently_by_round():
+    def cohorts(seed: int) -> list[tuple[str, ...]]:
+        machine = Coordinator(rules(rounds=20, cohort=2, quorum=1, seed=seed))
+        commands = machine.begin(SILOS)
+        drawn = []
+        for round_ in range(1, 21):
+            (start,) = [c for c in commands if isinstance(c, StartRound)]
+            drawn.append(start.cohort)
+            for silo in start.cohort:
+                machine.handle(Delivered(silo, round_))
+            commands = machine.handle(Aggregated(round_))
+        return drawn
+
+    drawn = cohorts(7)
+    assert all(len(set(cohort)) == 2 for cohort in drawn)
+    assert {silo for cohort in drawn for silo in cohort} == set(SILOS)
+    assert len(set(drawn)) > 1
+    assert drawn == cohorts(7) != cohorts(8)
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_whatever_the_silos_do_the_run_ends_and_only_deliveries_of_the_cohort_are_aggregated(data):
+    cohort = data.draw(st.integers(1, 4))
+    spec = rules(rounds=data.draw(st.integers(1, 3)), cohort=cohort, quorum=data.draw(st.integers(1, cohort)))
+    machine = Coordinator(spec)
+    pending = list(machine.begin(data.draw(st.sets(st.sampled_from(SILOS)))))
+    cohort_now: tuple[str, ...] = ()
+    delivered: set[str] = set()
+    rounds: list[int] = []
+    for step in range(200):
+        for command in pending:
+            if isinstance(command, StartRound):
+                cohort_now, delivered = command.cohort, set()
+                assert len(set(cohort_now)) == len(cohort_now)
+            if isinstance(command, Call):
+                assert command.silo in cohort_now
+                assert command.silo not in delivered
+            if isinstance(command, Aggregate):
+                assert set(command.silos) <= set(cohort_now)
+                assert set(command.silos) == delivered
+                assert len(command.silos) >= spec.quorum
+                rounds.append(command.round)
+            if isinstance(command, Finish):
+                assert rounds == list(range(1, spec.rounds + 1))
+        if machine.state == "done":
+            break
+        if machine.state == "aggregate":
+            pending = machine.handle(Aggregated(machine.round))
+            continue
+        silo = data.draw(st.sampled_from(SILOS))
+        kind = data.draw(st.sampled_from(["join", "leave", "deliver", "fail", "deadline", "early", "late"]))
+        if step % 10 == 9:
+            kind = "deadline"  # time goes on whatever the silos do
+        if kind == "deliver" and machine.state == "train" and silo in cohort_now:
+            failed = silo in machine._failed
+            if not failed:
+                delivered.add(silo)
+        events = {
+            "join": Joined(silo),
+            "leave": Left(silo),
+            "deliver": Delivered(silo, machine.round),
+            "fail": Failed(silo, machine.round, "x"),
+            "deadline": DeadlinePassed(machine.round, machine.state),
+            "early": Delivered(silo, machine.round + 1),
+            "late": Delivered(silo, machine.round - 1),
+        }
+        pending = machine.handle(events[kind])
+    else:
+        pytest.fail("200 events, each round with deadlines, and no end")

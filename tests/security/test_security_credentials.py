@@ -1,0 +1,159 @@
+"""What the authority issues, and what is said of files that do not do."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from gptfl_dist.errors import IdentityError
+from gptfl_dist.security.authority import Authority, Credentials
+from gptfl_dist.security.credentials import load_credentials
+from gptfl_dist.security.identity import Identity
+
+AUTHORITY = Authority("fed", valid=timedelta(days=1))
+
+
+def read(credentials: Credentials) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(credentials.certificate)
+
+
+@pytest.mark.parametrize(
+    ("credentials", "uri", "usage"),
+    [
+        (AUTHORITY.issue_coordinator(["host.example", "127.0.0.1", "::1"]), "gptfl://fed/coordinator",
+         ExtendedKeyUsageOID.SERVER_AUTH),
+        (AUTHORITY.issue_silo("ward-3"), "gptfl://fed/silo/ward-3", ExtendedKeyUsageOID.CLIENT_AUTH),
+    ],
+)  # fmt: skip
+def test_a_certificate_says_one_thing_only(credentials, uri, usage):
+    certificate = read(credentials)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.UniformResourceIdentifier) == [uri]
+    extended = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage)
+    assert list(extended.value) == [usage]
+    assert extended.critical
+    constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
+    assert not constraints.value.ca
+    key = certificate.public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    assert key.curve.name == "secp256r1"
+    assert certificate.not_valid_after_utc - datetime.now(UTC) < timedelta(days=1)
+    certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(AUTHORITY.certificate))
+
+
+def test_the_coordinator_is_found_under_its_names_and_addresses():
+    certificate = read(AUTHORITY.issue_coordinator(["host.example", "127.0.0.1", "::1"]))
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["host.example"]
+    assert names.get_values_for_type(x509.IPAddress) == [ip_address("127.0.0.1"), ip_address("::1")]
+
+
+def test_a_silo_cannot_issue_and_the_authority_cannot_delegate():
+    authority = x509.load_pem_x509_certificate(AUTHORITY.certificate)
+    constraints = authority.extensions.get_extension_for_class(x509.BasicConstraints).value
+    assert constraints.ca
+    assert constraints.path_length == 0
+    usage = read(AUTHORITY.issue_silo("a")).extensions.get_extension_for_class(x509.KeyUsage).value
+    assert not usage.key_cert_sign
+
+
+@pytest.fixture
+def folder(tmp_path):
+    AUTHORITY.issue_silo("alice").save(tmp_path)
+    return tmp_path
+
+
+def load(folder):
+    return load_credentials(folder / "authority.pem", folder / "certificate.pem", folder / "key.pem")
+
+
+def test_what_was_saved_is_loaded_and_only_its_owner_can_read_it(tmp_path):
+    credentials = AUTHORITY.issue_silo("alice")
+    credentials.save(tmp_path / "new")
+    assert load(tmp_path / "new") == (credentials, Identity("fed", "silo", "alice"))
+    assert (tmp_path / "new").stat().st_mode & 0o077 == 0
+    assert (tmp_path / "new" / "key.pem").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("name", ["authority.pem", "certificate.pem", "key.pem"])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.unlink(), "No such file"),
+        (lambda path: path.write_bytes(b"hello"), "not a"),
+        (lambda path: path.write_bytes(b""), "not a"),
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "not a"),
+        (lambda path: path.write_bytes(b"x" * (2 << 20)), "too large"),
+    ],
+)
+def test_a_missing_or_broken_file_is_named(folder, name, damage, said):
+    damage(folder / name)
+    with pytest.raises(IdentityError, match=said) as error:
+        load(folder)
+    assert str(folder / name) in error.value.message
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
+def test_a_key_that_others_can_read_is_refused(folder, mode):
+    (folder / "key.pem").chmod(mode)
+    with pytest.raises(IdentityError, match="others may read") as error:
+        load(folder)
+    assert "chmod 600" in error.value.hint
+
+
+def test_a_key_of_another_certificate_is_refused(folder):
+    (folder / "key.pem").write_bytes(AUTHORITY.issue_silo("alice").key)
+    with pytest.raises(IdentityError, match=r"is not the key of .*certificate\.pem"):
+        load(folder)
+
+
+def test_a_key_with_a_password_is_refused(folder):
+    key = serialization.load_pem_private_key((folder / "key.pem").read_bytes(), None)
+    locked = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"secret")
+    )
+    (folder / "key.pem").write_bytes(locked)
+    with pytest.raises(IdentityError, match="not an unencrypted PEM private key"):
+        load(folder)
+
+
+def test_a_certificate_of_another_authority_is_refused(folder):
+    (folder / "authority.pem").write_bytes(Authority("fed", valid=timedelta(days=1)).certificate)
+    with pytest.raises(IdentityError, match="was not issued by"):
+        load(folder)
+
+
+def test_an_expired_certificate_is_refused(tmp_path):
+    Authority("fed", valid=timedelta(seconds=-10)).issue_silo("alice").save(tmp_path)
+    with pytest.raises(IdentityError, match=r"valid .* and now it is") as error:
+        load(tmp_path)
+    assert "clock" in error.value.hint
+
+
+@pytest.mark.parametrize("uris", [[], ["gptfl://fed/silo/alice", "gptfl://fed/silo/bob"], ["https://fed/alice"]])
+def test_a_certificate_without_exactly_one_uri_of_ours_is_refused(tmp_path, uris):
+    own = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([])
+    now = datetime.now(UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name).issuer_name(name).public_key(own.public_key()).serial_number(1)
+        .not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(hours=1))
+    )  # fmt: skip
+    if uris:
+        names = [x509.UniformResourceIdentifier(uri) for uri in uris]
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    certificate = builder.sign(own, hashes.SHA256())
+    pem = certificate.public_bytes(serialization.Encoding.PEM)
+    key = own.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    Credentials(pem, pem, key).save(tmp_path)
+    with pytest.raises(IdentityError, match="expected"):
+        load(tmp_path)

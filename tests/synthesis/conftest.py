@@ -1,0 +1,133 @@
+"""Two untrained pipelines of a few thousand parameters, built here and saved as folders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # these tests ask the hub for nothing that exists
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Two threads beside other work on the same cores are many times slower than one."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def text_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A StableDiffusionPipeline of 16x16 pictures from 8x8 latents."""
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    tokenizer = _tokenizer()
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=CLIPTextModel(text_config),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(num_train_timesteps=100, clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return _saved(pipeline, tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def class_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DiTPipeline of 16x16 pictures from 8x8 latents; its DDPM scheduler draws noise in each step."""
+    import torch
+    from diffusers import DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        norm_num_groups=4,
+        sample_size=8,
+        patch_size=2,
+    )
+    # Its last layers start at zero, where every class would give one picture.
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    pipeline = DiTPipeline(transformer=transformer, vae=_vae(), scheduler=DDPMScheduler(num_train_timesteps=100))
+    return _saved(pipeline, tmp_path_factory.mktemp("class"))
+
+
+@pytest.fixture(scope="session")
+def unguided_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class-conditional ConsistencyModelPipeline: three classes, 8x8 pixels, no guidance scale."""
+    import torch
+    from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        num_class_embeds=3,
+    )
+    pipeline = ConsistencyModelPipeline(unet=unet, scheduler=CMStochasticIterativeScheduler())
+    return _saved(pipeline, tmp_path_factory.mktemp("unguided"))
+
+
+def _vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+
+
+def _tokenizer() -> Any:
+    """A CLIP tokenizer whose words are spelled byte by byte, without merges."""
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = sorted(bytes_to_unicode().values())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: at for at, token in enumerate(tokens)}, merges=[], model_max_length=16)
+
+
+def _saved(pipeline: Any, folder: Path) -> Path:
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    return folder
