@@ -2,4 +2,6 @@
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+from gptfl_dist.run.join import Silo, join
+
+__all__ = ["Silo", "__version__", "join"]

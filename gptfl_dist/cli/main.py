@@ -115,13 +115,14 @@ def pretrain(file: FederationPath, quiet: Annotated[bool, typer.Option(hidden=Tr
     """Train the model of a federation file on its synthetic data set."""
     from gptfl_dist.config.load import load_federation
     from gptfl_dist.run import stages
+    from gptfl_dist.run.federate import PRETRAINED_WEIGHTS
 
     federation = load_federation(file)
     facts = stages.pretrain(federation)
     if not quiet:
         typer.echo(
             f"{100 * facts['validation_accuracy']:.1f} % on held-out synthetic data after epoch {facts['best_epoch']}; "
-            f"{federation.run_folder / stages.PRETRAINED_WEIGHTS}"
+            f"{federation.run_folder / PRETRAINED_WEIGHTS}"
         )
 
 
@@ -139,7 +140,7 @@ def coordinator(file: FederationPath, fresh: FreshOption = False, format_: Forma
 def silo(
     file: Annotated[Path, typer.Argument(metavar="SILO_FILE", show_default=False)],
     coordinator: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="instead of the file's")] = None,
-    credentials: Annotated[Path | None, typer.Option(help="folder of the three .pem files, instead of the file's")] = None,
+    credentials: Annotated[Path | None, typer.Option(help="folder of the .pem files, instead of the file's")] = None,
     work_folder: Annotated[Path | None, typer.Option(help="instead of the file's")] = None,
 ) -> None:
     """A silo's side: connect to the coordinator, train on private data when asked, until the federation is over."""
@@ -153,7 +154,7 @@ def silo(
 @app.command()
 def credentials(
     file: FederationPath,
-    host: Annotated[list[str], typer.Option(help="name or address under which silos reach the coordinator; repeatable")],
+    host: Annotated[list[str], typer.Option(help="name or address of the coordinator for silos; repeatable")],
     out: Annotated[Path, typer.Option(help="folder for the sets")] = Path("credentials"),
     days: Annotated[int, typer.Option(min=1, max=825, help="how long the certificates hold")] = 90,
 ) -> None:
@@ -277,7 +278,7 @@ def _run_rank(file: Path, fresh: bool, format_: Format) -> None:
     try:
         if world.Get_rank() == 0:
             _prepare_run_folder(file, fresh)
-            why = "--exchange mpi" if launcher is None else f"{launcher[0]}={launcher[1]} says that a launcher started it"
+            why = "--exchange mpi" if launcher is None else f"a launcher set {launcher[0]}={launcher[1]}"
             _say(f"exchange: MPI, {world.Get_size()} ranks ({why})")
         summary = run_until_done(run_rank(file, world, _say))
     except GptflError as error:

@@ -201,8 +201,10 @@ class FederationFile(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for what, values in (("labels", self.labels), ("arms", [*self.arms]), ("silos", [s.name for s in self.silos])):
-            twice = sorted({v for v in values if values.count(v) > 1})
+        named: dict[str, list[str]] = {"labels": self.labels, "arms": [], "silos": [silo.name for silo in self.silos]}
+        named["arms"].extend(self.arms)
+        for what, values in named.items():
+            twice = sorted({value for value in values if values.count(value) > 1})
             if twice:
                 raise ValueError(f"{what} names {', '.join(twice)} twice")
         cohort = len(self.silos) if self.federation.cohort == "all" else self.federation.cohort

@@ -1,6 +1,6 @@
 """The coordinator of one arm as a state machine without input or output: events in, commands out.
 
-    gather --enough silos--> train --enough updates--> aggregate --Aggregated--> gather ... --last round--> evaluate --> done
+    gather --enough silos--> train --enough updates--> aggregate --> gather ... --last round--> evaluate --> done
 
 A round calls on a cohort drawn without replacement from the silos that are connected. It ends when every silo of the
 cohort has delivered or failed, or at its deadline; it counts if a quorum delivered. A silo that leaves in mid-round

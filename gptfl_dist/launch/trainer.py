@@ -15,6 +15,7 @@ from gptfl_dist.errors import LaunchError, TrainerError
 from gptfl_dist.files import storage_error
 from gptfl_dist.launch.channel import ENV, LONGEST_MESSAGE, Message, encode, error_from_message
 
+_TIME_TO_END = 30.0  # seconds that a trainer has after the federation, to save its model for example
 _TAIL = 2000  # bytes of a dead trainer's output that are shown
 
 
@@ -100,6 +101,17 @@ class TrainerProcess:
         code = await process.wait()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         raise TrainerError(f"the trainer {how} before it answered\n{self._last_words()}", hint=f"see {self._log}")
+
+    async def finish(self, message: Message) -> None:
+        """Sends a last message and gives the trainer time to end by itself."""
+        if not self.running:
+            return
+        assert self._writer is not None
+        assert self._process is not None
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            self._writer.write(encode(message))
+            await self._writer.drain()
+            await asyncio.wait_for(self._process.wait(), _TIME_TO_END)
 
     async def stop(self) -> None:
         """Kills the trainer: it holds nothing that is not on disk."""

@@ -175,11 +175,14 @@ class RoundTable:
         return median(self._recent) * max(0, self._planned - self._done) if self._recent else None
 
     def add(self, arm: str, rounds: int, record: RoundRecord, *, silos: int, cohort: int) -> None:
-        """A round of `arm` (a trial's name may say its rate) is over; `silos` of `cohort` sent their update."""
+        """A round of `arm` (a trial's name may say its rate) is over; `silos` of `cohort` sent their update.
+
+        Its validation accuracy is that of the weights which the silos received, its test accuracy that of the new ones.
+        """
         self._done += 1
         self._recent.append(record.seconds)
         if self._header_due:
-            self._print(_row("arm", "round", "validation", "test", "silos", "down", "up", "time", "left"))
+            self._print(_row("arm", "round", "received:val.", "new:test", "silos", "down", "up", "time", "left"))
             self._header_due = False
         self._print(
             _row(
@@ -209,8 +212,8 @@ def _left(seconds: float | None) -> str:
 
 
 def _row(arm: str, *cells: str) -> str:
-    widths = (8, 11, 8, 8, 9, 9, 9, 13)
-    return f"{arm:<24}" + "".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+    widths = (8, 15, 10, 8, 9, 9, 9, 13)
+    return f"{arm:<27}" + "".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
 
 
 def _on_terminal(stream: TextIO) -> bool:

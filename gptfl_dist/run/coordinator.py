@@ -33,8 +33,10 @@ _log = logging.getLogger(__name__)
 class Terminal:
     """Shows an operator the rounds as they end."""
 
-    def __init__(self, file: FederationFile, say: Callable[[str], None]) -> None:
-        self.table = progress.RoundTable(rounds_planned(file))
+    def __init__(self, file: FederationFile, ledger: Ledger, say: Callable[[str], None]) -> None:
+        """`ledger` tells which rounds an interrupted run has behind it."""
+        behind = sum(record.finished_rounds for arm in ledger.arms() if (record := ledger.arm(arm)) is not None)
+        self.table = progress.RoundTable(rounds_planned(file) - behind)
         self._say = say
 
     def round_closed(self, arm: str, rounds: int, record: RoundRecord, test_accuracy: float | None) -> None:
@@ -120,7 +122,7 @@ async def _federate(
             synthetic = await evaluator.test(file.run_folder / PRETRAINED_WEIGHTS)
         confusion = None if synthetic is None else synthetic[1]
         if federated_arms(file):
-            watcher = Terminal(file, say)
+            watcher = Terminal(file, ledger, say)
             federator = Federator(
                 file=file,
                 layout=layout,

@@ -43,9 +43,7 @@ def main() -> None:
                 assert test is not None
                 flat.load(Path(message["weights"]))
                 result = evaluate(flat.model, test, plan.task, device="cpu")
-                channel.send(
-                    {"type": "evaluated", "accuracy": result.accuracy, "confusion": result.confusion.tolist()}
-                )
+                channel.send({"type": "evaluated", "accuracy": result.accuracy, "confusion": result.confusion.tolist()})
         except GptflError as error:
             channel.send(error_to_message(error))
 

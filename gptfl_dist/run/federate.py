@@ -284,9 +284,7 @@ class Federator:
             await self.exchange.recall(command.silo, arm.nonces[command.silo], command.reason)
         elif isinstance(command, machine.SetDeadline):
             event = machine.DeadlinePassed(command.round, command.state)
-            arm.deadlines.append(
-                asyncio.get_running_loop().call_later(command.seconds, self._queue.put_nowait, event)
-            )
+            arm.deadlines.append(asyncio.get_running_loop().call_later(command.seconds, self._queue.put_nowait, event))
         elif isinstance(command, machine.Aggregate):
             record = self._record(plan.name).rounds[-1]
             digest = await asyncio.to_thread(self._aggregate, arm, record, command.silos)
@@ -308,16 +306,12 @@ class Federator:
         samples = {order.silo: order.samples for order in record.orders if order.samples is not None}
         updates = self._inbox.updates(silos)
         rate = self._file.federation.server_learning_rate
-        return self._ledger.add_weights(
-            self._layout, weighted_mean(self._layout, arm.weights, updates, samples, rate)
-        )
+        return self._ledger.add_weights(self._layout, weighted_mean(self._layout, arm.weights, updates, samples, rate))
 
     def _commit(self, silo: str, order: Order, report: Report, digest: str) -> None:
         self._ledger.commit(order.arm, order.round, silo, report.samples, report.metrics, digest)
 
-    def _translate(
-        self, arm: _ArmRun, event: ExchangeEvent | machine.Event | BaseException
-    ) -> machine.Event | None:
+    def _translate(self, arm: _ArmRun, event: ExchangeEvent | machine.Event | BaseException) -> machine.Event | None:
         """What an event of the wire means in this arm's round."""
         if isinstance(event, BaseException):
             raise event

@@ -19,7 +19,11 @@ from gptfl_dist.run.silo import ProcessRunner, Silo
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_LAUNCHERS = {"PMI_SIZE": "PMI_RANK", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK", "MPI_LOCALNRANKS": "MPI_LOCALRANKID"}
+_LAUNCHERS = {
+    "PMI_SIZE": "PMI_RANK",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "MPI_LOCALNRANKS": "MPI_LOCALRANKID",
+}
 """Environment variables of MPI launchers: number of ranks, own rank. Slurm's own alone say nothing of an MPI."""
 
 

@@ -12,6 +12,7 @@ from gptfl_dist.ledger.store import ArmRecord, Ledger
 from gptfl_dist.observe.report import ReportDetails, write_report
 from gptfl_dist.observe.summary import (
     Arms,
+    FederatedArm,
     RoundRecord,
     Summary,
     SyntheticArm,
@@ -52,7 +53,9 @@ def write_results(
         gptfl = ledger.arm("gptfl")
         validation = None if gptfl is None else _validation(gptfl, 0)
         arms["synthetic_only"] = SyntheticArm(accuracy=synthetic_accuracy, validation_accuracy=validation)
-    federated, rounds, weights = {}, {}, {}
+    federated: dict[str, FederatedArm] = {}
+    rounds: dict[str, list[RoundRecord]] = {}
+    weights: dict[Arm, WeightDigests] = {}
     for name in federated_arms(file):
         record = _finished(ledger, name)
         start, rounds[name] = _rounds(ledger, record)

@@ -52,8 +52,11 @@ class OrderRunner(Protocol):
     async def run(self, order: Order, weights: Path, update: Path, progress: Callable[[int, int], None]) -> Result:
         """Trains or evaluates."""
 
+    async def finish(self) -> None:
+        """Lets the trainer end by itself: the federation is over."""
+
     async def stop(self) -> None:
-        """Ends what runs."""
+        """Ends what runs, at once."""
 
 
 class ProcessRunner:
@@ -94,6 +97,9 @@ class ProcessRunner:
         metrics = {str(name): float(value) for name, value in answer["metrics"].items()}
         return Result(str(answer["digest"]), int(answer["samples"]), metrics)
 
+    async def finish(self) -> None:
+        await self._process.finish({"type": "finish"})
+
     async def stop(self) -> None:
         await self._process.stop()
 
@@ -130,7 +136,9 @@ class Silo:
                     await self._prepare(welcome)
                     await self._exchange.ready()
                     pause = FIRST_PAUSE
-                    return await self._listen()
+                    goodbye = await self._listen()
+                    await self._runner.finish()
+                    return goodbye
                 except Disconnected as broken:
                     # Jitter keeps the silos of a restarted coordinator from coming back all at once.
                     wait = pause * random.uniform(0.5, 1.0)
@@ -160,6 +168,11 @@ class Silo:
 
     async def _listen(self) -> Goodbye:
         """Takes orders while earlier ones are worked on, so that a recall is heard at once."""
+        if self._work is not None and self._work.done():
+            # It ended while the connection was down; the coordinator asks again for what it did not get.
+            work, self._work = self._work, None
+            with contextlib.suppress(Disconnected):
+                work.result()
         listening = asyncio.create_task(self._exchange.receive())
         try:
             while True:
@@ -179,7 +192,6 @@ class Silo:
                     if self._order is not None and self._order.nonce == word.nonce and self._work is not None:
                         _log.warning("round %d recalled: %s", self._order.round, word.reason)
                         await self._drop_work()
-                        await self._runner.stop()
                 elif self._order is None or self._order.nonce != word.nonce:
                     await self._drop_work()
                     self._order, self._result = word, None
@@ -193,11 +205,15 @@ class Silo:
                 await listening
 
     async def _drop_work(self) -> None:
-        if self._work is not None:
-            self._work.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await self._work
-            self._work = None
+        """Gives up what is being worked on. The trainer is stopped, or its late answer would be taken for the next."""
+        if self._work is None:
+            return
+        work, self._work = self._work, None
+        if not work.done():
+            work.cancel()
+            await self._runner.stop()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await work
 
     async def _carry_out(self, order: Order) -> None:
         """Answers an order with a result or with a failure. Raises only what ends the silo or its connection."""

@@ -130,11 +130,13 @@ def _model_of(plan: Plan, silo: SiloFile) -> Model:
 
 
 def main() -> None:
-    """Serves a Trainer until the agent is gone."""
+    """Serves a Trainer until the federation is over or the agent is gone."""
     channel = TrainerEnd()
     trainer: Trainer | None = None
     while True:
         message = channel.receive()
+        if message["type"] == "finish":
+            return
         try:
             if message["type"] == "setup":
                 silo = SiloFile.model_validate(message["silo"])

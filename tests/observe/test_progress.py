@@ -88,7 +88,7 @@ def test_a_round_is_one_line_with_everything_on_it() -> None:
     with RoundTable(4, out) as table:
         table.add("gptfl, rate 0.05", 4, record(1, 2.0), silos=3, cohort=4)
     head, line = out.getvalue().splitlines()
-    assert head.split() == ["arm", "round", "validation", "test", "silos", "down", "up", "time", "left"]
+    assert head.split() == ["arm", "round", "received:val.", "new:test", "silos", "down", "up", "time", "left"]
     assert len(head) == len(line)
     for part in ("gptfl, rate 0.05", "1/4", "91.0 %", "90.0 %", "3/4", "1.69 MB", "845 kB", "2.0 s", "6.0 s"):
         assert part in line

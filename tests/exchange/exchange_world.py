@@ -1,0 +1,125 @@
+"""A federation of real sockets and real TLS on 127.0.0.1, in one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from gptfl_dist.config.federation import Model, Task
+from gptfl_dist.config.plan import LocalTraining, Plan
+from gptfl_dist.exchange.base import ExchangeEvent, Goodbye, SiloJoined, UpdateHeader, Welcome
+from gptfl_dist.exchange.grpc.client import GrpcSiloExchange
+from gptfl_dist.exchange.grpc.server import GrpcCoordinatorExchange
+from gptfl_dist.exchange.inbox import Inbox
+from gptfl_dist.federation.orders import Order, Report
+from gptfl_dist.security.authority import Authority, Credentials
+from gptfl_dist.weights import Layout, WeightsFile, write_weights
+
+HOST = "127.0.0.1"
+PLAN = Plan(federation="fed", seed=1, labels=["cat", "dog"], task=Task(), model=Model())
+TRAINING = LocalTraining(
+    epochs=1, batch_size=8, learning_rate=0.1, momentum=0.0, weight_decay=0.0, augmentation=False, threads=1
+)
+AUTHORITY = Authority("fed", valid=timedelta(days=1))
+COORDINATOR = AUTHORITY.issue_coordinator([HOST])
+SILOS = {name: AUTHORITY.issue_silo(name) for name in ("alice", "bob")}
+SMALL = Layout.of([("b", (7,), "F16"), ("w", (1000,), "F32")])
+LARGE = Layout.of([("w", (2 << 20,), "F32")])  # 8 MiB
+
+
+def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Runs an async test, for a minute at most."""
+
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(**fixtures), 60))
+
+    return run
+
+
+def random_weights(path: Path, layout: Layout, seed: int) -> tuple[WeightsFile, str, bytes]:
+    """An open weights file of random numbers, its digest, its bytes."""
+    numbers = np.random.default_rng(seed)
+    flat = b"".join(
+        numbers.standard_normal(spec.nbytes // int(spec.dtype[1:]) * 8).astype(f"<f{int(spec.dtype[1:]) // 8}").tobytes()
+        for spec in layout.tensors
+    )
+    digest = write_weights(path, layout, [flat])
+    return WeightsFile(path), digest, flat
+
+
+def train_order(nonce: str, base: str, round_: int = 1) -> Order:
+    return Order("train", nonce, "gptfl", round_, base, 60.0, TRAINING)
+
+
+def header_of(order: Order, layout: Layout, digest: str, **metrics: float) -> UpdateHeader:
+    return UpdateHeader(Report(order.nonce, 10, metrics), order.base, layout.digest, digest, layout.nbytes)
+
+
+class World:
+    """A coordinator that listens; `async with` opens and closes it and every silo made by `silo`."""
+
+    def __init__(
+        self, folder: Path, layout: Layout = SMALL, *, chunk: int = 1 << 20, credentials: Credentials = COORDINATOR
+    ) -> None:
+        self.layout = layout
+        self.commits: list[tuple[str, Order, Report, str]] = []
+        self.inbox = Inbox(
+            folder / "spools", layout, dict.fromkeys(SILOS, 1000), lambda *commit: self.commits.append(commit)
+        )
+        self.server = GrpcCoordinatorExchange(
+            listen=f"{HOST}:0",
+            credentials=credentials,
+            federation="fed",
+            silos=tuple(SILOS),
+            inbox=self.inbox,
+            chunk=chunk,
+            keepalive=30.0,
+        )
+        self._silos: list[GrpcSiloExchange] = []
+
+    async def __aenter__(self) -> Self:
+        await self.server.open(Welcome("run-1", PLAN, self.layout))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for silo in self._silos:
+            await silo.close()
+        await self.server.close(Goodbye(True, "test over"))
+        self.inbox.close()
+
+    def silo(self, name: str = "alice", *, port: int = 0, credentials: Credentials | None = None) -> GrpcSiloExchange:
+        silo = dial(port or self.server.port, credentials or SILOS[name])
+        self._silos.append(silo)
+        return silo
+
+    async def joined(self, name: str = "alice", *, port: int = 0) -> GrpcSiloExchange:
+        """A silo that is connected and ready."""
+        silo = self.silo(name, port=port)
+        await silo.connect()
+        await silo.ready()
+        assert await self.event() == SiloJoined(name)
+        return silo
+
+    async def give(self, name: str, order: Order) -> None:
+        """Expects the answer to an order and gives it."""
+        self.inbox.expect(name, order)
+        await self.server.send(name, order)
+
+    async def event(self) -> ExchangeEvent:
+        return await asyncio.wait_for(self.server.events.get(), 20)
+
+    async def settled(self, seconds: float = 0.2) -> list[ExchangeEvent]:
+        """The events that have come once nothing more is under way."""
+        await asyncio.sleep(seconds)
+        return [self.server.events.get_nowait() for _ in range(self.server.events.qsize())]
+
+
+def dial(port: int, credentials: Credentials, host: str = HOST) -> GrpcSiloExchange:
+    return GrpcSiloExchange(address=f"{host}:{port}", credentials=credentials, max_model=1 << 30, keepalive=30.0)
