@@ -52,6 +52,7 @@ class Wire(StrEnum):
 
 FormatOption = Annotated[Format, typer.Option("--format", help="how the result is printed on stdout")]
 FederationPath = Annotated[Path, typer.Argument(metavar="FEDERATION_FILE", show_default=False)]
+QuietOption = Annotated[bool, typer.Option(hidden=True, help="for a process of ours that waits for the result")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="delete what the run folder holds and start anew")]
 
 
@@ -99,27 +100,33 @@ def run(
 
 
 @app.command()
-def generate(file: FederationPath, quiet: Annotated[bool, typer.Option(hidden=True)] = False) -> None:
+def generate(file: FederationPath, quiet: QuietOption = False, format_: FormatOption = Format.text) -> None:
     """Make the synthetic data set of a federation file. Stopped and started again, it goes on."""
     from gptfl_dist.config.load import load_federation
     from gptfl_dist.run import stages
 
     federation = load_federation(file)
     count = stages.generate(federation)
-    if not quiet:
-        typer.echo(f"{count} images in {federation.synthesis.folder}; {federation.run_folder / stages.CONTACT_SHEET}")
+    sheet = federation.run_folder / stages.CONTACT_SHEET
+    if format_ is Format.json:
+        told = {"images": count, "folder": str(federation.synthesis.folder), "contact_sheet": str(sheet)}
+        typer.echo(json.dumps(told))
+    elif not quiet:
+        typer.echo(f"{count} images in {federation.synthesis.folder}; {sheet}")
 
 
 @app.command()
-def pretrain(file: FederationPath, quiet: Annotated[bool, typer.Option(hidden=True)] = False) -> None:
+def pretrain(file: FederationPath, quiet: QuietOption = False, format_: FormatOption = Format.text) -> None:
     """Train the model of a federation file on its synthetic data set."""
     from gptfl_dist.config.load import load_federation
     from gptfl_dist.run import stages
     from gptfl_dist.run.federate import PRETRAINED_WEIGHTS
 
     federation = load_federation(file)
-    facts = stages.pretrain(federation)
-    if not quiet:
+    facts = stages.pretrain(federation, file.parent)
+    if format_ is Format.json:
+        typer.echo(json.dumps({**facts, "weights": str(federation.run_folder / PRETRAINED_WEIGHTS)}))
+    elif not quiet:
         typer.echo(
             f"{100 * facts['validation_accuracy']:.1f} % on held-out synthetic data after epoch {facts['best_epoch']}; "
             f"{federation.run_folder / PRETRAINED_WEIGHTS}"
@@ -142,13 +149,17 @@ def silo(
     coordinator: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="instead of the file's")] = None,
     credentials: Annotated[Path | None, typer.Option(help="folder of the .pem files, instead of the file's")] = None,
     work_folder: Annotated[Path | None, typer.Option(help="instead of the file's")] = None,
+    format_: FormatOption = Format.text,
 ) -> None:
     """A silo's side: connect to the coordinator, train on private data when asked, until the federation is over."""
     from gptfl_dist.run.institution import run_silo
     from gptfl_dist.run.signals import run_until_done
 
     goodbye = run_until_done(run_silo(file, coordinator, credentials, work_folder))
-    _say(goodbye.reason)
+    if format_ is Format.json:
+        typer.echo(json.dumps({"finished": goodbye.finished, "reason": goodbye.reason}))
+    else:
+        _say(goodbye.reason)
 
 
 @app.command()
@@ -157,6 +168,7 @@ def credentials(
     host: Annotated[list[str], typer.Option(help="name or address of the coordinator for silos; repeatable")],
     out: Annotated[Path, typer.Option(help="folder for the sets")] = Path("credentials"),
     days: Annotated[int, typer.Option(min=1, max=825, help="how long the certificates hold")] = 90,
+    format_: FormatOption = Format.text,
 ) -> None:
     """Make certificates for the coordinator and every silo of a federation file.
 
@@ -168,7 +180,11 @@ def credentials(
     """
     from gptfl_dist.run.institution import make_credentials
 
-    for line in make_credentials(file, host, out, days):
+    lines = make_credentials(file, host, out, days)
+    if format_ is Format.json:
+        typer.echo(json.dumps({"folder": str(out), "next": lines}))
+        return
+    for line in lines:
         typer.echo(line)
 
 
@@ -220,14 +236,17 @@ def schema(kind: Annotated[Kind, typer.Argument()] = Kind.federation) -> None:
 def main() -> NoReturn:
     """Runs the command; a user's mistake ends with a message and its exit code, never with a traceback."""
     from gptfl_dist.launch.lifeline import hold_on
+    from gptfl_dist.run.signals import raise_interrupted
 
-    hold_on()
     try:
+        # What a run started is ended by that run, which says so itself.
+        if not hold_on():
+            raise_interrupted()
         app(standalone_mode=True)
     except GptflError as error:
         _complain(error)
-    except (Interrupted, KeyboardInterrupt) as stop:
-        _say(str(stop) or "stopped; the same command goes on from here")
+    except Interrupted as stop:
+        _say(str(stop))
         sys.exit(Interrupted.exit_code)
     sys.exit(0)
 
@@ -236,7 +255,8 @@ def _complain(error: GptflError) -> NoReturn:
     if "--format=json" in sys.argv or ("--format" in sys.argv and "json" in sys.argv):
         told: dict[str, Any] = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
         typer.echo(json.dumps({**told, "exit_code": error.exit_code}))
-    typer.echo(f"gptfl: {error}", err=True)
+    if "--quiet" not in sys.argv:
+        typer.echo(f"gptfl: {error}", err=True)
     sys.exit(error.exit_code)
 
 
@@ -302,16 +322,18 @@ def _prepare_run_folder(file: Path, fresh: bool) -> None:
     import shutil
 
     from gptfl_dist.config.load import load_federation
+    from gptfl_dist.ledger.store import locked
     from gptfl_dist.observe.logs import configure
 
     folder = load_federation(file).run_folder
     if fresh and (folder / "ledger.sqlite").exists():
-        for name in _MADE_BY_A_RUN:
-            target = folder / name
-            if target.is_dir():
-                shutil.rmtree(target)
-            else:
-                target.unlink(missing_ok=True)
+        with locked(folder):
+            for name in _MADE_BY_A_RUN:
+                target = folder / name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                else:
+                    target.unlink(missing_ok=True)
     configure(folder / "logs" / "coordinator.jsonl")
 
 

@@ -13,6 +13,15 @@ Name = Annotated[
 ]
 """A name that is safe in a file name, a certificate and a message."""
 
+Address = Annotated[
+    str,
+    StringConstraints(
+        pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+)"
+        r":(6553[0-5]|655[0-2]\d|65[0-4]\d\d|6[0-4]\d{3}|[1-5]\d{4}|\d{1,4})$"
+    ),
+    Field(description="a host and a port of at most 65535 as host:port"),
+]
+
 
 class Section(BaseModel):
     """A section of a file. Frozen, so that what was validated stays what runs."""

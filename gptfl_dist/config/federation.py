@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from gptfl_dist.config.base import Name, Section
+from gptfl_dist.config.base import Address, Name, Section
 from gptfl_dist.config.units import Duration, Size
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -149,11 +149,7 @@ class Federation(Section):
 class Exchange(Section):
     """The wire. `listen` is where the coordinator takes silos over gRPC; port 0 takes any free port."""
 
-    listen: str = Field(
-        default="127.0.0.1:0",
-        pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):\d{1,5}$",
-        description="a host and a port as host:port",
-    )
+    listen: Address = "127.0.0.1:0"
     authority: Path | None = None
     certificate: Path | None = None
     key: Path | None = None

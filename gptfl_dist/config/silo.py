@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from gptfl_dist.config.base import Name, Section
+from gptfl_dist.config.base import Address, Name, Section
 from gptfl_dist.config.federation import Device, Share
 from gptfl_dist.config.units import Duration, Size
 
@@ -19,9 +19,7 @@ from gptfl_dist.config.units import Duration, Size
 class Coordinator(Section):
     """Where the coordinator is and how both sides prove who they are."""
 
-    address: str = Field(
-        pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):\d{1,5}$", description="a host and a port as host:port"
-    )
+    address: Address
     authority: Path
     certificate: Path
     key: Path

@@ -26,6 +26,7 @@ from gptfl_dist.weights import BLOCK, Layout
 
 _METRIC = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _MAX_METRICS = 64
+_LARGEST_METRIC = 1e30  # sums of such numbers are still finite
 
 
 class Refused(Exception):
@@ -254,6 +255,8 @@ class Inbox:
         if len(report.metrics) > _MAX_METRICS:
             raise Refused(f"sends {len(report.metrics)} metrics, expected at most {_MAX_METRICS}")
         for name, value in report.metrics.items():
-            if not _METRIC.fullmatch(name) or not math.isfinite(value):
-                raise Refused(f"the metric {name[:64]!r} = {value} is no finite number under a plain name")
+            if not _METRIC.fullmatch(name) or not math.isfinite(value) or abs(value) > _LARGEST_METRIC:
+                raise Refused(f"the metric {name[:64]!r} = {value} is no plain name with a number of sensible size")
+            if name == "accuracy" and not 0 <= value <= 1:
+                raise Refused(f"claims an accuracy of {value}, expected 0 to 1")
         return expected

@@ -18,11 +18,13 @@ from gptfl_dist.errors import LaunchError
 _ENV = "GPTFL_LIFELINE"
 
 
-def hold_on() -> None:
-    """In the child: exits this process when its parent is gone. Does nothing if it was not started by `start`."""
+def hold_on() -> bool:
+    """In the child: exits this process when its parent is gone. False, and nothing done, if it is no `Child`."""
     fd = os.environ.pop(_ENV, None)
-    if fd is not None:
-        threading.Thread(target=_wait_for_the_end, args=(int(fd),), name="lifeline", daemon=True).start()
+    if fd is None:
+        return False
+    threading.Thread(target=_wait_for_the_end, args=(int(fd),), name="lifeline", daemon=True).start()
+    return True
 
 
 def _wait_for_the_end(fd: int) -> None:
@@ -33,8 +35,15 @@ def _wait_for_the_end(fd: int) -> None:
 class Child:
     """A process with a lifeline, in a session of its own, so that Ctrl-C reaches the parent alone."""
 
-    def __init__(self, command: Sequence[str], *, output: IO[bytes] | None, cwd: Path | None = None) -> None:
-        """Starts the command; `output` takes its stdout and stderr (None: the parent's own).
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        output: IO[bytes] | None,
+        answer: IO[bytes] | None = None,
+        cwd: Path | None = None,
+    ) -> None:
+        """Starts the command; `output` takes its stdout and stderr (None: the parent's own), `answer` stdout alone.
 
         Raises LaunchError if the command cannot be run.
         """
@@ -43,8 +52,8 @@ class Child:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT if output is not None else None,
+                stdout=answer if answer is not None else output,
+                stderr=output,
                 cwd=cwd,
                 env={**os.environ, _ENV: str(reading)},
                 pass_fds=(reading,),

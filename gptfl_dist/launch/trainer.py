@@ -37,6 +37,11 @@ class TrainerProcess:
     def running(self) -> bool:
         return self._process is not None and self._process.returncode is None
 
+    @property
+    def exit_code(self) -> int | None:
+        """Of a process that ended by itself; None while it runs and after `stop`."""
+        return None if self._process is None else self._process.returncode
+
     async def start(self) -> None:
         """Raises LaunchError if the command cannot be run."""
         try:

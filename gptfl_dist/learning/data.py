@@ -67,15 +67,7 @@ def load_images(data: Data, task: Task, labels: Sequence[str]) -> ImageSet:
     """
     path = data.path
     try:
-        if not path.exists():
-            raise DataError(
-                f"the data {path} does not exist",
-                hint="check the path: it is relative to the silo or federation file that names it",
-            )
-        form = _detect(path) if data.format == "auto" else data.format
-        samples = {"folder": _read_folder, "parquet": _read_parquet, "npz": _read_npz}[form](path)
-        if not samples.labels:
-            raise DataError(f"{path} holds no samples", hint="check that the path is the folder or file you mean")
+        samples = _samples(data)
         targets = _translate(samples.labels, data.labels, labels, path)
         pixels = np.empty((len(targets), task.channels, task.size, task.size), dtype=np.uint8)
         for index, (where, raw) in enumerate(samples.images):
@@ -83,6 +75,19 @@ def load_images(data: Data, task: Task, labels: Sequence[str]) -> ImageSet:
     except OSError as error:
         raise DataError(f"{error.filename or path} cannot be read: {error.strerror or error}", hint=_CHECK) from error
     return ImageSet(torch.from_numpy(pixels), torch.tensor(targets, dtype=torch.int64), tuple(labels))
+
+
+def count_labels(data: Data) -> dict[str, int]:
+    """How many samples `data.path` has of each label, by the names that `data.labels` gives them. Decodes no image.
+
+    Raises DataError like `load_images`.
+    """
+    try:
+        return dict(Counter(data.labels.get(name, name) for name in _samples(data).labels))
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or data.path} cannot be read: {error.strerror or error}", hint=_CHECK
+        ) from error
 
 
 def split(data: ImageSet, validation_share: float, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -113,6 +118,21 @@ def split(data: ImageSet, validation_share: float, seed: int) -> tuple[ImageSet,
     for label, count in enumerate(taken):
         held_out[generator.permutation(np.flatnonzero(labels == label))[:count]] = True
     return data.subset(np.flatnonzero(~held_out)), data.subset(np.flatnonzero(held_out))
+
+
+def _samples(data: Data) -> _Samples:
+    """What the reader of the data's form finds, at least one sample. Raises DataError or OSError."""
+    path = data.path
+    if not path.exists():
+        raise DataError(
+            f"the data {path} does not exist",
+            hint="check the path: it is relative to the silo or federation file that names it",
+        )
+    form = _detect(path) if data.format == "auto" else data.format
+    samples = {"folder": _read_folder, "parquet": _read_parquet, "npz": _read_npz}[form](path)
+    if not samples.labels:
+        raise DataError(f"{path} holds no samples", hint="check that the path is the folder or file you mean")
+    return samples
 
 
 def _detect(path: Path) -> str:

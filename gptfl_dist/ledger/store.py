@@ -99,6 +99,19 @@ class ArmRecord:
         return next(r.weights for r in self.rounds if r.round == round_ and r.weights is not None)
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other coordinators out of a run folder. Raises StorageError where one is at work there."""
+    with (folder / "ledger.lock").open("wb") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process lets go by itself
+        except BlockingIOError:
+            raise StorageError(
+                f"{folder}: another coordinator is at work on this run", hint="wait until it ends, or stop it"
+            ) from None
+        yield
+
+
 class Ledger:
     """The record in a run folder. Every method is one transaction and safe to call from any thread."""
 
@@ -115,15 +128,10 @@ class Ledger:
             with self._storing():
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "weights").mkdir(exist_ok=True, mode=0o700)
-                held = undo.enter_context((folder / "ledger.lock").open("wb"))
-                try:
-                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process lets go by itself
-                except BlockingIOError:
-                    raise StorageError(
-                        f"{folder}: another coordinator is at work on this run", hint="wait until it ends, or stop it"
-                    ) from None
-                for part in (folder / "weights").glob(".*.part"):
-                    part.unlink()  # of a process that was killed while it wrote
+                undo.enter_context(locked(folder))
+                for where in (folder, folder / "weights", folder / "models"):
+                    for part in where.glob(".*.part"):
+                        part.unlink()  # of a process that was killed while it wrote
                 self._database = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
                 undo.callback(self._database.close)
                 self._path.chmod(0o600)

@@ -79,4 +79,6 @@ def configure(path: Path | None, *, level: Level = "info", json: bool = True) ->
         _installed.append(handler)
     root.setLevel(logging.WARNING)
     logging.getLogger("gptfl_dist").setLevel(level.upper())
+    # gRPC logs a traceback for every connection that breaks; what that means for a round our own lines say.
+    logging.getLogger("grpc").setLevel(logging.CRITICAL)
     logging.captureWarnings(True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import load_federation
-from gptfl_dist.errors import ConfigError
+from gptfl_dist.errors import ConfigError, DataError
 from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.launch.trainer import TrainerProcess, python_module
@@ -69,6 +69,10 @@ async def coordinate(
     shows a line to the operator. Raises what stops a run; the same call then goes on from there.
     """
     file = load_federation(path)
+    if file.test_data is not None and not file.test_data.exists():  # not to be found out after hours of synthesis
+        raise DataError(
+            f"the data {file.test_data} does not exist", hint=f"check test_data in {path}: it is relative to that file"
+        )
     ledger = Ledger(file.run_folder, _request(file))
     try:
         if ledger.fact("finished") is not None and (file.run_folder / FILE_NAME).exists():
@@ -113,7 +117,9 @@ async def _federate(
     opened: Callable[[CoordinatorExchange, Callable[[BaseException], None]], Awaitable[None]],
     say: Callable[[str], None],
 ) -> Summary:
-    process = TrainerProcess(python_module("gptfl_dist.run.evaluator"), file.run_folder / "logs" / "evaluator.log")
+    # In the federation file's folder, so that model.source can name a module that lies beside the file.
+    command, log = python_module("gptfl_dist.run.evaluator"), file.run_folder / "logs" / "evaluator.log"
+    process = TrainerProcess(command, log, cwd=path.absolute().parent)
     evaluator = Evaluator(process, file, file.run_folder)
     try:
         layout = await evaluator.start()

@@ -228,8 +228,7 @@ class Federator:
         arm = _ArmRun(plan, self._file, self._silos)
         unfinished = next((r for r in record.rounds if r.kind == "train" and r.weights is None), None)
         try:
-            if plan.tested and record.finished_rounds == 0:
-                self._test(plan, 0, plan.start, None)
+            self._catch_up_with_tests(plan, record)
             if unfinished is not None:
                 committed = self._take_over(arm, unfinished)
                 commands = arm.machine.resume(self._connected, unfinished.round, unfinished.cohort, committed)
@@ -249,6 +248,16 @@ class Federator:
         best = _best_round(self._record(plan.name))
         self._ledger.finish_arm(plan.name, best)
         self._drop_old_weights()
+
+    def _catch_up_with_tests(self, plan: ArmPlan, record: ArmRecord) -> None:
+        """Tests the start weights, and those that an interrupted run had not come to test."""
+        if not plan.tested or self._file.test_data is None:
+            return
+        if self._ledger.fact(f"start_accuracy/{plan.name}") is None:
+            self._test(plan, 0, plan.start, None)
+        for closed in record.rounds:
+            if closed.weights is not None and closed.test_accuracy is None:
+                self._test(plan, closed.round, closed.weights, closed)
 
     def _take_over(self, arm: _ArmRun, interrupted: RoundRecord) -> list[str]:
         """Expects what an interrupted round still owes, under its old nonces. Returns who has delivered already."""

@@ -13,8 +13,9 @@ from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.observe.logs import configure
 from gptfl_dist.observe.summary import Summary
+from gptfl_dist.run.addresses import try_listening
 from gptfl_dist.run.coordinator import coordinate
-from gptfl_dist.run.silo import ProcessRunner, Silo
+from gptfl_dist.run.silo import ProcessRunner, Silo, require_data
 from gptfl_dist.security.authority import Authority
 from gptfl_dist.security.credentials import load_credentials
 
@@ -29,6 +30,7 @@ async def run_coordinator(path: Path, say: Callable[[str], None]) -> Summary:
             f"{path}: exchange.authority, certificate and key are missing",
             hint="make them with: gptfl credentials FEDERATION_FILE --host NAME, and name them in the file",
         )
+    try_listening(settings.listen)  # gRPC would find out only after hours of synthesis
     credentials, identity = load_credentials(settings.authority, settings.certificate, settings.key)
     if identity.role != "coordinator":
         raise IdentityError(f"{settings.certificate} is the certificate of {identity.uri}, expected the coordinator's")
@@ -59,6 +61,7 @@ async def run_silo(
     from gptfl_dist.exchange.grpc.client import GrpcSiloExchange
 
     silo = load_silo(path)
+    require_data(silo)
     side = silo.coordinator
     if coordinator is None and side is None:
         raise ConfigError(f"{path}: coordinator is missing", hint="name its address, authority, certificate and key")
@@ -85,7 +88,7 @@ async def run_silo(
 
 
 def make_credentials(path: Path, hosts: list[str], out: Path, days: int) -> list[str]:
-    """Writes a set a side below `out`; returns what to do with each. Raises StorageError where sets lie there already."""
+    """Writes a set a side below `out`; returns what to do with each. Raises StorageError where `out` is not empty."""
     file = load_federation(path)
     if out.exists() and any(out.iterdir()):
         raise StorageError(f"{out} is not empty", hint="name another folder with --out, or move the old sets away")

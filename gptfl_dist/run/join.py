@@ -1,6 +1,6 @@
 """How an existing PyTorch loop becomes a silo: `gptfl_dist.join`.
 
-    silo = gptfl_dist.join(model, evaluate=accuracy)     # once the model is built
+    silo = gptfl_dist.join(model, evaluate=accuracy)     # once the model is built and on its device
     for epoch in range(1000):
         if not silo.receive():                           # waits for a round and loads its weights into the model
             break                                        # the federation is over
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptfl_dist.errors import TrainerError
-from gptfl_dist.launch.channel import TrainerEnd
+from gptfl_dist.launch.channel import TrainerEnd, error_to_message
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,11 +37,15 @@ class Silo:
         self._flat = FlatModel(model)
         self._order: dict[str, Any] | None = None
         self._received: dict[str, float] = {}
+        self._samples = 1  # of the last update: the weight of what an evaluation finds
         self.round = 0
         """The number of the round in progress, from 1."""
 
     def receive(self) -> bool:
-        """Waits for the next round and loads its weights into the model. False once the federation is over."""
+        """Waits for the next round and loads its weights into the model. False once the federation is over.
+
+        Raises TrainerError where the model was moved since `join`.
+        """
         while True:
             message = self._channel.receive()
             if message["type"] == "setup":
@@ -49,30 +53,41 @@ class Silo:
             elif message["type"] == "finish":
                 return False
             else:
+                self._check_bound()
                 self._flat.load(Path(message["weights"]))
                 self._received = self._metrics()
                 if message["type"] == "train":
                     self._order, self.round = message, message["round"]
                     return True
-                self._channel.send(
-                    {"type": "result", "digest": "", "samples": 1 if self._received else 0, "metrics": self._received}
-                )
+                samples = self._samples if self._received else 0
+                self._channel.send({"type": "result", "digest": "", "samples": samples, "metrics": self._received})
 
     def deliver(self, samples: int, **metrics: float) -> None:
         """Hands over the update: the model's weights minus the received ones, trained on so many samples.
 
         `metrics` are numbers that the coordinator may see, as far as the silo's policy lets them out.
-        Raises TrainerError where no round is open.
+        Raises TrainerError where no round is open, or the model was moved since `join`.
         """
         if self._order is None:
             raise TrainerError("deliver() without a round", hint="call receive() first, once for each deliver()")
+        self._check_bound()
         update = Path(self._order["update"])
         digest = self._flat.save_update(Path(self._order["weights"]), update)
         told = {name: float(value) for name, value in metrics.items()}
-        self._order = None
+        self._order, self._samples = None, int(samples)
         self._channel.send(
-            {"type": "result", "digest": digest, "samples": int(samples), "metrics": {**told, **self._received}}
+            {"type": "result", "digest": digest, "samples": self._samples, "metrics": {**told, **self._received}}
         )
+
+    def _check_bound(self) -> None:
+        """Weights loaded into a model that was moved would not reach it, and its update would be zero."""
+        if not self._flat.bound:
+            error = TrainerError(
+                "the model was moved or converted after gptfl_dist.join",
+                hint="call join once the model is on its device and has its dtype: model.to(device) comes first",
+            )
+            self._channel.send(error_to_message(error))
+            raise error
 
     def _metrics(self) -> dict[str, float]:
         """The script's own evaluation of the received weights; a bare number is the accuracy."""

@@ -21,6 +21,7 @@ from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.launch.lifeline import Child
 from gptfl_dist.observe.summary import Summary
 from gptfl_dist.run.coordinator import coordinate, silo_files
+from gptfl_dist.run.silo import require_data
 from gptfl_dist.security.authority import Authority
 
 _HOST = "127.0.0.1"
@@ -42,8 +43,10 @@ async def run_locally(path: Path, say: Callable[[str], None]) -> Summary:
     file = load_federation(path)
     files = silo_files(file)
     for name, silo_file in files.items():
-        if load_silo(silo_file).name != name:
-            raise ConfigError(f"{silo_file}: name is {load_silo(silo_file).name}, {path} expects {name}")
+        silo = load_silo(silo_file)
+        if silo.name != name:
+            raise ConfigError(f"{silo_file}: name is {silo.name}, {path} expects {name}")
+        require_data(silo)  # the trainer would find out only after synthesis and pre-training
     authority = Authority(file.name, valid=_VALID)
     with ExitStack() as children:
         watchers: list[asyncio.Task[None]] = []

@@ -14,7 +14,7 @@ from gptfl_dist.exchange.base import CoordinatorExchange
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.observe.summary import Summary
 from gptfl_dist.run.coordinator import coordinate, silo_files
-from gptfl_dist.run.silo import ProcessRunner, Silo
+from gptfl_dist.run.silo import ProcessRunner, Silo, require_data
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -74,6 +74,8 @@ async def run_rank(path: Path, world: MPI.Comm, say: Callable[[str], None]) -> S
             return MpiCoordinatorExchange(world=world, silos=tuple(files), inbox=inbox)
 
         async def opened(exchange: CoordinatorExchange, fail: Callable[[BaseException], None]) -> None:
+            assert isinstance(exchange, MpiCoordinatorExchange)
+            exchange.tell_failure(fail)
             say(f"{len(files)} silos as ranks 1 to {len(files)} over MPI")
 
         return await coordinate(path, make_exchange=make_exchange, opened=opened, say=say)
@@ -82,6 +84,7 @@ async def run_rank(path: Path, world: MPI.Comm, say: Callable[[str], None]) -> S
     silo = load_silo(silo_path)
     if silo.name != name:
         raise LaunchError(f"{silo_path}: name is {silo.name}, {path} expects {name}")
+    require_data(silo)
     folder.mkdir(parents=True, exist_ok=True)
     exchange = MpiSiloExchange(world=world, folder=folder)
     runner = ProcessRunner(silo, silo_path.parent, folder / "trainer.log")

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from gptfl_dist.config.plan import Plan
 from gptfl_dist.config.silo import SiloFile
-from gptfl_dist.errors import ConnectionFailed, GptflError, ModelError, ProtocolError, TrainerError
+from gptfl_dist.errors import ConnectionFailed, DataError, GptflError, ModelError, ProtocolError, TrainerError
 from gptfl_dist.exchange.base import Disconnected, Goodbye, Recalled, SiloExchange, UpdateHeader, Welcome
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.federation.silo import PolicyGuard
@@ -41,6 +41,15 @@ class Result:
     digest: str
     samples: int
     metrics: dict[str, float]
+
+
+def require_data(silo: SiloFile) -> None:
+    """Raises DataError where the silo's data is not there: said at once, not by the trainer in the first round."""
+    if silo.data is not None and not silo.data.path.exists():
+        raise DataError(
+            f"the data {silo.data.path} of {silo.name} does not exist",
+            hint="check data.path in the silo file: it is relative to that file",
+        )
 
 
 class OrderRunner(Protocol):
@@ -93,7 +102,16 @@ class ProcessRunner:
         if order.training is not None:
             training = order.training.model_dump(mode="json")
             message |= {"update": str(update), "round": order.round, "training": training}
-        answer = await self._process.ask(message, "result", progress)
+        try:
+            answer = await self._process.ask(message, "result", progress)
+        except TrainerError:
+            if self._process.exit_code != 0:
+                raise
+            # A script whose own loop is over ends by itself, as it did before it was a silo's: it begins anew.
+            _log.warning("the trainer ended between two rounds and is started again")
+            assert self._plan is not None
+            await self.setup(self._plan)
+            answer = await self._process.ask(message, "result", progress)
         metrics = {str(name): float(value) for name, value in answer["metrics"].items()}
         return Result(str(answer["digest"]), int(answer["samples"]), metrics)
 
@@ -123,6 +141,8 @@ class Silo:
         self._result: Result | None = None  # its result, once there is one
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for part in folder.glob(".*.part"):
+                part.unlink()  # of a trainer that was killed while it wrote
         except OSError as error:
             raise storage_error(error, folder) from None
 
@@ -234,7 +254,8 @@ class Silo:
             raise
         except GptflError as error:
             _log.error("round %d: %s", order.round, error)
-            await self._exchange.fail(order.nonce, f"{type(error).__name__}: {error.message}")
+            # One line: what follows may be the last output of a trainer, which is the silo's own.
+            await self._exchange.fail(order.nonce, f"{type(error).__name__}: {error.message.splitlines()[0]}")
 
     async def _fetch(self, order: Order) -> None:
         if self._held != order.base:

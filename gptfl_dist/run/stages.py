@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from typing import Any, Literal
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.errors import DataError, GptflError
 from gptfl_dist.files import write_file
+from gptfl_dist.launch.channel import error_from_message
 from gptfl_dist.launch.lifeline import Child
 from gptfl_dist.observe.progress import progress
 from gptfl_dist.run.federate import PRETRAINED_WEIGHTS
@@ -37,8 +39,10 @@ def generate(file: FederationFile) -> int:
     return made.count
 
 
-def pretrain(file: FederationFile) -> dict[str, Any]:
+def pretrain(file: FederationFile, folder: Path) -> dict[str, Any]:
     """Trains the model on the synthetic set; writes the weights into the run folder and returns how it went.
+
+    `folder` is where the federation file lies, for a model.source that names a module beside it.
 
     Reused where the synthetic set, the model and every setting are the same. Raises DataError, ModelError.
     """
@@ -65,6 +69,7 @@ def pretrain(file: FederationFile) -> dict[str, Any]:
         if known["request"] == request:
             return known
     data = load_images(_synthetic_data(file.synthesis.folder), file.task, file.labels)
+    sys.path.insert(0, str(folder.absolute()))
     model = build_model(file.model, file.task, len(file.labels), file.seed)
     with progress("pretrain", 0, "batches") as bar:
         result = train(
@@ -90,19 +95,27 @@ def _synthetic_data(folder: Path) -> Any:
 
 
 class StageFailed(GptflError):
-    """A stage's process ended with an error that it has printed itself."""
+    """A stage's process ended without saying why: it was killed, or met a defect and printed that itself."""
 
     def __init__(self, stage: str, exit_code: int) -> None:
-        super().__init__(f"{stage} did not finish (exit code {exit_code}); its message stands above")
-        self.exit_code = exit_code
+        how = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"
+        super().__init__(f"{stage} {how}", hint="the same command goes on from there")
 
 
 async def run_stage(stage: Literal["generate", "pretrain"], path: Path) -> None:
-    """Runs a stage of the federation file at `path` in a process of its own. Raises StageFailed."""
-    child = Child([sys.executable, "-m", "gptfl_dist", stage, os.fspath(path), "--quiet"], output=None)
-    try:
-        code = await asyncio.to_thread(child.process.wait)
-    finally:
-        child.stop()
-    if code != 0:
-        raise StageFailed(stage, code)
+    """Runs a stage of the federation file at `path` in a process of its own. Raises its error, or StageFailed."""
+    with tempfile.TemporaryFile() as answer:
+        command = [sys.executable, "-m", "gptfl_dist", stage, os.fspath(path), "--quiet", "--format", "json"]
+        child = Child(command, output=None, answer=answer)
+        try:
+            code = await asyncio.to_thread(child.process.wait)
+        finally:
+            child.stop()
+        if code == 0:
+            return
+        answer.seek(0)
+        try:
+            told = json.loads(answer.read())
+        except ValueError:
+            raise StageFailed(stage, code) from None
+    raise error_from_message({"kind": told["error"], "message": told["message"], "hint": told["hint"]})

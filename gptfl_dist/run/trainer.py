@@ -65,6 +65,11 @@ class Trainer:
     def layout(self) -> Layout:
         return self._flat.layout
 
+    @property
+    def samples(self) -> int:
+        """How many samples the silo trains on; the validation part is not among them."""
+        return len(self._training)
+
     def label_counts(self) -> list[int]:
         """How many samples the silo has of each label, training and validation together."""
         counts = [0] * len(self._plan.labels)
@@ -105,7 +110,7 @@ class Trainer:
         digest = self._flat.save_update(weights, update)
         told = {name: float(value) for name, value in metrics.items()}
         kept = {name: value for name, value in received.metrics.items() if name != "samples"}
-        return Trained(digest, len(self._training), {**told, **kept})
+        return Trained(digest, self.samples, {**told, **kept})
 
     def evaluate(self, weights: Path, threads: int = 1) -> Trained:
         """Loads weights and evaluates them on the validation part. The digest is empty."""

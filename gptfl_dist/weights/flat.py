@@ -62,6 +62,16 @@ class FlatModel:
             view.copy_(named[spec.name].detach())
             named[spec.name].data = view
 
+    @property
+    def bound(self) -> bool:
+        """False once tensors of the model lie elsewhere, as after `model.to(device)` or `model.half()`."""
+        named, start = _named_tensors(self.model), self.buffer.data_ptr()
+        return all(
+            spec.name in named and named[spec.name].data_ptr() == start + spec.offset
+            for spec in self.layout.tensors
+            if spec.nbytes
+        )
+
     def load(self, path: Path) -> None:
         """Reads a weights file into the buffer. Raises ModelError if its layout is another."""
         with WeightsFile(path) as file:

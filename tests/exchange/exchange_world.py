@@ -19,7 +19,7 @@ from gptfl_dist.exchange.grpc.server import GrpcCoordinatorExchange
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.security.authority import Authority, Credentials
-from gptfl_dist.weights import Layout, WeightsFile, write_weights
+from gptfl_dist.weights import ITEM_SIZE, Layout, WeightsFile, write_weights
 
 HOST = "127.0.0.1"
 PLAN = Plan(federation="fed", seed=1, labels=["cat", "dog"], task=Task(), model=Model())
@@ -47,8 +47,7 @@ def random_weights(path: Path, layout: Layout, seed: int) -> tuple[WeightsFile, 
     """An open weights file of random numbers, its digest, its bytes."""
     numbers = np.random.default_rng(seed)
     flat = b"".join(
-        numbers.standard_normal(spec.nbytes // int(spec.dtype[1:]) * 8).astype(f"<f{int(spec.dtype[1:]) // 8}").tobytes()
-        for spec in layout.tensors
+        numbers.standard_normal(spec.shape).astype(f"<f{ITEM_SIZE[spec.dtype]}").tobytes() for spec in layout.tensors
     )
     digest = write_weights(path, layout, [flat])
     return WeightsFile(path), digest, flat

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,6 +83,8 @@ def test_a_good_update_is_committed_and_handed_to_the_aggregation(inbox, commits
         ({"report": Report("nonce-1", 9, {"a\n": 1.0})}, "plain name"),
         ({"report": Report("nonce-1", 9, {"<b>": 1.0})}, "plain name"),
         ({"report": Report("nonce-1", 9, {"a" * 64: 1.0})}, "plain name"),
+        ({"report": Report("nonce-1", 9, {"loss": 1e300})}, "sensible size"),
+        ({"report": Report("nonce-1", 9, {"accuracy": 1.5})}, "claims an accuracy of 1.5"),
         ({"report": Report("nonce-1", 9, {f"m{i}": 1.0 for i in range(65)})}, "sends 65 metrics, expected at most 64"),
     ],
 )
@@ -374,7 +377,7 @@ def test_a_spool_has_its_size_from_the_start_and_says_when_it_was_cut(tmp_path):
 
 
 def test_a_disk_without_room_is_told_and_leaves_no_descriptor(tmp_path):
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(StorageError):
         Spool(tmp_path / "x.spool", 2**62)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

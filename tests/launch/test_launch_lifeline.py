@@ -90,10 +90,10 @@ def test_an_exit_code_is_passed_on():
 
 
 def test_no_descriptor_is_left_behind(tmp_path):
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     Child([sys.executable, "-c", ""], output=None).stop()
     with pytest.raises(LaunchError, match="no-such-program: No such file"):
         Child([str(tmp_path / "no-such-program")], output=None)
     with pytest.raises(LaunchError, match="no-such-folder"):
         Child([sys.executable], output=None, cwd=tmp_path / "no-such-folder")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

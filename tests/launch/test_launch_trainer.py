@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -155,14 +156,14 @@ def test_a_command_that_does_not_exist_is_a_launch_error(tmp_path):
     async def start(command, cwd=None):
         await TrainerProcess(command, tmp_path / "log", cwd).start()
 
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(LaunchError, match="no-such-program: No such file"):
         asyncio.run(start([str(tmp_path / "no-such-program")]))
     with pytest.raises(LaunchError, match="Permission denied"):
         asyncio.run(start([str(tmp_path)]))
     with pytest.raises(LaunchError, match="no-such-folder"):
         asyncio.run(start([sys.executable], tmp_path / "no-such-folder"))
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_a_log_that_cannot_be_written_is_a_storage_error(tmp_path):
@@ -194,10 +195,9 @@ def test_a_trainer_ends_when_its_agent_is_killed_in_mid_training(tmp_path):
         os.kill(pid, 0)
         agent.send_signal(signal.SIGKILL)
     end = time.monotonic() + 30
-    with pytest.raises(ProcessLookupError):
-        while time.monotonic() < end:
-            os.kill(pid, 0)
-            time.sleep(0.02)
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < end, "the trainer lives on"
+        time.sleep(0.02)
 
 
 def test_a_program_that_no_agent_started_is_told_so(monkeypatch):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -238,6 +236,6 @@ def test_what_a_killed_process_had_half_written_goes_at_the_next_start(ledger):
 
 def test_only_the_owner_can_read_the_record(ledger):
     ledger.set_fact("run", "abc")
-    files: list[Path] = [ledger.folder / name for name in os.listdir(ledger.folder) if "sqlite" in name]
+    files = list(ledger.folder.glob("ledger.sqlite*"))
     assert len(files) == 3  # with the write-ahead log and its index
     assert all(file.stat().st_mode & 0o077 == 0 for file in files)

@@ -151,9 +151,7 @@ def test_a_certificate_without_exactly_one_uri_of_ours_is_refused(tmp_path, uris
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
     certificate = builder.sign(own, hashes.SHA256())
     pem = certificate.public_bytes(serialization.Encoding.PEM)
-    key = own.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    key = own.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     Credentials(pem, pem, key).save(tmp_path)
     with pytest.raises(IdentityError, match="expected"):
         load(tmp_path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,16 @@ class MpiCoordinatorExchange:
     async def recall(self, silo: str, nonce: str, reason: str) -> None:
         await _say(self._world, self._rank_of[silo], {"type": "recall", "nonce": nonce, "reason": reason})
 
+    def tell_failure(self, fail: Callable[[BaseException], None]) -> None:
+        """Calls `fail` with what ended the listening to the ranks, such as a full disk. To be called once open."""
+        assert self._listener is not None
+
+        def ended(listener: asyncio.Task[None]) -> None:
+            if not listener.cancelled() and (error := listener.exception()) is not None:
+                fail(error)
+
+        self._listener.add_done_callback(ended)
+
     async def close(self, goodbye: Goodbye) -> None:
         if self._listener is not None:
             self._listener.cancel()
@@ -142,14 +153,14 @@ class MpiCoordinatorExchange:
             elif kind == "progress":
                 self.events.put_nowait(SiloProgress(silo, message["nonce"], message["done"], message["total"]))
             elif kind == "failure":
-                self.events.put_nowait(OrderFailed(silo, message["nonce"], message["reason"]))
+                self._fail(silo, message["nonce"], message["reason"])
             elif kind == "report":
                 report = Report(**message["report"])
                 try:
                     self._inbox.accept(silo, report)
                     self.events.put_nowait(Answered(silo, report.nonce))
                 except Refused as refusal:
-                    self.events.put_nowait(OrderFailed(silo, report.nonce, f"refused: {refusal}"))
+                    self._fail(silo, report.nonce, f"refused: {refusal}")
             elif kind == "update":
                 await self._receive_update(rank, silo, message)
 
@@ -159,9 +170,10 @@ class MpiCoordinatorExchange:
         try:
             offset, committed = self._inbox.announce(silo, header)
             if not committed:
-                await _say(self._world, rank, {"type": "send", "offset": offset})
                 spool = self._inbox.spool(silo, nonce)
                 ticket = spool.claim()
+                # From here on all of it is taken, wanted or not: what is left lying would be taken for the next one.
+                await _say(self._world, rank, {"type": "send", "offset": offset})
                 while offset < header.size:
                     part = self._segment[: min(_SEGMENT, header.size - offset)]
                     await _complete(self._world.Irecv(part, rank, _DATA))
@@ -170,11 +182,15 @@ class MpiCoordinatorExchange:
                     self.traffic.up += len(part)
                 await asyncio.to_thread(self._inbox.finish, silo, nonce)
         except Refused as refusal:
-            self.events.put_nowait(OrderFailed(silo, nonce, f"refused: {refusal}"))
+            self._fail(silo, nonce, f"refused: {refusal}")
             await _say(self._world, rank, {"type": "receipt", "committed": False, "reason": str(refusal)})
         else:
             self.events.put_nowait(Answered(silo, nonce))
             await _say(self._world, rank, {"type": "receipt", "committed": True, "reason": ""})
+
+    def _fail(self, silo: str, nonce: str, reason: str) -> None:
+        if self._inbox.fail(silo, nonce):
+            self.events.put_nowait(OrderFailed(silo, nonce, reason))
 
 
 class MpiSiloExchange:
@@ -189,6 +205,7 @@ class MpiSiloExchange:
         self._arrival = asyncio.Condition()
         self._layout: Layout | None = None
         self._listener: asyncio.Task[None] | None = None
+        self._uploading = asyncio.Lock()
 
     async def connect(self) -> Welcome:
         _, message = await _hear(self._world, 0)
@@ -232,13 +249,19 @@ class MpiSiloExchange:
                 "size": header.size,
             },
         }
-        await _say(self._world, 0, message)
-        answer = await self._answers.get()
-        if answer["type"] == "send":
-            for offset in range(answer["offset"], update.nbytes, _SEGMENT):
-                part = update.read(offset, min(_SEGMENT, update.nbytes - offset))
-                await _complete(self._world.Isend(part, 0, _DATA))
-            answer = await self._answers.get()
+        # Once begun it goes on, even where the order is recalled: rank 0 waits for every byte that was announced.
+        return await asyncio.shield(asyncio.create_task(self._upload(message, update.path)))
+
+    async def _upload(self, message: Message, path: Path) -> Receipt:
+        with WeightsFile(path) as update:
+            async with self._uploading:
+                await _say(self._world, 0, message)
+                answer = await self._answers.get()
+                if answer["type"] == "send":
+                    for offset in range(answer["offset"], update.nbytes, _SEGMENT):
+                        part = update.read(offset, min(_SEGMENT, update.nbytes - offset))
+                        await _complete(self._world.Isend(part, 0, _DATA))
+                    answer = await self._answers.get()
         return Receipt(answer["committed"], answer["reason"])
 
     async def report(self, report: Report) -> None:

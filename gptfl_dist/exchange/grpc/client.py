@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 
 from gptfl_dist import __version__
-from gptfl_dist.errors import ConnectionFailed, IdentityError, PolicyError, ProtocolError
+from gptfl_dist.errors import ConnectionFailed, IdentityError, PolicyError, ProtocolError, StorageError
 from gptfl_dist.exchange.base import (
     PROTOCOL_VERSION,
     Disconnected,
@@ -164,15 +164,26 @@ class GrpcSiloExchange:
         if answer.committed:
             return Receipt(True)
 
+        unreadable: list[StorageError] = []
+
         async def chunks() -> AsyncIterator[bytes]:
             for offset in range(answer.offset, update.nbytes, UPLOAD_CHUNK):
-                data = update.read(offset, min(UPLOAD_CHUNK, update.nbytes - offset))
+                try:
+                    data = update.read(offset, min(UPLOAD_CHUNK, update.nbytes - offset))
+                except StorageError as error:
+                    unreadable.append(error)  # gRPC would tell it as a broken connection, which trying again mends
+                    raise
                 yield frames.encode_chunk(offset, data)
 
         send: grpc.aio.StreamUnaryMultiCallable[bytes, pb.Receipt] = channel.stream_unary(
             f"/{SERVICE}/Upload", response_deserializer=pb.Receipt.FromString
         )
-        receipt = await _guard(lambda: send(chunks(), metadata=((NONCE, header.report.nonce),)))
+        try:
+            receipt = await _guard(lambda: send(chunks(), metadata=((NONCE, header.report.nonce),)))
+        except Disconnected:
+            if unreadable:
+                raise unreadable[0] from None
+            raise
         return Receipt(receipt.committed, convert.legible(receipt.reason))
 
     async def report(self, report: Report) -> None:

@@ -1,0 +1,105 @@
+"""`gptfl credentials`, `gptfl coordinator` and `gptfl silo`: each side by itself, as institutions run them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support import Command, Commands, Federation, wait_for
+
+from gptfl_dist.config.document import dump_yaml
+
+
+def _change(path: Path, **settings: Any) -> None:
+    content = yaml.safe_load(path.read_text())
+    path.write_text(dump_yaml({**content, **settings}))
+
+
+class Sides:
+    """A federation whose sides are started one by one."""
+
+    def __init__(self, federation: Federation, gptfl: Commands) -> None:
+        self.federation = federation
+        self._gptfl = gptfl
+        folder = federation.folder
+        gptfl.run("credentials", federation.path, "--host", "localhost", "--out", folder / "credentials")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+
+        def set_of(name: str) -> dict[str, str]:
+            return {part: f"credentials/{name}/{part}.pem" for part in ("authority", "certificate", "key")}
+
+        # The silos' own files do not stand in the federation file: the coordinator never sees them.
+        silos = [{"name": name} for name in federation.silos]
+        _change(federation.path, exchange={"listen": address, **set_of("coordinator")}, silos=silos)
+        for name in federation.silos:
+            _change(folder / f"{name}.yaml", coordinator={"address": address, **set_of(name)})
+
+    def coordinator(self) -> Command:
+        return self._gptfl.start("coordinator", self.federation.path)
+
+    def silo(self, name: str) -> Command:
+        return self._gptfl.start("silo", self.federation.folder / f"{name}.yaml")
+
+
+@pytest.fixture
+def sides(gptfl: Commands, federation: Callable[..., Federation]) -> Sides:
+    return Sides(federation(), gptfl)
+
+
+def _finish(*commands: Command) -> None:
+    for command in commands:
+        assert command.wait() == 0, command.stderr
+        assert command.alive() == {}
+
+
+def test_a_late_silo_is_waited_for_and_a_killed_one_comes_back_in_its_round(
+    sides: Sides, undisturbed: Federation
+) -> None:
+    coordinator, first = sides.coordinator(), sides.silo("silo-1")
+    wait_for(lambda: "taking silos at localhost" in coordinator.stderr)
+    wait_for(lambda: "connected to the run" in _log(sides, "silo-1"))
+    assert sides.federation.owed(1) == set()  # the cohort is not complete
+
+    second = sides.silo("silo-2")
+    wait_for(lambda: "silo-2" in sides.federation.owed(2))
+    os.kill(second.process.pid, signal.SIGKILL)
+    second.wait_until_gone()
+    again = sides.silo("silo-2")
+    _finish(coordinator, first, again)
+    assert "the federation is finished" in first.stderr
+    assert sides.federation.result() == undisturbed.result()
+
+
+def test_a_killed_coordinator_goes_on_in_its_round_and_silos_come_back(sides: Sides, undisturbed: Federation) -> None:
+    coordinator = sides.coordinator()
+    silos = [sides.silo(name) for name in sides.federation.silos]
+    wait_for(lambda: sides.federation.owed(2))
+    os.kill(coordinator.process.pid, signal.SIGKILL)
+    coordinator.wait_until_gone()
+    again = sides.coordinator()
+    _finish(again, *silos)
+    assert sides.federation.result() == undisturbed.result()
+    assert "1/3" not in again.stderr  # the first round was not run again
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_silo_tries_to_reach_its_coordinator_until_it_is_stopped(sides: Sides, number: signal.Signals) -> None:
+    silo = sides.silo("silo-1")
+    wait_for(lambda: silo.stderr.count("trying again in") >= 2)
+    os.kill(silo.process.pid, number)
+    assert silo.wait(10) == 130
+    assert "the same command goes on" in silo.stderr
+    assert silo.alive() == {}
+
+
+def _log(sides: Sides, silo: str) -> str:
+    log = sides.federation.folder / f"{silo}-work" / "agent.jsonl"
+    return log.read_text() if log.exists() else ""
