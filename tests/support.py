@@ -15,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gptfl_dist.testing.federations import tiny_federation, tiny_images
+from gptfl_dist.testing.federations import LABELS, tiny_federation, tiny_images
 
 _T = TypeVar("_T")
 _MARK = "GPTFL_TEST_MARK"
@@ -57,7 +57,7 @@ class Command:
     def stderr(self) -> str:
         return self._files[1].read_text()
 
-    def wait(self, seconds: float = 120.0) -> int:
+    def wait(self, seconds: float = 240.0) -> int:
         """The exit code."""
         return self.process.wait(seconds)
 
@@ -132,8 +132,9 @@ class Federation:
         self.folder = folder
         self.silos = [f"silo-{number}" for number in range(1, silos + 1)]
         self.path = tiny_federation(folder, silos=silos, **settings)
+        labels = settings.get("labels", LABELS)
         for number, silo in enumerate(self.silos, start=1):
-            tiny_images(folder / f"{silo}.npz", count=160 + 40 * number, seed=number)
+            tiny_images(folder / f"{silo}.npz", count=160 + 40 * number, labels=labels, seed=number)
         self.run_folder = folder / "run"
 
     def summary(self) -> dict[str, Any]:

@@ -30,7 +30,10 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 REFERENCE = ROOT / "docs" / "reference.md"
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-LEAST = {"federation": {"name": "n", "labels": ["a", "b"], "silos": [{"name": "s"}]}, "silo": {"name": "s"}}
+LEAST: dict[str, dict[str, Any]] = {
+    "federation": {"name": "n", "labels": ["a", "b"], "silos": [{"name": "s"}]},
+    "silo": {"name": "s"},
+}
 SUFFIXES = {"html", "jsonl", "json", "log", "md", "npz", "pem", "png", "py", "safetensors", "sqlite", "yaml"}
 FOREIGN = (
     r"/(home|root|tmp|work|Users)/",

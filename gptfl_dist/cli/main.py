@@ -15,6 +15,8 @@ from gptfl_dist import __version__
 from gptfl_dist.errors import ConfigError, GptflError, Interrupted
 
 if TYPE_CHECKING:
+    from mpi4py import MPI
+
     from gptfl_dist.observe.summary import Summary
 
 app = typer.Typer(
@@ -74,8 +76,8 @@ def demo(
 ) -> None:
     """The whole method on real digits: synthetic data, pre-training, a federation of silo processes, a report.
 
-    Three arms on MNIST, split unevenly over the silos: synthetic only, FedAvg from random weights, GPT-FL. The files
-    that it writes (federation.yaml, silos/*.yaml) run again under MPI: mpiexec -n 5 gptfl run runs/demo/federation.yaml
+    Three arms on MNIST, split unevenly over the silos: synthetic only, FedAvg from random weights, GPT-FL. What it
+    writes first, federation.yaml and a file a silo, is what a user would write; docs/clusters.md runs it under MPI.
     """
     from gptfl_dist.run.demo import prepare
 
@@ -303,18 +305,27 @@ def _run_rank(file: Path, fresh: bool, format_: Format) -> None:
         summary = run_until_done(run_rank(file, world, _say))
     except GptflError as error:
         typer.echo(f"gptfl, rank {world.Get_rank()}: {error}", err=True)
-        world.Abort(error.exit_code)
+        _abort(world, error.exit_code)
     except Interrupted as stop:
         if world.Get_rank() == 0:
             _say(str(stop))
-        world.Abort(Interrupted.exit_code)
+        _abort(world, Interrupted.exit_code)
     except BaseException:
         import traceback
 
         typer.echo(f"gptfl, rank {world.Get_rank()}:\n{traceback.format_exc()}", err=True)
-        world.Abort(GptflError.exit_code)
+        _abort(world, GptflError.exit_code)
     if summary is not None:
         _show(summary, file, format_)
+
+
+def _abort(world: MPI.Comm, exit_code: int) -> NoReturn:
+    """Ends all ranks. A launcher drops what it has not passed on by then, so the message gets a moment."""
+    import time
+
+    time.sleep(1)
+    world.Abort(exit_code)
+    os._exit(exit_code)  # some MPIs return from Abort before they have ended this process
 
 
 def _prepare_run_folder(file: Path, fresh: bool) -> None:

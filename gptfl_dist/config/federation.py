@@ -155,7 +155,6 @@ class Exchange(Section):
     key: Path | None = None
     chunk: Size = 2**20
     keepalive: Duration = 30.0
-    max_update: Size = 8 * 2**30
 
     @model_validator(mode="after")
     def _all_or_none(self) -> Self:

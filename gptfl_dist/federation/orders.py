@@ -30,10 +30,9 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a silo tells of an order: the samples behind it, and its metrics by name.
+    """What a silo tells of an order: the number of its training samples, which weighs all it returns, and metrics.
 
-    Of a training order, `accuracy` and `loss` are those of the received weights on the silo's validation part, and
-    `samples` counts the training samples; of an evaluation, `samples` counts the validation samples.
+    `accuracy` and `loss` are those of the received weights on the silo's validation part.
     """
 
     nonce: str

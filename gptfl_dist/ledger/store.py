@@ -7,6 +7,7 @@ gave and the updates it had committed. The whole of a run folder belongs to one 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import sqlite3
@@ -289,6 +290,8 @@ class Ledger:
         except OSError as error:
             raise storage_error(error, self._path) from None
         except (sqlite3.NotSupportedError, sqlite3.OperationalError) as error:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                raise storage_error(OSError(errno.ENOSPC, str(error)), self._path) from None
             raise StorageError(
                 f"{self._path}: {error}", hint="check the folder, its permissions and the disk"
             ) from None

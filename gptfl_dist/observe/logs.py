@@ -6,6 +6,7 @@ Libraries are heard from warning upwards only.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from datetime import UTC, datetime
@@ -47,6 +48,20 @@ class _Stderr(logging.StreamHandler[TextIO]):
         return sys.stderr
 
 
+class _File(logging.FileHandler):
+    """A log that cannot be written is said once on stderr, without logging's traceback, and stops nothing."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            print(f"{storage_error(error, Path(self.baseFilename)).message}: the log has gaps", file=sys.stderr)
+
+
 _installed: list[logging.Handler] = []
 
 
@@ -64,7 +79,7 @@ def configure(path: Path | None, *, level: Level = "info", json: bool = True) ->
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = logging.FileHandler(path, encoding="utf-8")
+            file = _File(path, encoding="utf-8")
         except OSError as error:
             raise storage_error(error, path) from None
         file.setFormatter(JsonLines() if json else plain)
@@ -73,7 +88,8 @@ def configure(path: Path | None, *, level: Level = "info", json: bool = True) ->
     while _installed:
         old = _installed.pop()
         root.removeHandler(old)
-        old.close()
+        with contextlib.suppress(OSError):  # of lines that could not be written
+            old.close()
     for handler in handlers:
         root.addHandler(handler)
         _installed.append(handler)

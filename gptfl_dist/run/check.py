@@ -15,11 +15,11 @@ import ssl
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gptfl_dist.config.document import read_document
 from gptfl_dist.config.federation import FederationFile, Generator, SiloEntry
@@ -42,6 +42,9 @@ from gptfl_dist.federation.silo import PolicyGuard
 from gptfl_dist.files import storage_error
 from gptfl_dist.observe.wording import size
 from gptfl_dist.run.addresses import host_of, port_of, try_listening
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _EXPIRES_SOON = timedelta(days=7)
 _PATIENCE = 5.0  # seconds for each answer of the coordinator
@@ -105,14 +108,13 @@ def check_file(path: Path) -> list[Finding]:
         file = _load(path)
     except ConfigError as error:
         return [Finding("file", "failed", error.message, error.hint, error.exit_code)]
-    with _code_of(path):
-        if isinstance(file, FederationFile):
-            sizes = f"{len(file.silos)} silos and {len(file.labels)} labels"
-            checks.findings.append(Finding("file", "ok", f"{path} is a federation file of {sizes}"))
-            _check_federation(checks, path, file)
-        else:
-            checks.findings.append(Finding("file", "ok", f"{path} is the silo file of {file.name}"))
-            _check_silo(checks, path, file)
+    if isinstance(file, FederationFile):
+        sizes = f"{len(file.silos)} silos and {len(file.labels)} labels"
+        checks.findings.append(Finding("file", "ok", f"{path} is a federation file of {sizes}"))
+        _check_federation(checks, path, file)
+    else:
+        checks.findings.append(Finding("file", "ok", f"{path} is the silo file of {file.name}"))
+        _check_silo(checks, path, file)
     return checks.findings
 
 
@@ -152,19 +154,19 @@ def _code_of(path: Path) -> Iterator[None]:
 
 def _check_federation(checks: _Checklist, path: Path, file: FederationFile) -> None:
     checks.run("device", lambda: _federation_devices(file))
-    checks.run("model", lambda: _model(file))
+    checks.run("model", lambda: _model(path, file))
     if _synthesises(file):
-        checks.run("generator", lambda: _generator(file.synthesis.generator))
+        checks.run("generator", lambda: _generator(file.synthesis.generator, file.labels))
     checks.run("run folder", lambda: _writable(file.run_folder))
     if _synthesises(file):
         checks.run("synthesis.folder", lambda: _writable(file.synthesis.folder))
-    checks.run("disk space", lambda: _space(file))
+    checks.run("disk space", lambda: _space(path, file))
     checks.run("test data", lambda: _test_data(file))
     for entry in file.silos:
         silo_path = entry.file
         if silo_path is not None:
             checks.run(f"silo file of {entry.name}", lambda e=entry, p=silo_path: _silo_file(path, file, e, p))  # type: ignore[misc]
-            checks.run(f"training of {entry.name}", lambda e=entry, p=silo_path: _silo_training(file, e, p))  # type: ignore[misc]
+            checks.run(f"training of {entry.name}", lambda e=entry, p=silo_path: _silo_training(path, file, e, p))  # type: ignore[misc]
     checks.run("silo files", lambda: _silo_entries(file))
     checks.run("credentials", lambda: _coordinator_credentials(file))
     checks.run("exchange.listen", lambda: _listen(file.exchange.listen))
@@ -188,15 +190,23 @@ def _federation_devices(file: FederationFile) -> str:
     )
 
 
-def _model(file: FederationFile) -> str:
+def _built(path: Path, file: FederationFile) -> nn.Module:
+    """The federation's model as the coordinator builds it."""
+    from gptfl_dist.learning.models import build_model
+
+    with _code_of(path):
+        return build_model(file.model, file.task, len(file.labels), file.seed)
+
+
+def _model(path: Path, file: FederationFile) -> str:
     """Builds the model and gives it one training batch."""
     import torch
     import torch.nn.functional as F  # noqa: N812
 
-    from gptfl_dist.learning.models import build_model, logits
+    from gptfl_dist.learning.models import logits
     from gptfl_dist.weights.flat import layout_of
 
-    model = build_model(file.model, file.task, len(file.labels), file.seed)
+    model = _built(path, file)
     layout = layout_of(model)
     count = file.training.batch_size
     images = torch.zeros(count, file.task.channels, file.task.size, file.task.size)
@@ -210,10 +220,11 @@ def _model(file: FederationFile) -> str:
     return f"{file.model.name} with {layout.parameters:,} parameters ({size(layout.nbytes)}) took a batch of {count}"
 
 
-def _generator(settings: Generator) -> str:
+def _generator(settings: Generator, labels: Sequence[str]) -> str:
     """Loads the generator from its folder. One of the hub is only asked for: it may have many gigabytes."""
-    from gptfl_dist.synthesis.generator import load_generator
+    from gptfl_dist.synthesis.generator import load_generator, require_known_labels
 
+    require_known_labels(settings, labels)
     source = settings.source
     if source == "embedded" or Path(source).expanduser().exists() or source.count("/") != 1 or source.startswith("."):
         described = load_generator(settings).describe()
@@ -267,13 +278,12 @@ def _nearest(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if place.exists())
 
 
-def _space(file: FederationFile) -> str:
+def _space(path: Path, file: FederationFile) -> str:
     """Compares free space with an upper estimate of what the whole run keeps, by file system."""
-    from gptfl_dist.learning.models import build_model
     from gptfl_dist.run.result import federated_arms
     from gptfl_dist.weights.flat import layout_of
 
-    model = layout_of(build_model(file.model, file.task, len(file.labels), file.seed)).nbytes
+    model = layout_of(_built(path, file)).nbytes
     rates = len(file.training.learning_rates)
     arms = len(federated_arms(file))
     kept = 3 * arms * (1 + (rates if rates > 1 else 0)) + 1  # start, best, newest of each; the next being written
@@ -349,9 +359,8 @@ def _silo_file(path: Path, file: FederationFile, entry: SiloEntry, silo_path: Pa
     return f"{silo_path} fits"
 
 
-def _silo_training(file: FederationFile, entry: SiloEntry, silo_path: Path) -> str:
+def _silo_training(path: Path, file: FederationFile, entry: SiloEntry, silo_path: Path) -> str:
     """What the silo's trainer does before the first round: code, data, model."""
-    from gptfl_dist.learning.models import build_model
     from gptfl_dist.run.trainer import Trainer
     from gptfl_dist.weights.flat import layout_of
 
@@ -360,7 +369,7 @@ def _silo_training(file: FederationFile, entry: SiloEntry, silo_path: Path) -> s
         return _script(silo.code.script)
     with _code_of(silo_path):
         trainer = Trainer(Plan.of(file), silo, silo_path.parent)
-    expected = layout_of(build_model(file.model, file.task, len(file.labels), file.seed))
+    expected = layout_of(_built(path, file))
     difference = expected.difference(trainer.layout)
     if difference:
         raise ModelError(
@@ -434,7 +443,7 @@ def _check_silo(checks: _Checklist, path: Path, silo: SiloFile) -> None:
     if silo.data is not None:
         checks.run("data", lambda: _silo_data(silo))
     if silo.code is not None:
-        checks.run("code", lambda: _silo_code(silo))
+        checks.run("code", lambda: _silo_code(path, silo))
     checks.run("work folder", lambda: _writable(silo.work_folder or path.absolute().parent / f"{silo.name}-work"))
     side = silo.coordinator
     if side is None:
@@ -463,7 +472,7 @@ def _silo_data(silo: SiloFile) -> str:
     return f"{len(images)} images can be read: {told}{', ...' if len(counts) > 20 else ''}"
 
 
-def _silo_code(silo: SiloFile) -> str:
+def _silo_code(path: Path, silo: SiloFile) -> str:
     from gptfl_dist.learning.code import import_function
 
     assert silo.code is not None
@@ -471,8 +480,9 @@ def _silo_code(silo: SiloFile) -> str:
         return _script(silo.code.script)
     named = {"code.function": silo.code.function, "code.model": silo.code.model}
     sources = [(setting, source) for setting, source in named.items() if source is not None]
-    for setting, source in sources:
-        import_function(source, setting)
+    with _code_of(path):
+        for setting, source in sources:
+            import_function(source, setting)
     return f"{', '.join(source for _, source in sources)} can be imported"
 
 

@@ -36,7 +36,7 @@ model: {name: cnn}
 arms: [synthetic_only, fedavg_random, gptfl]
 
 synthesis:
-  generator: {source: embedded, guidance: 2.0, steps: 10, batch_size: 50}
+  generator: {source: embedded, guidance: 1.25, steps: 10, batch_size: 50}
   prompts:
     templates: ["a handwritten digit {label}", "a handwritten digit {label}, {style}"]
     styles: [thin, bold, slanted, upright, leaning left, "thin, slanted", "bold, upright"]

@@ -307,7 +307,7 @@ class Federator:
             ledger.close_round(plan.name, arm.round, None, seconds, down, up)
         else:
             raise FederationError(
-                f"{plan.name}: {command.reason}",
+                f"arm {plan.name}, {command.reason}",
                 hint="look at the silos' logs; the same command goes on from this round once they are back",
             )
 

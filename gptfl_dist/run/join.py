@@ -1,11 +1,12 @@
 """How an existing PyTorch loop becomes a silo: `gptfl_dist.join`.
 
     silo = gptfl_dist.join(model, evaluate=accuracy)     # once the model is built and on its device
-    for epoch in range(1000):
-        if not silo.receive():                           # waits for a round and loads its weights into the model
-            break                                        # the federation is over
-        ...                                              # the loop as it was
+    while silo.receive():                                # a round's weights are in the model; False: it is over
+        ...                                              # train as before
         silo.deliver(samples=len(train_set))             # hands the update to the agent
+
+A loop over epochs stays as it is with `if not silo.receive(): break` as its first lines. The optimiser and the model's
+train or eval mode are the script's own, from round to round.
 
 The script is named under `code.script` of the silo file and started by `gptfl silo`. It needs no certificate and opens
 no connection: the agent that started it does.

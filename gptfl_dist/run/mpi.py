@@ -63,12 +63,13 @@ def open_world(silos: int) -> MPI.Comm:
 
 async def run_rank(path: Path, world: MPI.Comm, say: Callable[[str], None]) -> Summary | None:
     """This rank's part in the federation file at `path`; rank 0 returns the summary."""
-    from gptfl_dist.exchange.collective.mpi import MpiCoordinatorExchange, MpiSiloExchange
+    from gptfl_dist.exchange.collective.mpi import MpiCoordinatorExchange, MpiSiloExchange, dismiss
 
     file = load_federation(path)
     files = silo_files(file)
     rank = world.Get_rank()
     if rank == 0:
+        federated = False
 
         def make_exchange(file: FederationFile, inbox: Inbox) -> CoordinatorExchange:
             return MpiCoordinatorExchange(world=world, silos=tuple(files), inbox=inbox)
@@ -76,9 +77,14 @@ async def run_rank(path: Path, world: MPI.Comm, say: Callable[[str], None]) -> S
         async def opened(exchange: CoordinatorExchange, fail: Callable[[BaseException], None]) -> None:
             assert isinstance(exchange, MpiCoordinatorExchange)
             exchange.tell_failure(fail)
+            nonlocal federated
+            federated = True
             say(f"{len(files)} silos as ranks 1 to {len(files)} over MPI")
 
-        return await coordinate(path, make_exchange=make_exchange, opened=opened, say=say)
+        summary = await coordinate(path, make_exchange=make_exchange, opened=opened, say=say)
+        if not federated:  # the run was finished before, or none of its arms needs the silos
+            await dismiss(world)
+        return summary
     name, silo_path = list(files.items())[rank - 1]
     folder = file.run_folder / "silos" / name
     silo = load_silo(silo_path)
@@ -88,5 +94,6 @@ async def run_rank(path: Path, world: MPI.Comm, say: Callable[[str], None]) -> S
     folder.mkdir(parents=True, exist_ok=True)
     exchange = MpiSiloExchange(world=world, folder=folder)
     runner = ProcessRunner(silo, silo_path.parent, folder / "trainer.log")
-    await Silo(silo=silo, exchange=exchange, runner=runner, folder=folder).run()
+    if await exchange.invited():
+        await Silo(silo=silo, exchange=exchange, runner=runner, folder=folder).run()
     return None

@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from gptfl_dist.config.plan import Plan
 from gptfl_dist.config.silo import SiloFile
@@ -198,16 +198,17 @@ class Silo:
             while True:
                 waiting = {listening} if self._work is None else {listening, self._work}
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                if self._work is not None and self._work.done():
-                    work, self._work = self._work, None
-                    work.result()
-                if not listening.done():
-                    continue
-                word = listening.result()
+                word = listening.result() if listening.done() else None
+                # First, because work that broke off with the end of the federation is no reason to connect again.
                 if isinstance(word, Goodbye):
                     if not word.finished:
                         raise Disconnected(word.reason)
                     return word
+                if self._work is not None and self._work.done():
+                    work, self._work = self._work, None
+                    work.result()
+                if word is None:
+                    continue
                 if isinstance(word, Recalled):
                     if self._order is not None and self._order.nonce == word.nonce and self._work is not None:
                         _log.warning("round %d recalled: %s", self._order.round, word.reason)
@@ -221,8 +222,7 @@ class Silo:
                 listening = asyncio.create_task(self._exchange.receive())
         finally:
             listening.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await listening
+            await _ended(listening)
 
     async def _drop_work(self) -> None:
         """Gives up what is being worked on. The trainer is stopped, or its late answer would be taken for the next."""
@@ -232,8 +232,7 @@ class Silo:
         if not work.done():
             work.cancel()
             await self._runner.stop()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await work
+        await _ended(work)
 
     async def _carry_out(self, order: Order) -> None:
         """Answers an order with a result or with a failure. Raises only what ends the silo or its connection."""
@@ -301,3 +300,10 @@ class Silo:
                 task.add_done_callback(reports.discard)
 
         return report
+
+
+async def _ended(task: asyncio.Task[Any]) -> None:
+    """Waits for a task's end, whatever it is. A signal that arrives meanwhile is not taken for it."""
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.errors import DataError, GptflError
-from gptfl_dist.files import write_file
+from gptfl_dist.files import storage_error, write_file
 from gptfl_dist.launch.channel import error_from_message
 from gptfl_dist.launch.lifeline import Child
 from gptfl_dist.observe.progress import progress
@@ -32,6 +32,10 @@ def generate(file: FederationFile) -> int:
     from gptfl_dist.synthesis.contact_sheet import contact_sheet
     from gptfl_dist.synthesis.synthesize import synthesize
 
+    try:
+        file.run_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, file.run_folder) from None
     total = file.synthesis.images_per_label * len(file.labels)
     with progress("generate", total, "images") as bar:
         made = synthesize(file.synthesis, file.task, file.labels, file.seed, file.synthesis.folder, bar.callback)

@@ -117,7 +117,7 @@ class Trainer:
         deterministic(0, threads)
         self._flat.load(weights)
         result = evaluate(self._flat.model, self._validation, self._plan.task, device=self._device)
-        return Trained("", result.samples, {"accuracy": result.accuracy, "loss": result.loss})
+        return Trained("", self.samples, {"accuracy": result.accuracy, "loss": result.loss})
 
 
 def _model_of(plan: Plan, silo: SiloFile) -> Model:

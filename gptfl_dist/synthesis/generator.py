@@ -25,6 +25,7 @@ from gptfl_dist.errors import GeneratorError
 from gptfl_dist.synthesis.samples import Sample
 
 EMBEDDED = Path(__file__).parent / "glyphs"
+EMBEDDED_LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SOURCES = "Give generator.source as `embedded`, a folder that holds model_index.json, or a hub id such as owner/name."
 
@@ -62,6 +63,20 @@ def find_generator(settings: Generator) -> GeneratorFolder:
         raise GeneratorError(f"generator.source is {source}, which {what}; expected a folder", hint=_SOURCES)
     folder = _download(source)
     return GeneratorFolder(f"{source}@{folder.name}", folder, _folder_digest(folder, source))
+
+
+def require_known_labels(settings: Generator, labels: Sequence[str]) -> None:
+    """Raises GeneratorError where the embedded generator is to draw what it has never seen.
+
+    Its text encoder knows few words; of others it makes a digit of its own choice, which would train the model wrongly.
+    """
+    unknown = [label for label in labels if label not in EMBEDDED_LABELS]
+    if settings.source == "embedded" and unknown:
+        raise GeneratorError(
+            f"the embedded generator draws the labels {', '.join(EMBEDDED_LABELS)}; it does not know "
+            f"{', '.join(unknown)}",
+            hint="name another pipeline under synthesis.generator.source: a folder or a hub id",
+        )
 
 
 def place(settings: Generator) -> Placement:

@@ -22,6 +22,7 @@ from gptfl_dist.synthesis.generator import (
     find_generator,
     load_generator,
     place,
+    require_known_labels,
 )
 from gptfl_dist.synthesis.prompts import build_prompts
 from gptfl_dist.synthesis.samples import Sample, plan_samples
@@ -57,6 +58,7 @@ def synthesize(
     at any moment; the same call goes on from there and ends with the same bytes.
     Raises GeneratorError (no such generator, or it fails), StorageError (the folder holds another set, a full disk).
     """
+    require_known_labels(settings.generator, labels)
     found = find_generator(settings.generator)
     request = _request(settings, task, labels, seed, found)
     with store.locked(folder):

@@ -101,10 +101,12 @@ def chaos(tmp_path_factory: pytest.TempPathFactory) -> Chaos:
 def test_a_stopped_run_leaves_no_process_and_goes_on_to_the_same_end(gptfl: Commands, chaos: Chaos, stop: str) -> None:
     moments = random.Random(f"chaos/{stop}")
     send, ranks = _STOPS[stop]
-    stopped, federation = 0, chaos.federation()
+    stopped, spent, federation = 0, 0.0, chaos.federation()
     while stopped < _TRIES:
         command = _start(gptfl, federation, ranks)
-        moment = moments.uniform(0, chaos.seconds)
+        # Of what is left of the run, but at least of the time that it takes to start again and end.
+        moment = moments.uniform(0, max(chaos.seconds - spent, chaos.seconds / 3))
+        spent += moment
         ended = _sleep(command, moment)
         if not ended:
             send(command)
@@ -116,7 +118,7 @@ def test_a_stopped_run_leaves_no_process_and_goes_on_to_the_same_end(gptfl: Comm
         print(f"{stop} {stopped}: after {moment:.1f} s, exit code {code}, all gone after {took:.1f} s", flush=True)
         if code == 0:
             _check_the_end(federation, chaos)
-            federation = chaos.federation()
+            spent, federation = 0.0, chaos.federation()
         elif not stop.endswith("kill-9") and not ranks:
             assert code == 130, command.stderr
             assert "the same command goes on" in command.stderr

@@ -161,7 +161,8 @@ def institution(folder: Path, port: int) -> Path:
     """A federation file whose coordinator listens at a port, with a set of credentials a side in `credentials`."""
     exchange = {"listen": f"127.0.0.1:{port}"}
     exchange |= {name: f"credentials/coordinator/{name}.pem" for name in ("authority", "certificate", "key")}
-    file = tiny_federation(folder, exchange=exchange)
+    rules = {"rounds": 1, "quorum": "all", "join_deadline": "1h"}
+    file = tiny_federation(folder, exchange=exchange, federation=rules)
     make_credentials(file, ["127.0.0.1"], folder / "credentials", 90)
     return file
 
@@ -299,7 +300,7 @@ if os.geteuid() == 0:  # only root may mount a disk that is small enough to fill
     ) -> None:
         # The labels are those that YAML 1.1 would turn into truth values.
         file = tiny_federation(tmp_path, labels=["yes", "no", "on", "off"])
-        (small_disk / "filler").write_bytes(bytes((2048 - 120) * 1024))
+        (small_disk / "filler").write_bytes(bytes(2**21))
         message = refused(gptfl.start("run", file, "--format", "json"), 10)
         assert f"{small_disk}/" in message
         assert "the disk is full" in message

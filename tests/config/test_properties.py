@@ -39,6 +39,7 @@ positive = st.integers(1, 10**9)
 rates = st.floats(1e-9, 10.0)
 paths = texts.filter(bool).map(lambda text: Path("/data", text))
 durations = st.integers(0, 10**9).map(lambda milliseconds: f"{milliseconds}ms")
+chunks = st.integers(4096, 2**24).map(lambda size: f"{size}B")
 sizes = st.integers(0, 2**50).map(lambda size: f"{size}B")
 
 
@@ -60,7 +61,7 @@ def federation_files(draw: st.DrawFn) -> FederationFile:
         federation=Federation.model_validate(
             {"cohort": draw(st.just("all") | st.integers(1, len(silos))), "deadline": draw(durations)}
         ),
-        exchange=Exchange.model_validate({"max_update": draw(sizes), "chunk": "64KiB"}),
+        exchange=Exchange.model_validate({"chunk": draw(chunks)}),
         test_data=draw(st.none() | paths),
         silos=[SiloEntry(name=name, max_samples=draw(positive), file=draw(st.none() | paths)) for name in silos],
     )
@@ -108,7 +109,7 @@ def test_what_is_no_quantity_is_refused(value: object) -> None:
 
 def test_a_quantity_beyond_any_number_is_refused() -> None:
     with pytest.raises(ValidationError):
-        Exchange.model_validate({"max_update": "9" * 400 + "B"})
+        Exchange.model_validate({"chunk": "9" * 400 + "B"})
     with pytest.raises(ValidationError):
         Federation.model_validate({"deadline": "9" * 400 + "h"})
 

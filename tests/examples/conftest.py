@@ -19,7 +19,9 @@ def example(tmp_path: Path) -> Callable[..., Path]:
 
     def copy(name: str, *changes: tuple[str, str, str]) -> Path:
         folder = tmp_path / name
-        shutil.copytree(EXAMPLES / name, folder, ignore=shutil.ignore_patterns("data", "run", "synthetic", "__pycache__"))
+        shutil.copytree(
+            EXAMPLES / name, folder, ignore=shutil.ignore_patterns("data", "run", "synthetic", "__pycache__")
+        )
         for file, old, new in changes:
             text = (folder / file).read_text()
             assert text.count(old) == 1, f"{file} holds {old!r} {text.count(old)} times"

@@ -86,3 +86,10 @@ def test_plain_lines_where_asked_for(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=str(tmp_path)):
         configure(tmp_path)
+
+
+def test_a_log_on_a_full_disk_is_said_once_and_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(Path("/dev/full"))
+    for number in range(3):
+        log.info("line %d", number)
+    assert capsys.readouterr().err == "/dev/full: the disk is full: the log has gaps\n"

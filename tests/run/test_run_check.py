@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
-import ssl
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
@@ -23,20 +21,15 @@ from gptfl_dist.security.authority import Authority, Credentials
 from gptfl_dist.testing.federations import tiny_federation, tiny_images
 
 
-def finding(path: Path, checked: str) -> Finding:
-    return next(f for f in check_file(path) if f.checked == checked)
-
-
 def edit(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
 
 
-def credentials_of(file: Path, hosts: list[str], days: int = 90) -> dict[str, str]:
-    """Makes a set a side beside a federation file; the `exchange` that names the coordinator's."""
-    make_credentials(file, hosts, file.parent / "credentials", days)
-    return {name: f"credentials/coordinator/{name}.pem" for name in ("authority", "certificate", "key")}
+def by_name(findings: list[Finding]) -> dict[str, Finding]:
+    assert len({f.checked for f in findings}) == len(findings)
+    return {f.checked: f for f in findings}
 
 
 # Federation files
@@ -44,13 +37,12 @@ def credentials_of(file: Path, hosts: list[str], days: int = 90) -> dict[str, st
 
 def test_all_is_well(tmp_path: Path) -> None:
     # The labels are those that YAML 1.1 would turn into truth values.
-    file = tiny_federation(tmp_path, labels=["yes", "no", "on", "off"], test_data=None)
-    findings = check_file(file)
-    assert [(f.checked, f.found) for f in findings if f.status != "ok" or f.exit_code] == []
-    assert {"file", "model", "run folder", "disk space", "training of silo-2", "exchange.listen", "MPI"} <= {
-        f.checked for f in findings
-    }
-    assert findings[0].line().startswith("ok       file: ")
+    file = tiny_federation(tmp_path, labels=["yes", "no", "on", "off"])
+    findings = by_name(check_file(file))
+    assert findings.pop("test data").status == "warning"  # it has no image of the labels on and off
+    assert [(f.checked, f.found) for f in findings.values() if f.status != "ok" or f.exit_code] == []
+    assert findings["training of silo-2"].found.startswith("24 images of 2 of 4 labels")
+    assert findings["file"].line() == f"ok       file: {file} is a federation file of 2 silos and 4 labels"
     assert not (tmp_path / "run").exists()
 
 
@@ -58,16 +50,264 @@ def test_no_mistake_hides_another(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
         file = tiny_federation(
             tmp_path,
             silos=6,
-            exchange={"listen": f"127.0.0.1:{taken.getsockname()[1]}"},
             arms=["fedavg_random", "gptfl"],
+            exchange={"listen": address},
             synthesis={"generator": {"source": "./generator"}, "images_per_label": 10**15},
             pretraining={"device": "cuda:77"},
             run_folder="test.npz/run",
-            silos_=None,
-        ) if False else tiny_federation(
-            tmp_path,
-            silos=[],
         )
+        tiny_images(tmp_path / "test.npz", labels=("left", "up"))
+        (tmp_path / "silo-1.npz").unlink()
+        edit(tmp_path / "silo-2.yaml", "name: silo-2", "name: silo-9")
+        edit(file, "file: silo-3.yaml", "file: silo-3.yaml\n  max_samples: 5")
+        (tmp_path / "silo-4.yaml").open("a").write("policy: {max_rounds: 1, max_model: 1kB}\n")
+        (tmp_path / "silo-5.yaml").open("a").write("code: {function: 'nowhere:train'}\n")
+        edit(file, "file: silo-6.yaml", "max_samples: 1000")
+        findings = check_file(file)
+    found = by_name(findings)
+    expected = {
+        "device": (2, "cuda:77"),
+        "generator": (4, str(tmp_path / "generator")),
+        "run folder": (10, f"{tmp_path / 'test.npz'} is a file"),
+        "disk space": (10, "the run may need"),
+        "test data": (3, "'up'"),
+        "training of silo-1": (3, f"{tmp_path / 'silo-1.npz'} does not exist"),
+        "silo file of silo-2": (2, f"name is silo-9, {file} expects silo-2"),
+        "training of silo-3": (2, "max_samples 5"),
+        "silo file of silo-4": (7, "policy.max_rounds is 1"),
+        "training of silo-4": (7, "policy.max_model allows 1.00 kB"),
+        "training of silo-5": (5, "code.function nowhere:train cannot be imported"),
+        "exchange.listen": (11, f"{address}: the port is in use"),
+    }
+    failed = {f.checked: (f.exit_code, f.found) for f in findings if f.status == "failed"}
+    assert {name: code for name, (code, _) in failed.items()} == {name: code for name, (code, _) in expected.items()}
+    assert [(name, failed[name][1]) for name, (_, part) in expected.items() if part not in failed[name][1]] == []
+    assert all(found[name].hint for name in expected)
+    assert (found["silo files"].status, found["silo files"].exit_code) == ("warning", 0)
+    assert "silo-6" in found["silo files"].found
+
+
+def test_silos_whose_modules_have_one_name_are_kept_apart(tmp_path: Path) -> None:
+    file = tiny_federation(tmp_path, model={"name": "function", "source": "model:build"})
+    network = (
+        "from torch import nn\ndef build(label_count, task):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear({width} * 64, label_count){more})\n"
+    )
+    (tmp_path / "model.py").write_text(network.format(width=1, more=""))
+    for number, more in ((1, ""), (2, ", nn.Linear(label_count, label_count)")):
+        home = tmp_path / f"home-{number}"
+        home.mkdir()
+        (home / "model.py").write_text(network.format(width=1, more=more))
+        silo = home / "silo.yaml"
+        silo.write_text(f"name: silo-{number}\ndata: {{path: ../silo-{number}.npz}}\ncode: {{model: 'model:build'}}\n")
+        edit(file, f"file: silo-{number}.yaml", f"file: {home.name}/silo.yaml")
+    findings = by_name(check_file(file))
+    assert findings["model"].status == "ok"
+    assert findings["training of silo-1"].status == "ok"
+    assert findings["training of silo-2"].exit_code == 5
+    assert "not the federation's" in findings["training of silo-2"].found
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("name: a\ncolour: red\n", "neither a federation file nor a silo file"),
+        ("name: a\nlabels: [a, b]\nsilos: []\n", "silos"),
+        ("name: a\ndata: {path: x, form: npz}\n", "nearest valid key is format"),
+        ("labels: [a\n", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_neither_or_wrong(text: str, part: str, tmp_path: Path) -> None:
+    (tmp_path / "file.yaml").write_text(text)
+    (only,) = check_file(tmp_path / "file.yaml")
+    assert (only.checked, only.status, only.exit_code) == ("file", "failed", 2)
+    assert part in only.found
+
+
+# Credentials of the coordinator
+
+
+def institution(folder: Path, *, hosts: list[str], listen: str = "127.0.0.1:0", side: str = "coordinator") -> Path:
+    """A federation file with credentials of three days, whose silo-1 dials localhost."""
+    exchange = {"listen": listen}
+    exchange |= {name: f"credentials/{side}/{name}.pem" for name in ("authority", "certificate", "key")}
+    file = tiny_federation(folder, exchange=exchange)
+    make_credentials(file, hosts, folder / "credentials", 3)
+    files = ", ".join(f"{name}: credentials/silo-1/{name}.pem" for name in ("authority", "certificate", "key"))
+    (folder / "silo-1.yaml").open("a").write(f"coordinator: {{address: 'localhost:1', {files}}}\n")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("settings", "status", "exit_code", "part"),
+    [
+        ({"hosts": ["127.0.0.1", "localhost"]}, "warning", 0, "expire in 2 days"),
+        ({"hosts": ["127.0.0.1"]}, "failed", 6, "not for localhost (coordinator.address of silo-1)"),
+        ({"hosts": ["localhost"]}, "warning", 0, "not for 127.0.0.1 (exchange.listen)"),
+        ({"hosts": ["localhost"], "listen": "0.0.0.0:0"}, "warning", 0, "expire in 2 days"),
+        ({"hosts": ["localhost"], "side": "silo-2"}, "failed", 6, "gptfl://tiny/silo/silo-2, expected the coordinator"),
+        ({"hosts": ["localhost"], "side": "nobody"}, "failed", 6, "No such file"),
+    ],
+)
+def test_the_coordinators_credentials(
+    settings: dict[str, object], status: str, exit_code: int, part: str, tmp_path: Path
+) -> None:
+    found = by_name(check_file(institution(tmp_path, **settings)))["credentials"]  # type: ignore[arg-type]
+    assert (found.status, found.exit_code) == (status, exit_code)
+    assert part in found.found
+
+
+# Silo files
+
+
+def save(authority: Authority, folder: Path, name: str = "silo-1") -> None:
+    authority.issue_silo(name).save(folder / "set")
+
+
+@contextmanager
+def serving(credentials: Credentials | None, clients: bytes = b"") -> Iterator[int]:
+    """A real gRPC server that demands certificates of the authority `clients`; without credentials it speaks no TLS."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    if credentials is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        secrets = grpc.ssl_server_credentials([(credentials.key, credentials.certificate)], clients, True)
+        port = server.add_secure_port("127.0.0.1:0", secrets)
+    server.start()
+    try:
+        yield port
+    finally:
+        server.stop(None).wait()
+
+
+def silo_file(folder: Path, address: str) -> Path:
+    tiny_images(folder / "data.npz")
+    files = ", ".join(f"{name}: set/{name}.pem" for name in ("authority", "certificate", "key"))
+    path = folder / "silo.yaml"
+    path.write_text(
+        f"name: silo-1\ndata: {{path: data.npz, labels: {{left: links}}}}\ndevice: cpu\n"
+        f"coordinator: {{address: '{address}', {files}}}\n"
+    )
+    return path
+
+
+def test_a_silo_that_reaches_its_coordinator(tmp_path: Path) -> None:
+    authority = Authority("tiny", valid=timedelta(days=30))
+    save(authority, tmp_path)
+    with serving(authority.issue_coordinator(["127.0.0.1"]), authority.certificate) as port:
+        findings = by_name(check_file(silo_file(tmp_path, f"127.0.0.1:{port}")))
+    assert [(f.checked, f.found) for f in findings.values() if f.status != "ok"] == []
+    assert findings["data"].found == "24 images can be read: links 12, right 12"
+    assert "TLS 1.3" in findings["coordinator"].found
+
+
+def test_a_silo_whose_coordinator_is_not_the_one_it_trusts(tmp_path: Path) -> None:
+    authority = Authority("tiny", valid=timedelta(days=30))
+    stranger = Authority("tiny", valid=timedelta(days=30))
+    save(authority, tmp_path)
+    own = authority.issue_coordinator(["127.0.0.1"])
+    cases: list[tuple[Credentials | None, bytes, str, str]] = [
+        (stranger.issue_coordinator(["127.0.0.1"]), stranger.certificate, "127.0.0.1", "not one to trust"),
+        (own, authority.certificate, "localhost", "not one to trust: Hostname mismatch"),
+        (own, stranger.certificate, "127.0.0.1", "certificate"),  # it takes only certificates of another authority
+        (None, b"", "127.0.0.1", "no TLS 1.3 connection"),
+    ]
+    for credentials, clients, host, part in cases:
+        with serving(credentials, clients) as port:
+            found = by_name(check_file(silo_file(tmp_path, f"{host}:{port}")))["coordinator"]
+        assert (found.status, found.exit_code) == ("failed", 6), found
+        assert part in found.found
+
+
+def test_a_coordinator_that_is_not_there(tmp_path: Path) -> None:
+    save(Authority("tiny", valid=timedelta(days=30)), tmp_path)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        port = silent.getsockname()[1]
+        found = by_name(check_file(silo_file(tmp_path, f"127.0.0.1:{port}")))["coordinator"]
+        assert (found.exit_code, found.found) == (6, f"127.0.0.1:{port} does not answer: Connection refused")
+        silent.listen()
+        found = by_name(check_file(silo_file(tmp_path, f"127.0.0.1:{port}")))["coordinator"]
+        assert found.exit_code == 6
+        assert "timed out" in found.found
+    found = by_name(check_file(silo_file(tmp_path, "nowhere.invalid:1")))["coordinator"]
+    assert found.exit_code == 6
+    assert "nowhere.invalid cannot be resolved" in found.found
+
+
+def expired(folder: Path) -> str:
+    save(Authority("tiny", valid=timedelta(minutes=-1)), folder)
+    return "valid 2"
+
+
+def readable_by_others(folder: Path) -> str:
+    save(Authority("tiny", valid=timedelta(days=30)), folder)
+    (folder / "set" / "key.pem").chmod(0o640)
+    return "others may read this private key (mode 0640)"
+
+
+def of_another_silo(folder: Path) -> str:
+    save(Authority("tiny", valid=timedelta(days=30)), folder, "silo-2")
+    return "gptfl://tiny/silo/silo-2, expected the silo silo-1"
+
+
+@pytest.mark.parametrize("mistake", [expired, readable_by_others, of_another_silo])
+def test_a_silos_credentials(mistake: Callable[[Path], str], tmp_path: Path) -> None:
+    part = mistake(tmp_path)
+    found = by_name(check_file(silo_file(tmp_path, "127.0.0.1:1")))["credentials"]
+    assert found.exit_code == 6
+    assert part in found.found
+
+
+def test_data_that_a_silo_cannot_read(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / "images" / "a").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 7)).save(tmp_path / "images" / "a" / f"{number}.png")
+    (tmp_path / "silo.yaml").write_text("name: silo-1\ndata: {path: images}\n")
+    assert by_name(check_file(tmp_path / "silo.yaml"))["data"].found == "3 images can be read: a 3"
+    damaged = tmp_path / "images" / "a" / "1.png"
+    damaged.write_bytes(damaged.read_bytes()[:30])
+    found = by_name(check_file(tmp_path / "silo.yaml"))["data"]
+    assert found.exit_code == 3
+    assert str(damaged) in found.found
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "exit_code", "part"),
+    [
+        ("import gptfl_dist\nimport helper\nraise SystemExit('it was run')\n", "ok", 0, "train.py"),
+        ("import torch\n", "warning", 0, "does not import gptfl_dist"),
+        ("import gptfl_dist, nowhere.at_all\n", "failed", 9, "imports nowhere, not found here"),
+        ("def broken(:\n", "failed", 9, "is no Python"),
+        (None, "failed", 9, "cannot be read: No such file"),
+    ],
+)
+def test_a_script_is_read_and_not_run(
+    script: str | None, status: str, exit_code: int, part: str, tmp_path: Path
+) -> None:
+    (tmp_path / "helper.py").touch()
+    if script is not None:
+        (tmp_path / "train.py").write_text(script)
+    (tmp_path / "silo.yaml").write_text("name: silo-1\ncode: {script: train.py}\n")
+    found = by_name(check_file(tmp_path / "silo.yaml"))["code"]
+    assert (found.status, found.exit_code) == (status, exit_code)
+    assert part in found.found
+
+
+# The command
+
+
+def test_the_command_ends_with_the_code_of_the_first_failure(gptfl: Commands, tmp_path: Path) -> None:
+    synthesis = {"generator": {"source": "nobody/no-such-pipeline"}, "images_per_label": 2}
+    file = tiny_federation(tmp_path, arms=["synthetic_only"], synthesis=synthesis)
+    (tmp_path / "test.npz").unlink()
+    command = gptfl.start("check", file, "--format", "json", HF_HUB_OFFLINE="1")
+    assert command.wait() == 4, command.stderr
+    failed = [finding for finding in json.loads(command.stdout) if finding["status"] == "failed"]
+    assert [(finding["checked"], finding["exit_code"]) for finding in failed] == [("generator", 4), ("test data", 3)]
+    assert "gptfl generate would fail to download it" in failed[0]["found"]
+    assert command.stderr == ""

@@ -34,12 +34,13 @@ class Watched:
     without_tls: bytes
     without_certificate: bytes | Exception
     coordinator: dict[str, str]
+    fresh_beside_it: Command
 
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     commands = Commands(tmp_path_factory.mktemp("output"))
-    federation = Federation(tmp_path_factory.mktemp("watched"), epochs=25)
+    federation = Federation(tmp_path_factory.mktemp("watched"), epochs=40)
     command = commands.start("run", federation.path)
     wait_for(lambda: federation.owed(2) or command.process.poll() is not None)
     port = int(_PORT.search(command.stderr)[1])
@@ -53,6 +54,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         _speak_plain(port),
         _connect_without_certificate(port),
         _certificate(port, federation.run_folder / "silos" / "silo-1" / "credentials" / "authority.pem"),
+        commands.start("run", federation.path, "--fresh"),
     )
     assert command.wait() == 0, command.stderr
     yield watched
@@ -138,6 +140,11 @@ def test_the_port_speaks_tls_1_3_with_the_authoritys_certificates_only(watched: 
     assert watched.coordinator["first"][6:8] == "04"  # an HTTP/2 settings frame: this silo was let in
 
 
+def test_fresh_leaves_a_run_alone_that_is_at_work(watched: Watched) -> None:
+    assert watched.fresh_beside_it.wait() == 10
+    assert "another coordinator is at work" in watched.fresh_beside_it.stderr
+
+
 def test_the_summary_tells_what_was_run_and_what_it_cost(watched: Watched) -> None:
     summary = watched.federation.summary()
     arm = summary["arms"]["fedavg_random"]
@@ -202,17 +209,6 @@ def test_a_second_call_returns_what_was_found_as_json_and_fresh_makes_it_anew(wa
     assert anew["started"] > before["finished"]
     assert anew["weights"] == before["weights"]
     assert anew["arms"]["fedavg_random"]["curve"] == before["arms"]["fedavg_random"]["curve"]
-
-
-def test_fresh_leaves_a_run_alone_that_is_at_work(gptfl: Commands, federation: Callable[..., Federation]) -> None:
-    one = federation(epochs=25)
-    first = gptfl.start("run", one.path)
-    wait_for(lambda: one.owed(1))
-    second = gptfl.start("run", one.path, "--fresh")
-    assert second.wait() == 10
-    assert "another coordinator is at work" in second.stderr
-    assert first.wait() == 0, first.stderr
-    assert one.summary()["arms"]["fedavg_random"]["rounds"] == 3
 
 
 def test_a_killed_trainer_costs_its_silo_the_round_and_no_more(

@@ -11,6 +11,7 @@ import pytest
 from gptfl_dist.config.federation import Generator
 from gptfl_dist.errors import GeneratorError
 from gptfl_dist.synthesis import find_generator, load_generator
+from gptfl_dist.synthesis.generator import require_known_labels
 from gptfl_dist.synthesis.samples import Sample, plan_samples
 
 LABELS = ["one", "two", "three"]
@@ -179,3 +180,10 @@ class TestRefused:
             with pytest.raises(GeneratorError, match="cannot be loaded"):
                 load_generator(settings(folder))
             assert not mark.exists()
+
+
+def test_the_embedded_generator_refuses_labels_that_it_never_saw():
+    require_known_labels(Generator(), ["three", "seven"])
+    with pytest.raises(GeneratorError, match="does not know cat, dog"):
+        require_known_labels(Generator(), ["three", "cat", "dog"])
+    require_known_labels(Generator(source="some/pipeline"), ["cat"])

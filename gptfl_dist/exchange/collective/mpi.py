@@ -69,6 +69,12 @@ async def _hear(world: MPI.Comm, rank: int) -> tuple[int, Message]:
     return sender, json.loads(buffer)
 
 
+async def dismiss(world: MPI.Comm) -> None:
+    """Tells every rank that there is nothing to federate, in place of a welcome."""
+    for rank in range(1, world.Get_size()):
+        await _say(world, rank, {"type": "goodbye"})
+
+
 class MpiCoordinatorExchange:
     """See `CoordinatorExchange`. Rank k is the k-th silo by name."""
 
@@ -206,9 +212,17 @@ class MpiSiloExchange:
         self._layout: Layout | None = None
         self._listener: asyncio.Task[None] | None = None
         self._uploading = asyncio.Lock()
+        self._first: Message | None = None
+
+    async def invited(self) -> bool:
+        """Waits for rank 0's first word, before `connect`. False where there is nothing to federate."""
+        _, self._first = await _hear(self._world, 0)
+        return bool(self._first["type"] != "goodbye")
 
     async def connect(self) -> Welcome:
-        _, message = await _hear(self._world, 0)
+        message, self._first = self._first, None
+        if message is None:
+            _, message = await _hear(self._world, 0)
         if message["type"] != "welcome":
             raise ProtocolError(f"rank 0 sent {message['type']!r}, expected a welcome")
         self._layout = Layout.from_json(message["layout"])
