@@ -104,7 +104,14 @@ class SiloProgress:
     total: int
 
 
-ExchangeEvent = SiloJoined | SiloLeft | Answered | OrderFailed | SiloProgress
+@dataclass(frozen=True, slots=True)
+class ExchangeFailed:
+    """The coordinator's side cannot take updates any more, as on a full disk."""
+
+    error: BaseException
+
+
+ExchangeEvent = SiloJoined | SiloLeft | Answered | OrderFailed | SiloProgress | ExchangeFailed
 
 
 @dataclass(slots=True)

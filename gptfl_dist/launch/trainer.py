@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +15,7 @@ from pathlib import Path
 
 from gptfl_dist.errors import LaunchError, TrainerError
 from gptfl_dist.files import storage_error
+from gptfl_dist.launch import bound
 from gptfl_dist.launch.channel import ENV, LONGEST_MESSAGE, Message, encode, error_from_message
 
 _TIME_TO_END = 30.0  # seconds that a trainer has after the federation, to save its model for example
@@ -51,7 +54,9 @@ class TrainerProcess:
             raise storage_error(error, self._log) from None
         ours, theirs = socket.socketpair()
         try:
+            _require_program(self._command[0])
             self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-IS", bound.__file__, str(os.getpid())),
                 *self._command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
@@ -141,6 +146,13 @@ def _decode(line: bytes) -> Message:
     if not isinstance(message, dict) or "type" not in message:
         raise ValueError(line[:80])
     return message
+
+
+def _require_program(name: str) -> None:
+    """Raises the OSError that running it would: `bound` could tell it to nobody."""
+    if shutil.which(name) is None:
+        os.stat(name)
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
 
 
 def python_module(module: str) -> list[str]:

@@ -26,6 +26,7 @@ from gptfl_dist.exchange.base import (
     Answered,
     CoordinatorExchange,
     ExchangeEvent,
+    ExchangeFailed,
     Goodbye,
     OrderFailed,
     SiloJoined,
@@ -324,6 +325,8 @@ class Federator:
         """What an event of the wire means in this arm's round."""
         if isinstance(event, BaseException):
             raise event
+        if isinstance(event, ExchangeFailed):
+            raise event.error
         if isinstance(event, SiloJoined):
             self._connected.add(event.silo)
             return machine.Joined(event.silo)

@@ -116,7 +116,7 @@ def _validation(record: ArmRecord, round_: int) -> float | None:
 
 
 def _rounds(ledger: Ledger, record: ArmRecord) -> tuple[RoundRecord, list[RoundRecord]]:
-    """The start as round 0, then the rounds. Handing out the final weights for their evaluation counts with the start."""
+    """The start as round 0, which takes the bytes of the final evaluation, then the rounds."""
     accuracy = ledger.fact(f"start_accuracy/{record.arm}")
     evaluation = [r for r in record.rounds if r.kind == "evaluate"]
     start = RoundRecord(

@@ -137,6 +137,7 @@ class Silo:
         self._layout: Layout | None = None
         self._welcome: Welcome | None = None
         self._work: asyncio.Task[None] | None = None
+        self._pause = FIRST_PAUSE  # grows until an answer gets through: to be connected alone is not enough
         self._order: Order | None = None  # the order that is worked on, or was answered last
         self._result: Result | None = None  # its result, once there is one
         try:
@@ -148,22 +149,20 @@ class Silo:
 
     async def run(self) -> Goodbye:
         """Raises the error that ends the silo, such as an identity that is refused or data that do not fit."""
-        pause = FIRST_PAUSE
         try:
             while True:
                 try:
                     welcome = await self._exchange.connect()
                     await self._prepare(welcome)
                     await self._exchange.ready()
-                    pause = FIRST_PAUSE
                     goodbye = await self._listen()
                     await self._runner.finish()
                     return goodbye
                 except Disconnected as broken:
                     # Jitter keeps the silos of a restarted coordinator from coming back all at once.
-                    wait = pause * random.uniform(0.5, 1.0)
+                    wait = self._pause * random.uniform(0.5, 1.0)
                     _log.warning("not connected (%s); trying again in %.1f s", broken, wait)
-                    pause = min(2 * pause, LONGEST_PAUSE)
+                    self._pause = min(2 * self._pause, LONGEST_PAUSE)
                     await asyncio.sleep(wait)
         finally:
             await self._drop_work()
@@ -271,11 +270,13 @@ class Silo:
         report = Report(order.nonce, result.samples, metrics)
         if order.kind == "evaluate":
             await self._exchange.report(report)
+            self._pause = FIRST_PAUSE
             return
         assert self._layout is not None
         with WeightsFile(self._update) as update:
             header = UpdateHeader(report, order.base, self._layout.digest, result.digest, update.nbytes)
             receipt = await self._exchange.upload(header, update)
+        self._pause = FIRST_PAUSE
         if receipt.committed:
             _log.info("round %d of %s: update delivered", order.round, order.arm)
         else:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from gptfl_dist.errors import ProtocolError
 from gptfl_dist.exchange.base import (
     Answered,
     ExchangeEvent,
+    ExchangeFailed,
     Goodbye,
     OrderFailed,
     Recalled,
@@ -100,6 +100,7 @@ class MpiCoordinatorExchange:
         }
         await self._tell_all(message)
         self._listener = asyncio.create_task(self._listen())
+        self._listener.add_done_callback(self._ended)
 
     async def publish(self, digest: str, weights: WeightsFile) -> None:
         """Broadcasts the weights, unless the ranks hold them already."""
@@ -131,15 +132,9 @@ class MpiCoordinatorExchange:
     async def recall(self, silo: str, nonce: str, reason: str) -> None:
         await _say(self._world, self._rank_of[silo], {"type": "recall", "nonce": nonce, "reason": reason})
 
-    def tell_failure(self, fail: Callable[[BaseException], None]) -> None:
-        """Calls `fail` with what ended the listening to the ranks, such as a full disk. To be called once open."""
-        assert self._listener is not None
-
-        def ended(listener: asyncio.Task[None]) -> None:
-            if not listener.cancelled() and (error := listener.exception()) is not None:
-                fail(error)
-
-        self._listener.add_done_callback(ended)
+    def _ended(self, listener: asyncio.Task[None]) -> None:
+        if not listener.cancelled() and (error := listener.exception()) is not None:
+            self.events.put_nowait(ExchangeFailed(error))
 
     async def close(self, goodbye: Goodbye) -> None:
         if self._listener is not None:

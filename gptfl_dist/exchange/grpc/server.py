@@ -23,6 +23,7 @@ from gptfl_dist.exchange.base import (
     PROTOCOL_VERSION,
     Answered,
     ExchangeEvent,
+    ExchangeFailed,
     Goodbye,
     OrderFailed,
     SiloJoined,
@@ -212,7 +213,7 @@ class GrpcCoordinatorExchange:
         except DecodeError:
             _log.warning("silo %s sent what is no message; its connection is closed", silo)
         except StorageError as error:
-            _log.error("the answer of silo %s could not be written: %s", silo, error)
+            self.events.put_nowait(ExchangeFailed(error))
         except grpc.aio.BaseError:
             pass  # the connection broke
         finally:
@@ -272,7 +273,8 @@ class GrpcCoordinatorExchange:
         except Busy:
             await context.abort(grpc.StatusCode.ABORTED, "an upload of this update is being checked; ask again")
         except StorageError as error:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, error.message)
+            self.events.put_nowait(ExchangeFailed(error))
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the coordinator cannot store the update")
         return pb.UploadOffset(offset=offset, committed=committed)
 
     async def _upload(self, requests: AsyncIterator[bytes], context: _Context) -> pb.Receipt:
@@ -301,7 +303,8 @@ class GrpcCoordinatorExchange:
         except Busy:
             await context.abort(grpc.StatusCode.ABORTED, "an upload of this update is being checked; ask again")
         except StorageError as error:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, error.message)
+            self.events.put_nowait(ExchangeFailed(error))
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the coordinator cannot store the update")
         except (Refused, ProtocolError) as refusal:
             self._fail(silo, nonce, f"refused: {refusal}")
             return pb.Receipt(reason=str(refusal))
@@ -319,7 +322,7 @@ class GrpcCoordinatorExchange:
     def _checked(self, check: asyncio.Task[pb.Receipt]) -> None:
         self._checks.discard(check)
         if not check.cancelled() and isinstance(error := check.exception(), StorageError):
-            _log.error("an update could not be committed: %s", error)
+            self.events.put_nowait(ExchangeFailed(error))
 
     def _fail(self, silo: str, nonce: str, reason: str) -> None:
         """Tells that an order failed, once. What a silo says of orders that are not open changes nothing."""

@@ -1,0 +1,36 @@
+"""A trainer that is still busy with imports or data, and so deaf to its agent, ends with the agent all the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from support import wait_for
+
+_AGENT = """
+import asyncio, sys
+from pathlib import Path
+from gptfl_dist.launch.trainer import TrainerProcess
+
+async def main():
+    trainer = TrainerProcess([sys.executable, "-c", "import time; time.sleep(600)"], Path(sys.argv[1]) / "trainer.log")
+    await trainer.start()
+    print(trainer._process.pid, flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+def test_a_trainer_that_does_not_listen_ends_with_its_killed_agent(tmp_path: Path) -> None:
+    agent = subprocess.Popen([sys.executable, "-c", _AGENT, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert agent.stdout is not None
+    trainer = Path("/proc") / agent.stdout.readline().strip()
+    wait_for(lambda: b"sleep(600)" in (trainer / "cmdline").read_bytes())
+    os.kill(agent.pid, signal.SIGKILL)
+    agent.wait()
+    agent.stdout.close()
+    wait_for(lambda: not (trainer / "cmdline").exists() or not (trainer / "cmdline").read_bytes(), 10)
