@@ -48,7 +48,8 @@ class TrainerEnd:
         if fd is None:
             raise LaunchError(
                 "this program was not started by a silo's agent",
-                hint="name it under code.script of the silo file and start it with: gptfl silo SILO_FILE or gptfl run FEDERATION_FILE",
+                hint="name it under code.script of the silo file and start it with: gptfl silo SILO_FILE, or "
+                "gptfl run FEDERATION_FILE",
             )
         self._socket = socket.socket(fileno=int(fd))
         self._socket.set_inheritable(False)  # a process that outlives the trainer would keep the agent waiting

@@ -151,7 +151,7 @@ def _decode(line: bytes) -> Message:
 def _require_program(name: str) -> None:
     """Raises the OSError that running it would: `bound` could tell it to nobody."""
     if shutil.which(name) is None:
-        os.stat(name)
+        Path(name).stat()
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
 
 

@@ -51,7 +51,7 @@ def open_world(silos: int) -> MPI.Comm:
         raise LaunchError(
             f"the launcher started {start[1]} processes ({start[0]}), but each is alone in its MPI world: "
             f"the launcher belongs to another MPI than the library that mpi4py loaded ({library})",
-            hint="use the mpiexec of that library (`which -a mpiexec`), or install the MPI that the launcher belongs to",
+            hint="use the mpiexec of that library (`which -a mpiexec`), or install the launcher's MPI",
         )
     if world.Get_size() != silos + 1:
         raise LaunchError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,8 +30,8 @@ SILOS = ("a", "b", "c", "d")
 
 
 def rules(**changes) -> Rules:
-    default = dict(arm="gptfl", seed=0, silos=SILOS, rounds=2, cohort=4, quorum=3, deadline=60.0, join_deadline=30.0)
-    return Rules(**{**default, **changes})
+    default = Rules(arm="gptfl", seed=0, silos=SILOS, rounds=2, cohort=4, quorum=3, deadline=60.0, join_deadline=30.0)
+    return dataclasses.replace(default, **changes)
 
 
 def calls(commands) -> list[str]:
