@@ -66,6 +66,8 @@ class Aggregated:
 
 Event = Joined | Left | Delivered | Failed | DeadlinePassed | Aggregated
 
+State = Literal["gather", "train", "aggregate", "evaluate", "done"]
+
 # Commands
 
 
@@ -121,14 +123,13 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """The arm cannot go on."""
+    """The arm cannot go on: too few silos came (state "gather"), or too few of those called on delivered ("train")."""
 
+    state: State
     reason: str
 
 
 Command = StartRound | Call | Recall | SetDeadline | Aggregate | Finish | GiveUp
-
-State = Literal["gather", "train", "aggregate", "evaluate", "done"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,5 +266,5 @@ class Coordinator:
         return [Aggregate(self.round, delivered)]
 
     def _give_up(self, reason: str) -> list[Command]:
-        self.state = "done"
-        return [GiveUp(reason)]
+        given_up_in, self.state = self.state, "done"
+        return [GiveUp(given_up_in, reason)]

@@ -90,6 +90,11 @@ class ArmRecord:
         return next((r.weights for r in reversed(self.rounds) if r.weights is not None), self.start)
 
     @property
+    def completed(self) -> bool:
+        """Whether it came to its end, the evaluation of its final weights."""
+        return self.finished and bool(self.rounds) and self.rounds[-1].kind == "evaluate"
+
+    @property
     def finished_rounds(self) -> int:
         return sum(r.weights is not None for r in self.rounds)
 

@@ -48,6 +48,10 @@ RANDOM_WEIGHTS = "random.safetensors"
 PRETRAINED_WEIGHTS = "pretrained.safetensors"
 
 
+class RoundFailed(FederationError):
+    """Too few of the silos that were called on could train, as where the learning rate lets the loss diverge."""
+
+
 class Watcher(Protocol):
     """What listens to a federation. It decides nothing."""
 
@@ -201,7 +205,13 @@ class Federator:
         scores: dict[float, tuple[float, float]] = {}
         for rate in rates:
             plan = ArmPlan(trial_name(arm, rate), start, rate, self._file.tuning.rounds, tested=False)
-            await self._run_arm(plan)
+            try:
+                await self._run_arm(plan)
+            except RoundFailed:
+                self._ledger.finish_arm(plan.name, 0)
+            if not self._record(plan.name).completed:
+                self._watcher.note(f"{arm}: learning rate {rate:g} is out: its trial failed")
+                continue
             last = self._record(plan.name).rounds[-1]
             accuracy, loss = last.mean_metric("accuracy"), last.mean_metric("loss")
             if accuracy is None:
@@ -210,8 +220,13 @@ class Federator:
                     hint="give training.learning_rate one value, or let policy.metrics of the silos release accuracy",
                 )
             scores[rate] = (accuracy, -(loss or 0.0))
-        best = max(rates, key=lambda rate: scores[rate])
-        told = ", ".join(f"{rate:g}: {100 * scores[rate][0]:.1f} %" for rate in rates)
+        if not scores:
+            raise FederationError(
+                f"{arm}: no learning rate of the grid could be trained with",
+                hint="give training.learning_rate smaller values; the silos' failures stand above",
+            )
+        best = max(scores, key=lambda rate: scores[rate])
+        told = ", ".join(f"{rate:g}: {100 * accuracy:.1f} %" for rate, (accuracy, _) in scores.items())
         self._watcher.note(f"{arm}: learning rate {best:g} chosen on validation data ({told})")
         return best
 
@@ -307,7 +322,8 @@ class Federator:
             seconds, down, up = arm.spent(self.exchange.traffic)
             ledger.close_round(plan.name, arm.round, None, seconds, down, up)
         else:
-            raise FederationError(
+            kind = RoundFailed if command.state == "train" else FederationError
+            raise kind(
                 f"arm {plan.name}, {command.reason}",
                 hint="look at the silos' logs; the same command goes on from this round once they are back",
             )

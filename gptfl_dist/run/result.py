@@ -147,7 +147,11 @@ def _tuning(file: FederationFile, ledger: Ledger) -> dict[Arm, dict[float, float
     found: dict[Arm, dict[float, float | None]] = {}
     for name in federated_arms(file):
         trials = {rate: ledger.arm(trial_name(name, rate)) for rate in file.training.learning_rates}
-        tried = {rate: r.rounds[-1].mean_metric("accuracy") for rate, r in trials.items() if r is not None and r.rounds}
+        tried = {
+            rate: record.rounds[-1].mean_metric("accuracy") if record.completed else None
+            for rate, record in trials.items()
+            if record is not None
+        }
         if tried:
             found[name] = tried
     return found

@@ -105,7 +105,7 @@ def test_a_stopped_run_leaves_no_process_and_goes_on_to_the_same_end(gptfl: Comm
     while stopped < _TRIES:
         command = _start(gptfl, federation, ranks)
         # Of what is left of the run, but at least of the time that it takes to start again and end.
-        moment = moments.uniform(0, max(chaos.seconds - spent, chaos.seconds / 3))
+        moment = moments.uniform(0, max(chaos.seconds - spent, chaos.seconds / 2))
         spent += moment
         ended = _sleep(command, moment)
         if not ended:
