@@ -118,8 +118,8 @@ def costs(rounds: Mapping[str, Sequence[RoundRecord]]) -> bytes:
         return _svg(figure)
 
 
-def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Places as near as possible to the given ones, in the same order, at least `gap` apart."""
+def spread(places: Sequence[float], gap: float, top: float) -> list[float]:
+    """Places as near as possible to the given ones, in the same order, at least `gap` apart, none above `top`."""
     order = sorted(range(len(places)), key=lambda index: places[index])
     # Groups of touching places, each of which is centred on the mean of what its members wanted.
     groups: list[list[int]] = []
@@ -132,6 +132,9 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     for group in groups:
         for step, index in enumerate(group):
             result[index] = _lower(group, places, gap) + step * gap
+    for index in reversed(order):
+        result[index] = min(result[index], top)
+        top = result[index] - gap
     return result
 
 
@@ -146,7 +149,7 @@ def _upper(group: Sequence[int], places: Sequence[float], gap: float) -> float:
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Name each line right of the axes at its own height, a hair line leading there where labels had to move."""
     low, high = axes.get_ylim()
-    heights = spread([(value - low) / (high - low) for value, _, _ in ends], 0.062)
+    heights = spread([(value - low) / (high - low) for value, _, _ in ends], gap=0.062, top=0.97)
     for (value, text, colour), height in zip(ends, heights, strict=True):
         axes.annotate(
             text,
