@@ -3,6 +3,8 @@
 The tree, with the exit code of the command line for each:
 
     GptflError                    1   anything of ours that fits no branch below
+      StageFailed                 1   the process of a stage before the federation ended without a word
+      SiloFailed                  1   a silo that this run started ended with an error: its exit code, if it has one
       ConfigError                 2   a federation or silo file is wrong
       DataError                   3   data cannot be read or does not fit the federation
       GeneratorError              4   a generator cannot be loaded or run
@@ -35,6 +37,8 @@ __all__ = [
     "ModelError",
     "PolicyError",
     "ProtocolError",
+    "SiloFailed",
+    "StageFailed",
     "StorageError",
     "TrainerError",
 ]
@@ -53,6 +57,14 @@ class GptflError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+
+class StageFailed(GptflError):
+    pass
+
+
+class SiloFailed(GptflError):
+    pass
 
 
 class ConfigError(GptflError):

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a temporary name in the same folder, then renamed."""
+"""Files that are whole or not there, also after a power cut: written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,25 @@ def replacing(path: Path) -> Iterator[int]:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             yield fd
+            os.fsync(fd)
         finally:
             os.close(fd)
         temporary.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise storage_error(error, path) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in the folder survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:

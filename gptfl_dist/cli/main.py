@@ -15,8 +15,6 @@ from gptfl_dist import __version__
 from gptfl_dist.errors import ConfigError, GptflError, Interrupted
 
 if TYPE_CHECKING:
-    from mpi4py import MPI
-
     from gptfl_dist.observe.summary import Summary
 
 app = typer.Typer(
@@ -81,7 +79,7 @@ def demo(
     """
     from gptfl_dist.run.demo import prepare
 
-    path = prepare(folder, silos=silos, rounds=rounds, seed=seed)
+    path = prepare(folder, silos=silos, rounds=rounds, seed=seed, fresh=fresh)
     _run(path, Wire.grpc, fresh, format_)
 
 
@@ -138,10 +136,11 @@ def pretrain(file: FederationPath, quiet: QuietOption = False, format_: FormatOp
 @app.command()
 def coordinator(file: FederationPath, fresh: FreshOption = False, format_: FormatOption = Format.text) -> None:
     """The coordinator's side: generate, pre-train, then wait for the silos at exchange.listen."""
+    from gptfl_dist.run.folder import open_run_folder
     from gptfl_dist.run.institution import run_coordinator
     from gptfl_dist.run.signals import run_until_done
 
-    _prepare_run_folder(file, fresh)
+    open_run_folder(file, fresh)
     _show(run_until_done(run_coordinator(file, _say)), file, format_)
 
 
@@ -214,7 +213,7 @@ class Kind(StrEnum):
 
 
 @app.command()
-def init(kind: Annotated[Kind, typer.Argument()] = Kind.federation) -> None:
+def init(kind: Annotated[Kind, typer.Argument()] = Kind.federation, format_: FormatOption = Format.text) -> None:
     """Print the commented file that holds every setting with its default.
 
     \b
@@ -224,15 +223,20 @@ def init(kind: Annotated[Kind, typer.Argument()] = Kind.federation) -> None:
     from importlib import resources
 
     defaults = resources.files("gptfl_dist.config") / "defaults" / f"{kind.value}.yaml"
-    typer.echo(defaults.read_text(encoding="utf-8"), nl=False)
+    text = defaults.read_text(encoding="utf-8")
+    if format_ is Format.json:
+        typer.echo(json.dumps({"kind": kind.value, "text": text}))
+    else:
+        typer.echo(text, nl=False)
 
 
 @app.command()
-def schema(kind: Annotated[Kind, typer.Argument()] = Kind.federation) -> None:
-    """Print the JSON schema of a file, for editors that complete and check YAML."""
+def schema(kind: Annotated[Kind, typer.Argument()] = Kind.federation, format_: FormatOption = Format.text) -> None:
+    """Print the JSON schema of a file, for editors that complete and check YAML. It is JSON in either format."""
     from gptfl_dist.config.schema import federation_schema, silo_schema
 
-    typer.echo(json.dumps(federation_schema() if kind is Kind.federation else silo_schema(), indent=2))
+    indent = None if format_ is Format.json else 2
+    typer.echo(json.dumps(federation_schema() if kind is Kind.federation else silo_schema(), indent=indent))
 
 
 def main() -> NoReturn:
@@ -241,7 +245,7 @@ def main() -> NoReturn:
     # their trainers on one machine do, spinning made generation seven times slower. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from gptfl_dist.launch.lifeline import hold_on
-    from gptfl_dist.run.signals import raise_interrupted
+    from gptfl_dist.run.signals import ignore_stops, raise_interrupted
 
     try:
         # What a run started is ended by that run, which says so itself.
@@ -253,6 +257,8 @@ def main() -> NoReturn:
     except Interrupted as stop:
         _say(str(stop))
         sys.exit(Interrupted.exit_code)
+    finally:
+        ignore_stops()
     sys.exit(0)
 
 
@@ -270,92 +276,23 @@ def _say(text: str) -> None:
 
 
 def _run(file: Path, wire: Wire, fresh: bool, format_: Format) -> None:
-    from gptfl_dist.run.mpi import launched
+    from gptfl_dist.run.mpi import launched, run_world
     from gptfl_dist.run.signals import run_until_done
 
     launcher = launched()
     if wire is Wire.mpi or (wire is Wire.auto and launcher is not None):
-        _run_rank(file, fresh, format_)
+        summary = run_world(file, fresh, _say)
+        if summary is not None:
+            _show(summary, file, format_)
         return
     if wire is Wire.grpc and launcher is not None and launcher[2] > 0:
         raise ConfigError("--exchange grpc under an MPI launcher would start every process several times")
+    from gptfl_dist.run.folder import open_run_folder
     from gptfl_dist.run.local import run_locally
 
-    _prepare_run_folder(file, fresh)
+    open_run_folder(file, fresh)
     _say("exchange: gRPC with mutual TLS (no MPI launcher started this process)")
     _show(run_until_done(run_locally(file, _say)), file, format_)
-
-
-def _run_rank(file: Path, fresh: bool, format_: Format) -> None:
-    """One rank. An error on any rank ends the whole job, with its message and exit code."""
-    from gptfl_dist.config.load import load_federation
-    from gptfl_dist.run.mpi import launched, open_world, run_rank
-    from gptfl_dist.run.signals import run_until_done
-
-    launcher = launched()
-    federation = load_federation(file)
-    try:
-        world = open_world(len(federation.silos))
-    except GptflError:
-        if launcher is not None and launcher[2] > 0:
-            sys.exit(GptflError.exit_code)  # rank 0 says it for all
-        raise
-    try:
-        if world.Get_rank() == 0:
-            _prepare_run_folder(file, fresh)
-            why = "--exchange mpi" if launcher is None else f"a launcher set {launcher[0]}={launcher[1]}"
-            _say(f"exchange: MPI, {world.Get_size()} ranks ({why})")
-        summary = run_until_done(run_rank(file, world, _say))
-    except GptflError as error:
-        typer.echo(f"gptfl, rank {world.Get_rank()}: {error}", err=True)
-        _abort(world, error.exit_code)
-    except Interrupted as stop:
-        if world.Get_rank() == 0:
-            _say(str(stop))
-        _abort(world, Interrupted.exit_code)
-    except BaseException:
-        import traceback
-
-        typer.echo(f"gptfl, rank {world.Get_rank()}:\n{traceback.format_exc()}", err=True)
-        _abort(world, GptflError.exit_code)
-    if summary is not None:
-        _show(summary, file, format_)
-
-
-def _abort(world: MPI.Comm, exit_code: int) -> NoReturn:
-    """Ends all ranks. A launcher drops what it has not passed on by then, so the message gets a moment."""
-    import time
-
-    time.sleep(1)
-    world.Abort(exit_code)
-    os._exit(exit_code)  # some MPIs return from Abort before they have ended this process
-
-
-def _prepare_run_folder(file: Path, fresh: bool) -> None:
-    """Deletes the run folder where that was asked for and starts the log in it."""
-    import shutil
-
-    from gptfl_dist.config.load import load_federation
-    from gptfl_dist.ledger.store import locked
-    from gptfl_dist.observe.logs import configure
-
-    folder = load_federation(file).run_folder
-    if fresh and (folder / "ledger.sqlite").exists():
-        with locked(folder):
-            for name in _MADE_BY_A_RUN:
-                target = folder / name
-                if target.is_dir():
-                    shutil.rmtree(target)
-                else:
-                    target.unlink(missing_ok=True)
-    configure(folder / "logs" / "coordinator.jsonl")
-
-
-_MADE_BY_A_RUN = (
-    *("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "weights", "spools", "silos", "models", "logs"),
-    *("summary.json", "report.html", "pretrained.safetensors", "pretrained.json", "random.safetensors"),
-)
-"""What `--fresh` deletes: never the federation file, data or a synthetic set that lie in the same folder."""
 
 
 def _show(summary: Summary, file: Path, format_: Format) -> None:

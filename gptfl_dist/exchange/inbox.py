@@ -139,10 +139,14 @@ class Inbox:
             self._expected[silo] = _Expected(order, committed=True)
         return True
 
-    def withdraw(self, silo: str) -> None:
-        """This silo's answer is no longer wanted."""
+    def withdraw(self, silo: str) -> bool:
+        """This silo's answer is no longer wanted. False where it is committed already, and counts."""
         with self._lock:
+            expected = self._expected.get(silo)
+            if expected is not None and expected.committed:
+                return False
             self._expected.pop(silo, None)
+            return True
 
     def awaits(self, silo: str, nonce: str) -> bool:
         """Whether this silo still owes the answer to this order."""

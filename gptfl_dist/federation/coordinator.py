@@ -2,16 +2,17 @@
 
     gather --enough silos--> train --enough updates--> aggregate --> gather ... --last round--> evaluate --> done
 
-A round calls on a cohort drawn without replacement from the silos that are connected. It ends when every silo of the
-cohort has delivered or failed, or at its deadline; it counts if a quorum delivered. A silo that leaves in mid-round
-gets its order again when it comes back before the deadline. After the last round every connected silo evaluates the
-final weights on its validation part.
+A round calls on a cohort drawn without replacement from the silos that are connected. The first round waits for all
+silos of the federation, up to the join deadline, so that the draw does not depend on who was quick; later rounds wait
+for a cohort. A round ends when every silo of the cohort has delivered or failed, or at its deadline; it counts if a
+quorum delivered. A silo that leaves in mid-round gets its order again when it comes back before the deadline. After
+the last round every connected silo evaluates the final weights on its validation part.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -123,10 +124,10 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """The arm cannot go on: too few silos came (state "gather"), or too few of those called on delivered ("train")."""
+    """The arm cannot go on. `untrainable`: all silos that did not deliver said themselves that they failed."""
 
-    state: State
     reason: str
+    untrainable: bool = False
 
 
 Command = StartRound | Call | Recall | SetDeadline | Aggregate | Finish | GiveUp
@@ -149,12 +150,15 @@ class Rules:
 class Coordinator:
     """Call `begin` (or `resume`) once, then `handle` for each event; do the commands in the order given."""
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Rules, *, assembled: bool = False) -> None:
+        """`assembled`: all silos were waited for already, by an arm before."""
         self._rules = rules
+        self._assembled = assembled
         self._connected: set[str] = set()
         self._cohort: tuple[str, ...] = ()
         self._delivered: set[str] = set()
         self._failed: dict[str, str] = {}
+        self._late: set[str] = set()  # who missed the deadline
         self.round = 0
         self.state: State = "gather"
 
@@ -165,12 +169,17 @@ class Coordinator:
         return self._next_round()
 
     def resume(
-        self, connected: Iterable[str], round_: int, cohort: Iterable[str], delivered: Iterable[str]
+        self,
+        connected: Iterable[str],
+        round_: int,
+        cohort: Iterable[str],
+        delivered: Iterable[str],
+        failed: Mapping[str, str],
     ) -> list[Command]:
-        """Goes on in a training round that was broken off: the cohort stands, and who delivered is not called again."""
+        """Goes on in a training round that was broken off: who delivered or failed (and why) is not called again."""
         self._connected = set(connected)
         self.round = round_
-        return self._open("train", tuple(cohort), set(delivered))
+        return self._open("train", tuple(cohort), set(delivered), dict(failed))
 
     def handle(self, event: Event) -> list[Command]:
         """The commands that follow from an event. Events of other rounds and states change nothing."""
@@ -178,20 +187,20 @@ class Coordinator:
             self._connected.add(event.silo)
             if self.state == "gather":
                 return self._start_if_enough(late=False)
-            return [Call(event.silo, self.round)] if event.silo in self._open_calls() else []
+            return [Call(event.silo, self.round)] if event.silo in self.awaited else []
         if isinstance(event, Left):
             self._connected.discard(event.silo)
-            if self.state == "evaluate" and event.silo in self._open_calls():
+            if self.state == "evaluate" and event.silo in self.awaited:
                 # Nobody waits for an evaluation of a silo that went away: the weights are final.
                 self._failed[event.silo] = "left"
                 return self._end_if_complete()
             return []
         if self.state == "done" or event.round != self.round:
             return []
-        if isinstance(event, Delivered) and event.silo in self._open_calls():
+        if isinstance(event, Delivered) and event.silo in self.awaited:
             self._delivered.add(event.silo)
             return self._end_if_complete()
-        if isinstance(event, Failed) and event.silo in self._open_calls():
+        if isinstance(event, Failed) and event.silo in self.awaited:
             self._failed[event.silo] = event.reason
             return self._end_if_complete()
         if isinstance(event, DeadlinePassed) and event.state == self.state:
@@ -200,7 +209,8 @@ class Coordinator:
             return self._next_round()
         return []
 
-    def _open_calls(self) -> set[str]:
+    @property
+    def awaited(self) -> set[str]:
         """The silos whose answer is awaited."""
         if self.state not in ("train", "evaluate"):
             return set()
@@ -216,23 +226,31 @@ class Coordinator:
         """Starts once a whole cohort is connected; after the join deadline a quorum will do."""
         final = self.round > self._rules.rounds
         present = sorted(self._connected)
-        wanted = len(self._rules.silos) if final else self._rules.cohort
+        wanted = self._rules.cohort if self._assembled and not final else len(self._rules.silos)
         if len(present) < (self._rules.quorum if late else wanted):
             return []
+        self._assembled = True
         if final:
-            return self._open("evaluate", tuple(present), set())
+            return self._open("evaluate", tuple(present), set(), {})
         # A string seed is hashed by `random` itself (SHA-512), alike on every machine.
         draw = random.Random(f"{self._rules.seed}/{self._rules.arm}/{self.round}")
         cohort = tuple(sorted(draw.sample(present, min(self._rules.cohort, len(present)))))
-        return self._open("train", cohort, set())
+        return self._open("train", cohort, set(), {})
 
-    def _open(self, state: Literal["train", "evaluate"], cohort: tuple[str, ...], delivered: set[str]) -> list[Command]:
-        self.state, self._cohort, self._delivered, self._failed = state, cohort, delivered, {}
+    def _open(
+        self,
+        state: Literal["train", "evaluate"],
+        cohort: tuple[str, ...],
+        delivered: set[str],
+        failed: dict[str, str],
+    ) -> list[Command]:
+        self.state, self._cohort, self._delivered, self._failed = state, cohort, delivered, failed
+        self._late = set()
         commands: list[Command] = [
             StartRound(self.round, cohort, state),
             SetDeadline(self.round, state, self._rules.deadline),
         ]
-        commands += [Call(silo, self.round) for silo in cohort if silo in self._open_calls() & self._connected]
+        commands += [Call(silo, self.round) for silo in cohort if silo in self.awaited & self._connected]
         return commands + self._end_if_complete()
 
     def _deadline_passed(self) -> list[Command]:
@@ -243,14 +261,15 @@ class Coordinator:
                 f"round {self.round}: {len(self._connected)} silos are connected and {self._rules.quorum} are needed; "
                 f"missing: {missing}"
             )
-        late = sorted(self._open_calls())
+        late = sorted(self.awaited)
+        self._late = set(late)
         commands = [Recall(silo, self.round, "the deadline of the round has passed") for silo in late]
         self._failed |= dict.fromkeys(late, "missed the deadline")
         return commands + self._end_if_complete()
 
     def _end_if_complete(self) -> list[Command]:
         """Ends the round once nobody is waited for."""
-        if self._open_calls():
+        if self.awaited:
             return []
         delivered = tuple(sorted(self._delivered))
         if self.state == "evaluate":
@@ -260,11 +279,12 @@ class Coordinator:
             reasons = "; ".join(f"{silo}: {reason}" for silo, reason in sorted(self._failed.items()))
             return self._give_up(
                 f"round {self.round}: {len(delivered)} of the {len(self._cohort)} silos called on delivered and "
-                f"{self._rules.quorum} are needed ({reasons})"
+                f"{self._rules.quorum} are needed ({reasons})",
+                untrainable=not self._late,
             )
         self.state = "aggregate"
         return [Aggregate(self.round, delivered)]
 
-    def _give_up(self, reason: str) -> list[Command]:
-        given_up_in, self.state = self.state, "done"
-        return [GiveUp(given_up_in, reason)]
+    def _give_up(self, reason: str, *, untrainable: bool = False) -> list[Command]:
+        self.state = "done"
+        return [GiveUp(reason, untrainable)]

@@ -12,14 +12,15 @@ from gptfl_dist.federation.orders import Order
 
 @dataclass
 class PolicyGuard:
-    """Counts the training rounds that this silo took part in and refuses what its policy does not allow."""
+    """Counts the training orders that this silo took and refuses what its policy does not allow."""
 
     policy: Policy
     rounds: int = 0
+    _last: str = ""  # nonce of the order that was counted last: the same one may come again
 
     def check(self, order: Order) -> None:
         """Raises PolicyError where the order asks for more than the policy allows."""
-        if order.kind != "train":
+        if order.kind != "train" or order.nonce == self._last:
             return
         assert order.training is not None
         if order.training.epochs > self.policy.max_epochs_per_round:
@@ -30,6 +31,15 @@ class PolicyGuard:
         if self.rounds >= self.policy.max_rounds:
             raise PolicyError(f"policy.max_rounds allows {self.policy.max_rounds} rounds, and they are used up")
         self.rounds += 1
+        self._last = order.nonce
+
+    def check_model(self, nbytes: int) -> None:
+        """Raises PolicyError where the federation's model is larger than the policy allows."""
+        if nbytes > self.policy.max_model:
+            raise PolicyError(
+                f"the federation's model has {nbytes} bytes, policy.max_model allows {self.policy.max_model}",
+                hint="raise policy.max_model in the silo file if this is meant",
+            )
 
     def release(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The metrics that may leave."""

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from gptfl_dist.files import storage_error
 from gptfl_dist.launch import bound
 from gptfl_dist.launch.channel import ENV, LONGEST_MESSAGE, Message, encode, error_from_message
 
-_TIME_TO_END = 30.0  # seconds that a trainer has after the federation, to save its model for example
+TIME_TO_END = 30.0  # seconds that a trainer has after the federation, to save its model for example
 _TAIL = 2000  # bytes of a dead trainer's output that are shown
 
 
@@ -35,6 +36,7 @@ class TrainerProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
+        self._cleared: asyncio.Task[None] | None = None
 
     @property
     def running(self) -> bool:
@@ -48,7 +50,7 @@ class TrainerProcess:
     async def start(self) -> None:
         """Raises LaunchError if the command cannot be run."""
         try:
-            self._log.parent.mkdir(parents=True, exist_ok=True)
+            self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             log = self._log.open("ab")
         except OSError as error:
             raise storage_error(error, self._log) from None
@@ -72,6 +74,7 @@ class TrainerProcess:
         finally:
             theirs.close()
             log.close()
+        self._cleared = asyncio.create_task(self._clear(self._process))
         self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=LONGEST_MESSAGE)
 
     async def ask(
@@ -121,23 +124,34 @@ class TrainerProcess:
         with contextlib.suppress(ConnectionError, TimeoutError):
             self._writer.write(encode(message))
             await self._writer.drain()
-            await asyncio.wait_for(self._process.wait(), _TIME_TO_END)
+            await asyncio.wait_for(self._process.wait(), TIME_TO_END)
 
     async def stop(self) -> None:
-        """Kills the trainer: it holds nothing that is not on disk."""
+        """Kills the trainer and what it started: it holds nothing that is not on disk."""
         if self._writer is not None:
             self._writer.close()
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-            await self._process.wait()
+        if self._process is not None:
+            assert self._cleared is not None
+            if self._process.returncode is None:
+                _kill_group(self._process.pid)
+            await self._cleared
         self._process = None
+
+    async def _clear(self, process: asyncio.subprocess.Process) -> None:
+        """Ends what a trainer started as soon as it has ended itself: later its number may be another's."""
+        await process.wait()
+        _kill_group(process.pid)
 
     def _last_words(self) -> str:
         with contextlib.suppress(OSError), self._log.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL))
             return log.read().decode(errors="replace").strip()
         return ""
+
+
+def _kill_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def _decode(line: bytes) -> Message:

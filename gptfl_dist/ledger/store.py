@@ -243,20 +243,26 @@ class Ledger:
             (samples, json.dumps(dict(metrics)), digest, arm, round_, silo),
         )
 
+    def forgive(self, arm: str, round_: int) -> None:
+        """Forgets the failures of a round that did not come about, so that the silos are called again in it."""
+        self._execute("UPDATE orders SET failure = NULL WHERE arm = ? AND round = ?", (arm, round_))
+
+    def note_spent(self, arm: str, round_: int, seconds: float, bytes_down: int, bytes_up: int) -> None:
+        """Notes what a round in progress has taken so far."""
+        self._execute(
+            "UPDATE rounds SET seconds = ?, bytes_down = ?, bytes_up = ? WHERE arm = ? AND round = ?",
+            (seconds, bytes_down, bytes_up, arm, round_),
+        )
+
     def fail(self, arm: str, round_: int, silo: str, reason: str) -> None:
         """Notes why a silo's answer does not count."""
         self._execute(
             "UPDATE orders SET failure = ? WHERE arm = ? AND round = ? AND silo = ?", (reason, arm, round_, silo)
         )
 
-    def close_round(
-        self, arm: str, round_: int, weights: str | None, seconds: float, bytes_down: int, bytes_up: int
-    ) -> None:
-        """Notes the weights that a round led to (None after an evaluation)."""
-        self._execute(
-            "UPDATE rounds SET weights = ?, seconds = ?, bytes_down = ?, bytes_up = ? WHERE arm = ? AND round = ?",
-            (weights, seconds, bytes_down, bytes_up, arm, round_),
-        )
+    def close_round(self, arm: str, round_: int, weights: str) -> None:
+        """Notes the weights that a round led to."""
+        self._execute("UPDATE rounds SET weights = ? WHERE arm = ? AND round = ?", (weights, arm, round_))
 
     def note_test_accuracy(self, arm: str, round_: int, accuracy: float) -> None:
         """Notes the accuracy on central test data of the weights after a round. Nothing is ever chosen by it."""
@@ -273,7 +279,7 @@ class Ledger:
         """Writes weights under their digest; returns it."""
         incoming = self.folder / "weights" / "incoming.safetensors"
         digest = write_weights(incoming, layout, blocks)
-        incoming.replace(self.weights_path(digest))
+        incoming.replace(self.weights_path(digest))  # found again by the row that names it, or written anew
         return digest
 
     def drop_weights_except(self, digests: Iterable[str]) -> None:

@@ -78,7 +78,7 @@ def configure(path: Path | None, *, level: Level = "info", json: bool = True) ->
     handlers: list[logging.Handler] = [stderr]
     if path is not None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             file = _File(path, encoding="utf-8")
         except OSError as error:
             raise storage_error(error, path) from None

@@ -200,6 +200,11 @@ class RoundTable:
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, left=_left(self.seconds_left))
 
+    def working(self, note: str) -> None:
+        """A short word on what goes on in the round; seen on a terminal alone."""
+        if self._bar is not None:
+            self._bar.update(self._task, note=note)
+
     def _print(self, line: str) -> None:
         if self._bar is None:
             print(line, file=self._stream, flush=True)

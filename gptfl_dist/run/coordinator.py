@@ -51,6 +51,9 @@ class Terminal:
         delivered = sum(order.digest is not None for order in record.orders)
         self.table.add(arm, rounds, shown, silos=delivered, cohort=len(record.cohort))
 
+    def silo_progress(self, silo: str, done: int, total: int) -> None:
+        self.table.working(f"{silo} {100 * done // max(1, total)} %")
+
     def note(self, text: str) -> None:
         _log.info(text)
         self._say(text)

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import numpy as np
 
-from gptfl_dist.errors import DataError
+from gptfl_dist.config.load import load_federation
+from gptfl_dist.errors import ConfigError, DataError
 from gptfl_dist.files import replacing, write_file
 from gptfl_dist.learning.partition import dirichlet_partition
+from gptfl_dist.ledger.store import locked
+from gptfl_dist.run.folder import delete, delete_run, make_folder
 from gptfl_dist.run.result import SPLIT
 
 LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -59,30 +64,64 @@ data: {path: ../data/$name.npz, format: npz, validation_share: 0.1}
 """)
 
 
-def prepare(folder: Path, *, silos: int, rounds: int, seed: int) -> Path:
-    """Writes data, silo files and the federation file into `folder`; returns the federation file's path."""
+def prepare(folder: Path, *, silos: int, rounds: int, seed: int, fresh: bool) -> Path:
+    """Writes data, silo files and the federation file into `folder`; returns the federation file's path.
+
+    What lies there already is kept where it is the same demo. Another one is refused with ConfigError, or deleted
+    first where `fresh` says so. Raises StorageError where a coordinator is at work in `folder`.
+    """
     images, labels = _digits()
     # One set of digits is the test set whatever the seed, so that runs of several seeds compare.
     order = np.random.default_rng(0).permutation(len(labels))
     test = np.concatenate([order[labels[order] == label][:_TEST_PER_LABEL] for label in range(len(LABELS))])
     private = np.setdiff1d(np.arange(len(labels)), test)
-    _save(folder / "data" / "test.npz", images[test], labels[test])
     parts = dirichlet_partition(labels[private], silos, ALPHA, _SMALLEST_SILO, seed)
-    split = {}
-    for number, part in enumerate(parts, start=1):
-        name, chosen = f"silo-{number}", private[part]
-        _save(folder / "data" / f"{name}.npz", images[chosen], labels[chosen])
-        write_file(folder / "silo-files" / f"{name}.yaml", _SILO.substitute(name=name))
-        split[name] = np.bincount(labels[chosen], minlength=len(LABELS)).tolist()
-    write_file(folder / SPLIT, json.dumps(split))
+    chosen = {f"silo-{number}": private[part] for number, part in enumerate(parts, start=1)}
     entries = "".join(
-        f"  - {{name: {name}, max_samples: {sum(counts)}, file: silo-files/{name}.yaml}}\n"
-        for name, counts in split.items()
+        f"  - {{name: {name}, max_samples: {len(mine)}, file: silo-files/{name}.yaml}}\n"
+        for name, mine in chosen.items()
     )
     path = folder / "federation.yaml"
     text = _FEDERATION.substitute(seed=seed, rounds=rounds, labels=", ".join(LABELS), silos=entries)
-    write_file(path, text)
+    if path.exists():
+        if path.read_text(encoding="utf-8") == text:
+            return path  # it is written last: all of it is there
+        if not fresh:
+            raise ConfigError(
+                f"{path} is there already and is not the file of this demo",
+                hint="give --fresh to delete that run, or another --folder; or go on with it: gptfl run FILE",
+            )
+    make_folder(folder)
+    with locked(folder):
+        if path.exists():
+            _delete_demo(path, text)
+        _save(folder / "data" / "test.npz", images[test], labels[test])
+        for name, mine in chosen.items():
+            _save(folder / "data" / f"{name}.npz", images[mine], labels[mine])
+            write_file(folder / "silo-files" / f"{name}.yaml", _SILO.substitute(name=name))
+        split = {name: np.bincount(labels[mine], minlength=len(LABELS)).tolist() for name, mine in chosen.items()}
+        write_file(folder / SPLIT, json.dumps(split))
+        write_file(path, text)
     return path
+
+
+def _delete_demo(path: Path, text: str) -> None:
+    """Deletes the run in the demo's folder, with its synthetic set where the demo of `text` needs another."""
+    with tempfile.TemporaryDirectory() as beside:
+        new = Path(beside) / path.name
+        new.write_text(text, encoding="utf-8")
+        if _synthetic(path) != _synthetic(new):
+            delete(path.parent / "synthetic")
+    delete_run(path.parent)
+
+
+def _synthetic(path: Path) -> Any:
+    """What decides the synthetic set of a federation file; None where the file cannot be read."""
+    try:
+        file = load_federation(path)
+    except ConfigError:
+        return None
+    return file.seed, file.labels, file.task, file.synthesis.model_copy(update={"folder": None})
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:

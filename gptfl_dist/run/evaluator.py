@@ -36,7 +36,7 @@ def main() -> None:
                 if message["test_data"] is not None:
                     test = load_images(Data(path=Path(message["test_data"])), plan.task, plan.labels)
                 flat.save(Path(message["random_weights"]))
-                channel.send({"type": "ready", "test_samples": 0 if test is None else len(test)})
+                channel.send({"type": "ready"})
             else:
                 assert flat is not None
                 assert plan is not None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
 import shutil
 import time
@@ -31,13 +32,14 @@ from gptfl_dist.exchange.base import (
     OrderFailed,
     SiloJoined,
     SiloLeft,
+    SiloProgress,
     Traffic,
     Welcome,
 )
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.federation import coordinator as machine
 from gptfl_dist.federation.orders import Kind, Order, Report
-from gptfl_dist.files import storage_error
+from gptfl_dist.files import replacing
 from gptfl_dist.launch.trainer import TrainerProcess
 from gptfl_dist.ledger.store import ArmRecord, Ledger, RoundRecord
 from gptfl_dist.weights import BLOCK, Layout, WeightsFile
@@ -57,6 +59,9 @@ class Watcher(Protocol):
 
     def round_closed(self, arm: str, rounds: int, record: RoundRecord, test_accuracy: float | None) -> None:
         """A round was aggregated, and its weights tested where there is test data."""
+
+    def silo_progress(self, silo: str, done: int, total: int) -> None:
+        """How many batches of its local training a silo has behind it."""
 
     def note(self, text: str) -> None:
         """Something that the operator should read."""
@@ -146,6 +151,7 @@ class Federator:
         )
         self.exchange = make_exchange(self._inbox)
         self._connected: set[str] = set()
+        self._assembled = False  # whether all silos were waited for, once in this process
         self._queue: asyncio.Queue[ExchangeEvent | machine.Event | BaseException] = asyncio.Queue()
         self._pump: asyncio.Task[None] | None = None
         self._tests: set[asyncio.Task[None]] = set()
@@ -179,7 +185,7 @@ class Federator:
             if arm not in self._file.arms:
                 continue
             with WeightsFile(self._ledger.folder / file_name) as weights:
-                start = self._ledger.add_weights(self._layout, _blocks(weights))
+                start = await asyncio.to_thread(self._ledger.add_weights, self._layout, _blocks(weights))
             with self._timed(f"tuning {arm}"):
                 rate = await self._choose_rate(arm, start)
             with self._timed(arm):
@@ -187,7 +193,8 @@ class Federator:
                 record = self._record(arm)
                 assert record.best_round is not None
                 for name, digest in ((arm, record.weights_of(record.best_round)), (f"{arm}-final", record.final)):
-                    _publish(self._ledger.weights_path(digest), self._ledger.folder / "models" / f"{name}.safetensors")
+                    target = self._ledger.folder / "models" / f"{name}.safetensors"
+                    await asyncio.to_thread(_publish, self._ledger.weights_path(digest), target)
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -203,17 +210,19 @@ class Federator:
         if len(rates) == 1:
             return rates[0]
         scores: dict[float, tuple[float, float]] = {}
+        out: list[str] = []
         for rate in rates:
             plan = ArmPlan(trial_name(arm, rate), start, rate, self._file.tuning.rounds, tested=False)
-            try:
+            with contextlib.suppress(RoundFailed):
                 await self._run_arm(plan)
-            except RoundFailed:
-                self._ledger.finish_arm(plan.name, 0)
-            if not self._record(plan.name).completed:
-                self._watcher.note(f"{arm}: learning rate {rate:g} is out: its trial failed")
-                continue
-            last = self._record(plan.name).rounds[-1]
+            record = self._record(plan.name)
+            last = record.rounds[-1]
             accuracy, loss = last.mean_metric("accuracy"), last.mean_metric("loss")
+            # A rate that is a little too high lets the loss diverge in the last step, and shows in the evaluation.
+            if not record.completed or (accuracy is None and any(order.failure for order in last.orders)):
+                self._watcher.note(f"{arm}: learning rate {rate:g} is out: its trial failed")
+                out.append(plan.name)
+                continue
             if accuracy is None:
                 raise FederationError(
                     "the learning rate cannot be tuned: no silo reported an accuracy on its validation data",
@@ -225,6 +234,8 @@ class Federator:
                 f"{arm}: no learning rate of the grid could be trained with",
                 hint="give training.learning_rate smaller values; the silos' failures stand above",
             )
+        for name in out:  # for good only now: where no rate would do, the silos may be at fault
+            self._ledger.finish_arm(name, 0)
         best = max(scores, key=lambda rate: scores[rate])
         told = ", ".join(f"{rate:g}: {100 * accuracy:.1f} %" for rate, (accuracy, _) in scores.items())
         self._watcher.note(f"{arm}: learning rate {best:g} chosen on validation data ({told})")
@@ -241,13 +252,14 @@ class Federator:
         record = self._record(plan.name)
         if record.finished:
             return
-        arm = _ArmRun(plan, self._file, self._silos)
+        arm = _ArmRun(plan, self._file, self._silos, assembled=self._assembled)
         unfinished = next((r for r in record.rounds if r.kind == "train" and r.weights is None), None)
         try:
             self._catch_up_with_tests(plan, record)
             if unfinished is not None:
-                committed = self._take_over(arm, unfinished)
-                commands = arm.machine.resume(self._connected, unfinished.round, unfinished.cohort, committed)
+                committed = await self._take_over(arm, unfinished)
+                failed = {order.silo: order.failure for order in unfinished.orders if order.failure is not None}
+                commands = arm.machine.resume(self._connected, unfinished.round, unfinished.cohort, committed, failed)
             else:
                 commands = arm.machine.begin(self._connected, record.finished_rounds)
             while True:
@@ -255,11 +267,13 @@ class Federator:
                     await self._do(arm, command)
                 if arm.machine.state == "done":
                     break
-                event = self._translate(arm, await self._queue.get())
-                commands = [] if event is None else arm.machine.handle(event)
+                commands = []
+                for event in self._translate(arm, await self._queue.get()):
+                    commands += arm.machine.handle(event)
             if self._tests:
                 await asyncio.gather(*self._tests)
         finally:
+            self._note_spent(arm)
             arm.close()
         best = _best_round(self._record(plan.name))
         self._ledger.finish_arm(plan.name, best)
@@ -275,13 +289,15 @@ class Federator:
             if closed.weights is not None and closed.test_accuracy is None:
                 self._test(plan, closed.round, closed.weights, closed)
 
-    def _take_over(self, arm: _ArmRun, interrupted: RoundRecord) -> list[str]:
-        """Expects what an interrupted round still owes, under its old nonces. Returns who has delivered already."""
+    async def _take_over(self, arm: _ArmRun, interrupted: RoundRecord) -> list[str]:
+        """Takes an interrupted round over, under its old nonces. Returns who has delivered already."""
         arm.open_round(interrupted.round, "train", interrupted.base, {o.silo: o.nonce for o in interrupted.orders})
+        arm.spent_before = (interrupted.seconds or 0.0, interrupted.bytes_down or 0, interrupted.bytes_up or 0)
         for record in interrupted.orders:
             if record.digest is None:
                 continue
-            if self._inbox.expect_committed(record.silo, arm.order_for(record.silo), record.digest):
+            order = arm.order_for(record.silo)
+            if await asyncio.to_thread(self._inbox.expect_committed, record.silo, order, record.digest):
                 arm.taken_over.add(record.silo)
             else:
                 self._watcher.note(f"the committed update of {record.silo} is damaged on disk and is asked for again")
@@ -295,15 +311,15 @@ class Federator:
                 nonces = {silo: secrets.token_hex(16) for silo in command.cohort}
                 ledger.open_round(plan.name, command.round, command.kind, base, command.cohort, nonces)
                 arm.open_round(command.round, command.kind, base, nonces)
-            for silo in set(command.cohort) - arm.taken_over:
+            for silo in sorted(arm.machine.awaited):
                 self._inbox.expect(silo, arm.order_for(silo))
+            self._assembled = True
             arm.begin_counting(self.exchange.traffic)
             arm.hold(WeightsFile(ledger.weights_path(base)))
             await self.exchange.publish(base, arm.weights)
         elif isinstance(command, machine.Call):
             await self.exchange.send(command.silo, arm.order_for(command.silo))
         elif isinstance(command, machine.Recall):
-            self._inbox.withdraw(command.silo)
             ledger.fail(plan.name, command.round, command.silo, command.reason)
             self._watcher.note(f"{plan.name}, round {command.round}: {command.silo} recalled: {command.reason}")
             await self.exchange.recall(command.silo, arm.nonces[command.silo], command.reason)
@@ -313,20 +329,27 @@ class Federator:
         elif isinstance(command, machine.Aggregate):
             record = self._record(plan.name).rounds[-1]
             digest = await asyncio.to_thread(self._aggregate, arm, record, command.silos)
-            seconds, down, up = arm.spent(self.exchange.traffic)
-            ledger.close_round(plan.name, command.round, digest, seconds, down, up)
+            self._note_spent(arm)
+            arm.stop_counting()
+            ledger.close_round(plan.name, command.round, digest)
             self._test(plan, command.round, digest, self._record(plan.name).rounds[-1])
             self._drop_old_weights()
             self._queue.put_nowait(machine.Aggregated(command.round))
         elif isinstance(command, machine.Finish):
-            seconds, down, up = arm.spent(self.exchange.traffic)
-            ledger.close_round(plan.name, arm.round, None, seconds, down, up)
+            self._note_spent(arm)
+            arm.stop_counting()
         else:
-            kind = RoundFailed if command.state == "train" else FederationError
+            ledger.forgive(plan.name, arm.round)
+            kind = RoundFailed if command.untrainable else FederationError
             raise kind(
                 f"arm {plan.name}, {command.reason}",
-                hint="look at the silos' logs; the same command goes on from this round once they are back",
+                hint="look at the silos' logs; the same command goes on from this round and calls them again",
             )
+
+    def _note_spent(self, arm: _ArmRun) -> None:
+        spent = arm.spent(self.exchange.traffic)
+        if spent is not None:
+            self._ledger.note_spent(arm.plan.name, arm.round, *spent)
 
     def _aggregate(self, arm: _ArmRun, record: RoundRecord, silos: tuple[str, ...]) -> str:
         samples = {order.silo: order.samples for order in record.orders if order.samples is not None}
@@ -337,7 +360,7 @@ class Federator:
     def _commit(self, silo: str, order: Order, report: Report, digest: str) -> None:
         self._ledger.commit(order.arm, order.round, silo, report.samples, report.metrics, digest)
 
-    def _translate(self, arm: _ArmRun, event: ExchangeEvent | machine.Event | BaseException) -> machine.Event | None:
+    def _translate(self, arm: _ArmRun, event: ExchangeEvent | machine.Event | BaseException) -> list[machine.Event]:
         """What an event of the wire means in this arm's round."""
         if isinstance(event, BaseException):
             raise event
@@ -345,22 +368,29 @@ class Federator:
             raise event.error
         if isinstance(event, SiloJoined):
             self._connected.add(event.silo)
-            return machine.Joined(event.silo)
+            return [machine.Joined(event.silo)]
         if isinstance(event, SiloLeft):
             self._connected.discard(event.silo)
             _log.warning("silo %s left", event.silo)
-            return machine.Left(event.silo)
-        if isinstance(event, Answered | OrderFailed):
-            if arm.nonces.get(event.silo) != event.nonce:
-                return None
-            if isinstance(event, Answered):
-                return machine.Delivered(event.silo, arm.round)
-            self._ledger.fail(arm.plan.name, arm.round, event.silo, event.reason)
-            self._watcher.note(f"{arm.plan.name}, round {arm.round}: {event.silo} failed: {event.reason}")
-            return machine.Failed(event.silo, arm.round, event.reason)
-        if isinstance(event, machine.DeadlinePassed | machine.Aggregated):
-            return event
-        return None
+            return [machine.Left(event.silo)]
+        if isinstance(event, Answered | OrderFailed | SiloProgress):
+            return self._answer(arm, event) if arm.nonces.get(event.silo) == event.nonce else []
+        if isinstance(event, machine.DeadlinePassed) and event.round == arm.round:
+            # Whoever's update was committed a moment ago has delivered; from here on nobody else can.
+            in_time = [silo for silo in sorted(arm.machine.awaited) if not self._inbox.withdraw(silo)]
+            return [*(machine.Delivered(silo, arm.round) for silo in in_time), event]
+        return [event]
+
+    def _answer(self, arm: _ArmRun, event: Answered | OrderFailed | SiloProgress) -> list[machine.Event]:
+        if isinstance(event, SiloProgress):
+            self._watcher.silo_progress(event.silo, event.done, event.total)
+            return []
+        if isinstance(event, Answered):
+            self._note_spent(arm)
+            return [machine.Delivered(event.silo, arm.round)]
+        self._ledger.fail(arm.plan.name, arm.round, event.silo, event.reason)
+        self._watcher.note(f"{arm.plan.name}, round {arm.round}: {event.silo} failed: {event.reason}")
+        return [machine.Failed(event.silo, arm.round, event.reason)]
 
     async def _pump_events(self) -> None:
         while True:
@@ -404,7 +434,7 @@ class Federator:
 class _ArmRun:
     """What the federator keeps in memory of the arm in progress."""
 
-    def __init__(self, plan: ArmPlan, file: FederationFile, silos: tuple[str, ...]) -> None:
+    def __init__(self, plan: ArmPlan, file: FederationFile, silos: tuple[str, ...], *, assembled: bool) -> None:
         rules = file.federation
         cohort = len(silos) if rules.cohort == "all" else rules.cohort
         self.plan = plan
@@ -418,16 +448,18 @@ class _ArmRun:
                 quorum={"all": cohort, "majority": cohort // 2 + 1}.get(str(rules.quorum)) or int(rules.quorum),
                 deadline=rules.deadline,
                 join_deadline=rules.join_deadline,
-            )
+            ),
+            assembled=assembled,
         )
         self.round = 0
         self.nonces: dict[str, str] = {}
         self.taken_over: set[str] = set()  # who had delivered before the coordinator was started again
+        self.spent_before = (0.0, 0, 0)  # seconds, bytes down and up of this round, before that
         self.deadlines: list[asyncio.TimerHandle] = []
         self._kind: Kind = "train"
         self._base = ""
         self._weights: WeightsFile | None = None
-        self._began = (0.0, 0, 0)
+        self._began: tuple[float, int, int] | None = None  # time and traffic; None once the round is closed
         self._seconds = rules.deadline
         self._training = LocalTraining.of(file, plan.learning_rate)
 
@@ -439,7 +471,7 @@ class _ArmRun:
 
     def open_round(self, round_: int, kind: Kind, base: str, nonces: Mapping[str, str]) -> None:
         self.round, self._kind, self._base = round_, kind, base
-        self.nonces, self.taken_over = dict(nonces), set()
+        self.nonces, self.taken_over, self.spent_before = dict(nonces), set(), (0.0, 0, 0)
 
     def hold(self, weights: WeightsFile) -> None:
         """Keeps the round's weights open in place of the last round's."""
@@ -454,10 +486,17 @@ class _ArmRun:
     def begin_counting(self, traffic: Traffic) -> None:
         self._began = (time.monotonic(), traffic.down, traffic.up)
 
-    def spent(self, traffic: Traffic) -> tuple[float, int, int]:
-        """Seconds, bytes down and bytes up since the round began."""
+    def spent(self, traffic: Traffic) -> tuple[float, int, int] | None:
+        """Seconds, bytes down and bytes up of the open round so far."""
+        if self._began is None:
+            return None
         began, down, up = self._began
-        return time.monotonic() - began, traffic.down - down, traffic.up - up
+        seconds_before, down_before, up_before = self.spent_before
+        seconds = time.monotonic() - began + seconds_before
+        return seconds, traffic.down - down + down_before, traffic.up - up + up_before
+
+    def stop_counting(self) -> None:
+        self._began = None
 
     def close(self) -> None:
         for deadline in self.deadlines:
@@ -491,10 +530,5 @@ def _blocks(weights: WeightsFile) -> Iterator[bytes]:
 
 def _publish(source: Path, target: Path) -> None:
     """Copies a model to where people look for it, whole or not at all."""
-    target.parent.mkdir(exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
-    try:
-        shutil.copyfile(source, part)
-        part.replace(target)
-    except OSError as error:
-        raise storage_error(error, target) from None
+    with replacing(target) as fd, source.open("rb") as model, os.fdopen(os.dup(fd), "wb") as copy:
+        shutil.copyfileobj(model, copy, BLOCK)

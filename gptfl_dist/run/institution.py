@@ -15,6 +15,7 @@ from gptfl_dist.observe.logs import configure
 from gptfl_dist.observe.summary import Summary
 from gptfl_dist.run.addresses import try_listening
 from gptfl_dist.run.coordinator import coordinate
+from gptfl_dist.run.folder import PRIVATE, make_folder
 from gptfl_dist.run.silo import ProcessRunner, Silo, require_data
 from gptfl_dist.security.authority import Authority
 from gptfl_dist.security.credentials import load_credentials
@@ -78,6 +79,7 @@ async def run_silo(
             hint="use the set that was made for this silo",
         )
     folder = work_folder or silo.work_folder or path.parent / f"{silo.name}-work"
+    make_folder(folder, PRIVATE)
     configure(folder / "agent.jsonl")
     address = coordinator if coordinator is not None else side.address if side is not None else ""
     exchange = GrpcSiloExchange(

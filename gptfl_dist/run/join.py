@@ -50,7 +50,7 @@ class Silo:
         while True:
             message = self._channel.receive()
             if message["type"] == "setup":
-                self._channel.send({"type": "ready", "layout": self._flat.layout.to_json(), "labels": []})
+                self._channel.send({"type": "ready", "layout": self._flat.layout.to_json()})
             elif message["type"] == "finish":
                 return False
             else:

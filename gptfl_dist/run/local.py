@@ -9,33 +9,27 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import load_federation, load_silo
-from gptfl_dist.errors import ConfigError, GptflError
+from gptfl_dist.errors import ConfigError, SiloFailed
 from gptfl_dist.exchange.base import CoordinatorExchange
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.launch.lifeline import Child
+from gptfl_dist.launch.trainer import TIME_TO_END
 from gptfl_dist.observe.summary import Summary
 from gptfl_dist.run.coordinator import coordinate, silo_files
+from gptfl_dist.run.folder import PRIVATE, make_folder
 from gptfl_dist.run.silo import require_data
 from gptfl_dist.security.authority import Authority
 
 _HOST = "127.0.0.1"
 _VALID = timedelta(days=30)  # longer than any run on one machine
+_MARGIN = 5.0  # seconds that an agent has beyond its trainer's time
 _LAST_LINES = 1500  # characters of a failed silo's log that are shown
-
-
-class SiloFailed(GptflError):
-    """A silo's agent ended with an error; its exit code becomes the run's."""
-
-    def __init__(self, name: str, exit_code: int, log: Path) -> None:
-        last = log.read_text(errors="replace")[-_LAST_LINES:].strip() if log.exists() else ""
-        super().__init__(f"silo {name} ended with exit code {exit_code}:\n{last}", hint=f"its log is {log}")
-        self.exit_code = exit_code if exit_code > 0 else 1
 
 
 async def run_locally(path: Path, say: Callable[[str], None]) -> Summary:
@@ -48,7 +42,8 @@ async def run_locally(path: Path, say: Callable[[str], None]) -> Summary:
             raise ConfigError(f"{silo_file}: name is {silo.name}, {path} expects {name}")
         require_data(silo)  # the trainer would find out only after synthesis and pre-training
     authority = Authority(file.name, valid=_VALID)
-    with ExitStack() as children:
+    with ExitStack() as stops:
+        children: list[Child] = []
         watchers: list[asyncio.Task[None]] = []
 
         def make_exchange(file: FederationFile, inbox: Inbox) -> CoordinatorExchange:
@@ -70,6 +65,7 @@ async def run_locally(path: Path, say: Callable[[str], None]) -> Summary:
             assert isinstance(exchange, GrpcCoordinatorExchange)
             for name, silo_file in files.items():
                 home = file.run_folder / "silos" / name
+                make_folder(home, PRIVATE)
                 authority.issue_silo(name).save(home / "credentials")
                 log = home / "agent.log"
                 with log.open("wb") as output:
@@ -82,15 +78,26 @@ async def run_locally(path: Path, say: Callable[[str], None]) -> Summary:
                         ],
                         output=output,
                     )
-                children.callback(child.stop)
+                children.append(child)
+                stops.callback(child.stop)
                 watchers.append(asyncio.create_task(_watch(name, child, log, fail)))
             say(f"{len(files)} silos started, gRPC with mutual TLS on {_HOST}:{exchange.port}")
 
         try:
-            return await coordinate(path, make_exchange=make_exchange, opened=start_silos, say=say)
+            summary = await coordinate(path, make_exchange=make_exchange, opened=start_silos, say=say)
         finally:
             for watcher in watchers:
                 watcher.cancel()
+        await _all_ended(children)
+        return summary
+
+
+async def _all_ended(children: list[Child]) -> None:
+    """Lets the agents end by themselves, which takes as long as a trainer may take after the federation."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(TIME_TO_END + _MARGIN):
+            while any(child.process.poll() is None for child in children):
+                await asyncio.sleep(0.05)
 
 
 async def _watch(name: str, child: Child, log: Path, fail: Callable[[BaseException], None]) -> None:
@@ -98,4 +105,7 @@ async def _watch(name: str, child: Child, log: Path, fail: Callable[[BaseExcepti
     while (code := child.process.poll()) is None:
         await asyncio.sleep(0.2)
     if code != 0:
-        fail(SiloFailed(name, code, log))
+        last = log.read_text(errors="replace")[-_LAST_LINES:].strip() if log.exists() else ""
+        failure = SiloFailed(f"silo {name} ended with exit code {code}:\n{last}", hint=f"its log is {log}")
+        failure.exit_code = code if code > 0 else 1
+        fail(failure)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import load_federation, load_silo
-from gptfl_dist.errors import LaunchError
+from gptfl_dist.errors import GptflError, Interrupted, LaunchError
 from gptfl_dist.exchange.base import CoordinatorExchange
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.observe.summary import Summary
 from gptfl_dist.run.coordinator import coordinate, silo_files
+from gptfl_dist.run.folder import PRIVATE, make_folder, open_run_folder
+from gptfl_dist.run.signals import run_until_done
 from gptfl_dist.run.silo import ProcessRunner, Silo, require_data
 
 if TYPE_CHECKING:
@@ -61,7 +66,46 @@ def open_world(silos: int) -> MPI.Comm:
     return world
 
 
-async def run_rank(path: Path, world: MPI.Comm, say: Callable[[str], None]) -> Summary | None:
+def run_world(path: Path, fresh: bool, say: Callable[[str], None]) -> Summary | None:
+    """This process's part in the federation file at `path`, from its place in the world on; rank 0 returns the summary.
+
+    An error on any rank, or a signal, ends the whole job with its message and exit code.
+    """
+    launcher = launched()
+    silos = len(load_federation(path).silos)
+    try:
+        world = open_world(silos)
+    except GptflError:
+        if launcher is not None and launcher[2] > 0:
+            sys.exit(GptflError.exit_code)  # rank 0 says it for all
+        raise
+    rank = world.Get_rank()
+    try:
+        if rank == 0:
+            open_run_folder(path, fresh)
+            why = "--exchange mpi" if launcher is None else f"a launcher set {launcher[0]}={launcher[1]}"
+            say(f"exchange: MPI, {world.Get_size()} ranks ({why})")
+        return run_until_done(_run_rank(path, world, say))
+    except GptflError as error:
+        say(f"gptfl, rank {rank}: {error}")
+        _abort(world, error.exit_code)
+    except Interrupted as stop:
+        if rank == 0:
+            say(str(stop))
+        _abort(world, Interrupted.exit_code)
+    except BaseException:
+        say(f"gptfl, rank {rank}:\n{traceback.format_exc()}")
+        _abort(world, GptflError.exit_code)
+
+
+def _abort(world: MPI.Comm, exit_code: int) -> NoReturn:
+    """Ends all ranks. A launcher drops what it has not passed on by then, so the message gets a moment."""
+    time.sleep(1)
+    world.Abort(exit_code)
+    os._exit(exit_code)  # some MPIs return from Abort before they have ended this process
+
+
+async def _run_rank(path: Path, world: MPI.Comm, say: Callable[[str], None]) -> Summary | None:
     """This rank's part in the federation file at `path`; rank 0 returns the summary."""
     from gptfl_dist.exchange.collective.mpi import MpiCoordinatorExchange, MpiSiloExchange, dismiss
 
@@ -89,7 +133,7 @@ async def run_rank(path: Path, world: MPI.Comm, say: Callable[[str], None]) -> S
     if silo.name != name:
         raise LaunchError(f"{silo_path}: name is {silo.name}, {path} expects {name}")
     require_data(silo)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, PRIVATE)
     exchange = MpiSiloExchange(world=world, folder=folder)
     runner = ProcessRunner(silo, silo_path.parent, folder / "trainer.log")
     if await exchange.invited():

@@ -19,6 +19,12 @@ def raise_interrupted() -> None:
         signal.signal(number, _interrupt)
 
 
+def ignore_stops() -> None:
+    """From now on both signals change nothing: all is done, and Python on its way out would die of them."""
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise _stopped()
 

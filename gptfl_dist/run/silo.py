@@ -18,7 +18,15 @@ from typing import Any, Protocol
 
 from gptfl_dist.config.plan import Plan
 from gptfl_dist.config.silo import SiloFile
-from gptfl_dist.errors import ConnectionFailed, DataError, GptflError, ModelError, ProtocolError, TrainerError
+from gptfl_dist.errors import (
+    ConnectionFailed,
+    DataError,
+    GptflError,
+    ModelError,
+    PolicyError,
+    ProtocolError,
+    TrainerError,
+)
 from gptfl_dist.exchange.base import Disconnected, Goodbye, Recalled, SiloExchange, UpdateHeader, Welcome
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.federation.silo import PolicyGuard
@@ -41,6 +49,13 @@ class Result:
     digest: str
     samples: int
     metrics: dict[str, float]
+
+
+def _told(error: GptflError) -> str:
+    """What the coordinator learns of an error here: nothing of files, of labels, or of a trainer's output."""
+    if isinstance(error, PolicyError | TrainerError):
+        return f"{type(error).__name__}: {error.message.splitlines()[0]}"
+    return f"{type(error).__name__}; the silo's log says more"
 
 
 def require_data(silo: SiloFile) -> None:
@@ -176,6 +191,7 @@ class Silo:
         _log.info("connected to the run %s of the federation %s", welcome.run, welcome.plan.federation)
         await self._drop_work()
         self._order = self._result = None
+        self._guard.check_model(welcome.layout.nbytes)
         self._layout = await self._runner.setup(welcome.plan)
         difference = welcome.layout.difference(self._layout)
         if difference:
@@ -252,8 +268,7 @@ class Silo:
             raise
         except GptflError as error:
             _log.error("round %d: %s", order.round, error)
-            # One line: what follows may be the last output of a trainer, which is the silo's own.
-            await self._exchange.fail(order.nonce, f"{type(error).__name__}: {error.message.splitlines()[0]}")
+            await self._exchange.fail(order.nonce, _told(error))
 
     async def _fetch(self, order: Order) -> None:
         if self._held != order.base:

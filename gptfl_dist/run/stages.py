@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptfl_dist.config.federation import FederationFile
-from gptfl_dist.errors import DataError, GptflError
+from gptfl_dist.errors import DataError, ModelError, StageFailed, StorageError
 from gptfl_dist.files import storage_error, write_file
 from gptfl_dist.launch.channel import error_from_message
 from gptfl_dist.launch.lifeline import Child
 from gptfl_dist.observe.progress import progress
 from gptfl_dist.run.federate import PRETRAINED_WEIGHTS
+from gptfl_dist.weights import WeightsFile
 
 CONTACT_SHEET = "synthetic.png"
 _PRETRAINED_FACTS = "pretrained.json"
@@ -48,7 +49,7 @@ def pretrain(file: FederationFile, folder: Path) -> dict[str, Any]:
 
     `folder` is where the federation file lies, for a model.source that names a module beside it.
 
-    Reused where the synthetic set, the model and every setting are the same. Raises DataError, ModelError.
+    Reused where the synthetic set, the model and every setting are the same and the weights are whole. Raises DataError, ModelError.
     """
     from gptfl_dist.learning.data import load_images
     from gptfl_dist.learning.models import build_model
@@ -70,7 +71,7 @@ def pretrain(file: FederationFile, folder: Path) -> dict[str, Any]:
     facts, weights = file.run_folder / _PRETRAINED_FACTS, file.run_folder / PRETRAINED_WEIGHTS
     if facts.exists() and weights.exists():
         known: dict[str, Any] = json.loads(facts.read_text())
-        if known["request"] == request:
+        if known["request"] == request and known.get("digest") == _digest_of(weights):
             return known
     data = load_images(_synthetic_data(file.synthesis.folder), file.task, file.labels)
     sys.path.insert(0, str(folder.absolute()))
@@ -84,10 +85,19 @@ def pretrain(file: FederationFile, folder: Path) -> dict[str, Any]:
             seed=derive_seed(file.seed, "pretrain"),
             progress=bar.callback,
         )
-    FlatModel(model.cpu()).save(weights)
-    known = {"request": request, **asdict(result)}
+    digest = FlatModel(model.cpu()).save(weights)
+    known = {"request": request, "digest": digest, **asdict(result)}
     write_file(facts, json.dumps(known, indent=1))
     return known
+
+
+def _digest_of(weights: Path) -> str | None:
+    """BLAKE3 of a weights file; None where it cannot be read as one."""
+    try:
+        with WeightsFile(weights) as file:
+            return file.digest()
+    except (ModelError, StorageError):
+        return None
 
 
 def _synthetic_data(folder: Path) -> Any:
@@ -96,14 +106,6 @@ def _synthetic_data(folder: Path) -> Any:
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no synthetic set", hint="make it with: gptfl generate FEDERATION_FILE")
     return Data(path=folder, format="parquet")
-
-
-class StageFailed(GptflError):
-    """A stage's process ended without saying why: it was killed, or met a defect and printed that itself."""
-
-    def __init__(self, stage: str, exit_code: int) -> None:
-        how = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"
-        super().__init__(f"{stage} {how}", hint="the same command goes on from there")
 
 
 async def run_stage(stage: Literal["generate", "pretrain"], path: Path) -> None:
@@ -120,6 +122,7 @@ async def run_stage(stage: Literal["generate", "pretrain"], path: Path) -> None:
         answer.seek(0)
         try:
             told = json.loads(answer.read())
-        except ValueError:
-            raise StageFailed(stage, code) from None
+        except ValueError:  # it met a defect, and printed that itself
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            raise StageFailed(f"{stage} {how}", hint="the same command goes on from there") from None
     raise error_from_message({"kind": told["error"], "message": told["message"], "hint": told["hint"]})

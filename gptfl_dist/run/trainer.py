@@ -16,7 +16,7 @@ from pathlib import Path
 from gptfl_dist.config.federation import Model
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.config.silo import SiloFile
-from gptfl_dist.errors import GptflError, PolicyError, TrainerError
+from gptfl_dist.errors import GptflError, ModelError, PolicyError, TrainerError
 from gptfl_dist.launch.channel import TrainerEnd, error_to_message
 from gptfl_dist.learning.code import import_function
 from gptfl_dist.learning.data import load_images, split
@@ -107,17 +107,27 @@ class Trainer:
                 f"the training function returned {type(metrics).__name__}, expected a dict of metrics",
                 hint='return for example {"train_loss": 0.3}',
             )
+        self._check_bound()
         digest = self._flat.save_update(weights, update)
         told = {name: float(value) for name, value in metrics.items()}
-        kept = {name: value for name, value in received.metrics.items() if name != "samples"}
-        return Trained(digest, self.samples, {**told, **kept})
+        return Trained(digest, self.samples, {**told, **received.metrics})
 
     def evaluate(self, weights: Path, threads: int = 1) -> Trained:
         """Loads weights and evaluates them on the validation part. The digest is empty."""
         deterministic(0, threads)
+        self._check_bound()
         self._flat.load(weights)
         result = evaluate(self._flat.model, self._validation, self._plan.task, device=self._device)
         return Trained("", self.samples, {"accuracy": result.accuracy, "loss": result.loss})
+
+    def _check_bound(self) -> None:
+        """Weights loaded into a model whose tensors were replaced would not reach it; its update would be zero."""
+        if not self._flat.bound:
+            raise TrainerError(
+                "the training function replaced the model's tensors, so that what it trained cannot be handed over",
+                hint="change them in place (an optimiser's step, load_state_dict, copy_), and train on the device that "
+                "it is given: no model.to(...), no parameter.data = ..., no new nn.Parameter",
+            )
 
 
 def _model_of(plan: Plan, silo: SiloFile) -> Model:
@@ -129,9 +139,27 @@ def _model_of(plan: Plan, silo: SiloFile) -> Model:
                 hint="if you trust that code and have it here, name it under code.model of the silo file",
             )
         return plan.model.model_copy(update={"source": silo.code.model})
-    if plan.model.name == "transformers" and silo.model_source is not None:
-        return plan.model.model_copy(update={"source": silo.model_source})
+    if plan.model.name == "transformers":
+        if silo.model_source is not None:
+            return plan.model.model_copy(update={"source": silo.model_source})
+        assert plan.model.source is not None
+        _check_folder(plan.model.source)
     return plan.model
+
+
+def _check_folder(source: str) -> None:
+    """A hub id names the same model everywhere; a path was written for the coordinator's machine.
+
+    Raises ModelError where it is a path and no model lies there here too.
+    """
+    folder = Path(source)
+    if (folder.is_absolute() or source.startswith((".", "~")) or folder.is_dir()) and not (
+        folder / "config.json"
+    ).is_file():
+        raise ModelError(
+            f"the federation's model is the folder {source}, and on this machine no model lies there",
+            hint="name this machine's copy of the model, or its hub id, under model_source of the silo file",
+        )
 
 
 def main() -> None:
@@ -146,7 +174,7 @@ def main() -> None:
             if message["type"] == "setup":
                 silo = SiloFile.model_validate(message["silo"])
                 trainer = Trainer(Plan.model_validate(message["plan"]), silo, Path(message["folder"]))
-                channel.send({"type": "ready", "layout": trainer.layout.to_json(), "labels": trainer.label_counts()})
+                channel.send({"type": "ready", "layout": trainer.layout.to_json()})
                 continue
             assert trainer is not None
             weights = Path(message["weights"])

@@ -41,6 +41,7 @@ from gptfl_dist.exchange.base import (
     Welcome,
 )
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
+from gptfl_dist.exchange.grpc.client import _is_loopback
 from gptfl_dist.exchange.grpc.frames import encode_chunk
 from gptfl_dist.exchange.grpc.server import NONCE, SERVICE, GrpcCoordinatorExchange
 from gptfl_dist.federation.orders import Order, Report
@@ -69,6 +70,30 @@ async def raw_work(channel: grpc.aio.Channel, instance: str = "x") -> grpc.aio.S
     await call.write(pb.FromSilo(hello=hello).SerializeToString())
     assert pb.ToSilo.FromString(await call.read()).WhichOneof("message") == "welcome"
     return call
+
+
+@in_loop
+async def test_this_machine_is_not_dialled_through_a_proxy(tmp_path, monkeypatch):
+    for name in ("https_proxy", "http_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, f"http://{HOST}:9")
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    async with World(tmp_path) as world:
+        await world.joined()
+
+
+@pytest.mark.parametrize(
+    ("address", "here"),
+    [
+        ("localhost:1", True),
+        ("127.8.9.1:1", True),
+        ("[::1]:1", True),
+        ("silo.example.org:1", False),
+        ("10.0.0.1:1", False),
+    ],
+)
+def test_a_proxy_is_left_out_for_this_machine_alone(address, here):
+    assert _is_loopback(address) == here
 
 
 @in_loop

@@ -95,7 +95,7 @@ def test_a_silo_that_comes_back_in_mid_round_gets_its_order_again_but_not_after_
 
 def test_a_resumed_round_calls_only_on_those_who_have_not_delivered():
     machine = Coordinator(rules())
-    commands = machine.resume(["a", "b", "d"], 2, ["a", "b", "d"], ["b"])
+    commands = machine.resume(["a", "b", "d"], 2, ["a", "b", "d"], ["b"], {})
     assert calls(commands) == ["a", "d"]
     machine.handle(Delivered("a", 2))
     assert machine.handle(Delivered("d", 2)) == [Aggregate(2, ("a", "b", "d"))]
@@ -103,7 +103,51 @@ def test_a_resumed_round_calls_only_on_those_who_have_not_delivered():
 
 def test_a_resumed_round_in_which_all_have_delivered_aggregates_at_once():
     machine = Coordinator(rules())
-    assert machine.resume([], 1, SILOS, SILOS)[-1] == Aggregate(1, SILOS)
+    assert machine.resume([], 1, SILOS, SILOS, {})[-1] == Aggregate(1, SILOS)
+
+
+def test_a_resumed_round_does_not_call_again_on_who_had_failed():
+    machine = Coordinator(rules())
+    assert calls(machine.resume(SILOS, 2, SILOS, ["b"], {"c": "out of memory"})) == ["a", "d"]
+    machine.handle(Delivered("a", 2))
+    assert machine.handle(Delivered("d", 2)) == [Aggregate(2, ("a", "b", "d"))]
+
+
+def test_a_round_fails_for_the_training_or_for_want_of_silos_and_tells_which():
+    machine = Coordinator(rules(quorum=4))
+    machine.begin(SILOS)
+    for silo in "abc":
+        machine.handle(Delivered(silo, 1))
+    (give_up,) = machine.handle(Failed("d", 1, "the loss became nan"))
+    assert give_up.untrainable
+    machine = Coordinator(rules(quorum=4))
+    machine.begin(SILOS)
+    for silo in "abc":
+        machine.handle(Delivered(silo, 1))
+    give_up = machine.handle(DeadlinePassed(1, "train"))[-1]
+    assert isinstance(give_up, GiveUp)
+    assert not give_up.untrainable
+    machine = Coordinator(rules())
+    machine.begin(["a"])
+    (give_up,) = machine.handle(DeadlinePassed(1, "gather"))
+    assert not give_up.untrainable
+
+
+def test_the_draw_does_not_depend_on_who_was_quick_but_an_absent_silo_is_waited_for_once():
+    few = rules(cohort=2, quorum=1)
+    machine = Coordinator(few)
+    machine.begin(["d", "c"])
+    machine.handle(Joined("b"))
+    started = machine.handle(Joined("a"))
+    assert started[0] == Coordinator(few).begin(SILOS)[1]
+    machine = Coordinator(few)
+    assert calls(machine.begin(["a", "b", "c"])) == []
+    first = machine.handle(DeadlinePassed(1, "gather"))
+    assert len(calls(first)) == 2
+    for silo in calls(first):
+        machine.handle(Delivered(silo, 1))
+    assert len(calls(machine.handle(Aggregated(1)))) == 2
+    assert len(calls(Coordinator(few, assembled=True).begin(["a", "b", "c"]))) == 2
 
 
 def test_too_few_silos_at_the_join_deadline_names_the_missing():

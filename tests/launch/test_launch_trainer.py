@@ -18,7 +18,7 @@ from gptfl_dist.launch.channel import ENV, TrainerEnd, error_from_message, error
 from gptfl_dist.launch.trainer import TrainerProcess, python_module
 
 TRAINER = """
-import os, sys, time
+import os, subprocess, sys, time
 from gptfl_dist.errors import DataError
 from gptfl_dist.launch.channel import TrainerEnd, error_to_message
 channel = TrainerEnd()
@@ -44,6 +44,11 @@ while True:
     elif kind == "slow":
         time.sleep(0.5)
         channel.send({"type": "result", "value": "late"})
+    elif kind == "start":
+        sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        channel.send({"type": "result", "pid": sleeper.pid})
+        if message["end"]:
+            os._exit(0)
 """
 
 
@@ -194,9 +199,26 @@ def test_a_trainer_ends_when_its_agent_is_killed_in_mid_training(tmp_path):
         pid = int(agent.stdout.readline())
         os.kill(pid, 0)
         agent.send_signal(signal.SIGKILL)
-    end = time.monotonic() + 30
-    while Path(f"/proc/{pid}").exists():
-        assert time.monotonic() < end, "the trainer lives on"
+    wait_until_gone(pid)
+
+
+@pytest.mark.parametrize("ends_first", [False, True])
+def test_what_a_trainer_started_ends_with_it(trainer, ends_first):
+    async def scene():
+        answer = await trainer.ask({"type": "start", "end": ends_first}, "result")
+        os.kill(answer["pid"], 0)
+        if ends_first:
+            await trainer.finish({"type": "finish"})
+        return answer["pid"]
+
+    wait_until_gone(play(trainer, scene))
+
+
+def wait_until_gone(pid: int) -> None:
+    """A killed process may stay a zombie for as long as nobody reaps it."""
+    status, end = Path(f"/proc/{pid}/stat"), time.monotonic() + 30
+    while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < end, f"process {pid} lives on"
         time.sleep(0.02)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,6 +80,8 @@ class GrpcSiloExchange:
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.max_pings_without_data", 0),
                 ("grpc.enable_retries", 0),
+                # A proxy of the environment leads out, and would take this machine's own address for its own.
+                ("grpc.enable_http_proxy", int(not _is_loopback(self._address))),
             ],
         )
         work: grpc.aio.StreamStreamMultiCallable[pb.FromSilo, pb.ToSilo] = self._channel.stream_stream(
@@ -262,43 +266,48 @@ def _translate(error: grpc.aio.AioRpcError) -> Exception:
     return Disconnected(details)
 
 
-def _task_is_cancelled() -> bool:
-    """Whether a CancelledError is meant for this task: gRPC raises it too where a channel is closed under a call."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-async def _guard(call: Callable[[], Awaitable[_T]]) -> _T:
-    """Makes a call, awaits it and translates its errors."""
+def _is_loopback(address: str) -> bool:
+    """Whether HOST:PORT is this machine, named in a way that never leaves it."""
+    host = address.rpartition(":")[0].strip("[]").lower()
     try:
-        return await call()
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Turns what gRPC raises in the block into our errors.
+
+    gRPC raises CancelledError too where a channel is closed under a call; that is none meant for this task.
+    """
+    try:
+        yield
     except grpc.aio.AioRpcError as error:
         raise _translate(error) from None
     except grpc.aio.UsageError as error:
         raise Disconnected(str(error)) from None
     except asyncio.CancelledError:
-        if _task_is_cancelled():
+        task = asyncio.current_task()
+        if task is not None and task.cancelling() > 0:
             raise
         raise Disconnected("the connection was closed") from None
+
+
+async def _guard(call: Callable[[], Awaitable[_T]]) -> _T:
+    """Makes a call, awaits it and translates its errors."""
+    with _translated():
+        return await call()
 
 
 async def _guard_stream(
     call: Callable[[], grpc.aio.UnaryStreamCall[pb.DownloadRequest, bytes]],
 ) -> AsyncGenerator[bytes, None]:
     """Makes a call, passes its frames on and translates its errors. The call ends with the generator."""
-    stream = None
-    try:
+    with _translated():
         stream = call()
-        async for frame in stream:
-            yield frame
-    except grpc.aio.AioRpcError as error:
-        raise _translate(error) from None
-    except grpc.aio.UsageError as error:
-        raise Disconnected(str(error)) from None
-    except asyncio.CancelledError:
-        if _task_is_cancelled():
-            raise
-        raise Disconnected("the connection was closed") from None
-    finally:
-        if stream is not None:
+        try:
+            async for frame in stream:
+                yield frame
+        finally:
             stream.cancel()

@@ -1,0 +1,58 @@
+"""What a run leaves in its run folder, and how that is deleted."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from gptfl_dist.config.load import load_federation
+from gptfl_dist.files import storage_error
+from gptfl_dist.ledger.store import locked
+from gptfl_dist.observe.logs import configure
+from gptfl_dist.run.stages import CONTACT_SHEET
+
+PRIVATE = 0o700
+"""The mode of a silo's work folder, which nobody but its owner enters."""
+
+_MADE_BY_A_RUN = (
+    *("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "weights", "spools", "silos", "models", "logs"),
+    *("summary.json", "report.html", "pretrained.safetensors", "pretrained.json", "random.safetensors", CONTACT_SHEET),
+)
+"""What `--fresh` deletes: never the federation file, data or a synthetic set that lie in the same folder."""
+
+
+def open_run_folder(path: Path, fresh: bool) -> None:
+    """Starts the log in the run folder of the federation file at `path`; `fresh` deletes first what a run left there.
+
+    Raises StorageError, also where `fresh` meets a coordinator at work.
+    """
+    folder = load_federation(path).run_folder
+    if fresh and (folder / "ledger.sqlite").exists():
+        with locked(folder):
+            delete_run(folder)
+    configure(folder / "logs" / "coordinator.jsonl")
+
+
+def delete_run(folder: Path) -> None:
+    """Deletes what a run left in its folder. Under the ledger's lock, or a coordinator may be at work there."""
+    for name in _MADE_BY_A_RUN:
+        delete(folder / name)
+
+
+def delete(path: Path) -> None:
+    """Deletes a file or a folder, if it is there. Raises StorageError."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(error, path) from None
+
+
+def make_folder(folder: Path, mode: int = 0o777) -> None:
+    """Makes a folder where there is none. Raises StorageError."""
+    try:
+        folder.mkdir(mode=mode, parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, folder) from None

@@ -1,0 +1,50 @@
+"""Federations in one event loop: the exchange in memory with its faults, and silos whose trainer follows a script.
+
+    network = MemoryNetwork()
+    late = network.hold("silo-2", "upload", round=3)        # silo-2 is late in round 3 until late.release()
+    Federator(..., make_exchange=lambda inbox: MemoryCoordinatorExchange(network=network, silos=names, inbox=inbox))
+    Silo(silo=file, exchange=MemorySiloExchange(network=network, silo="silo-2"), runner=ScriptedTrainer(...), ...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from gptfl_dist.config.plan import Plan
+from gptfl_dist.exchange.memory import Fault, MemoryCoordinatorExchange, MemoryNetwork, MemorySiloExchange
+from gptfl_dist.federation.orders import Order
+from gptfl_dist.run.silo import Result
+from gptfl_dist.weights import Layout, write_weights
+
+__all__ = ["Fault", "MemoryCoordinatorExchange", "MemoryNetwork", "MemorySiloExchange", "ScriptedTrainer"]
+
+
+class ScriptedTrainer:
+    """An `OrderRunner` without torch: the script says what each order comes to.
+
+    `script(order)` returns the update as a flat buffer (b"" for an evaluation) and the metrics, or raises TrainerError.
+    """
+
+    def __init__(
+        self, layout: Layout, samples: int, script: Callable[[Order], tuple[bytes, Mapping[str, float]]]
+    ) -> None:
+        self.orders: list[Order] = []  # that were carried out, in order
+        self._layout = layout
+        self._samples = samples
+        self._script = script
+
+    async def setup(self, plan: Plan) -> Layout:
+        return self._layout
+
+    async def run(self, order: Order, weights: Path, update: Path, progress: Callable[[int, int], None]) -> Result:
+        self.orders.append(order)
+        flat, metrics = self._script(order)
+        digest = write_weights(update, self._layout, [flat]) if order.kind == "train" else ""
+        return Result(digest, self._samples, dict(metrics))
+
+    async def finish(self) -> None:
+        pass
+
+    async def stop(self) -> None:
+        pass
