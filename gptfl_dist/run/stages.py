@@ -49,7 +49,8 @@ def pretrain(file: FederationFile, folder: Path) -> dict[str, Any]:
 
     `folder` is where the federation file lies, for a model.source that names a module beside it.
 
-    Reused where the synthetic set, the model and every setting are the same and the weights are whole. Raises DataError, ModelError.
+    Reused where the synthetic set, the model and every setting are the same and the weights are whole. Raises
+    DataError, ModelError.
     """
     from gptfl_dist.learning.data import load_images
     from gptfl_dist.learning.models import build_model

@@ -127,6 +127,11 @@ def test_coordinator_agents_and_trainers_are_processes_of_their_own(watched: Wat
     assert len(watched.processes) == sum(counted.values())
 
 
+def test_nobody_else_enters_a_silos_work_folder(watched: Watched) -> None:
+    for silo in watched.federation.silos:
+        assert (watched.federation.run_folder / "silos" / silo).stat().st_mode & 0o777 == 0o700
+
+
 def test_agents_alone_are_connected_to_the_coordinator(watched: Watched) -> None:
     agents = {pid for pid, command in watched.processes.items() if "gptfl_dist silo " in command}
     assert {pid for pid, count in watched.connected.items() if count} == agents
@@ -249,3 +254,26 @@ def test_weights_that_a_killed_run_had_not_tested_are_tested_when_it_goes_on(wat
     watched.commands.run("run", watched.federation.path)
     assert watched.federation.result() == whole
     assert watched.federation.summary()["arms"]["fedavg_random"]["start_accuracy"] is not None
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+import gptfl_dist
+from gptfl_dist.config.federation import Model, Task
+from gptfl_dist.learning.models import build_model
+silo = gptfl_dist.join(build_model(Model(name="cnn"), Task(size=8, channels=1), 2, 0))
+while silo.receive():
+    silo.deliver(samples=8)
+time.sleep(6)  # more than the five seconds that a stopped agent has
+Path(__file__).with_suffix(".saved").touch()
+"""
+
+
+def test_a_script_has_its_time_after_the_federation(gptfl: Commands, federation: Callable[..., Federation]) -> None:
+    mine = federation(federation={"rounds": 1, "deadline": "120s", "join_deadline": "120s"})
+    (mine.folder / "script.py").write_text(SCRIPT)
+    silo = mine.folder / "silo-1.yaml"
+    silo.write_text(silo.read_text() + "code: {script: script.py}\n")
+    gptfl.run("run", mine.path)
+    assert (mine.folder / "script.saved").exists()

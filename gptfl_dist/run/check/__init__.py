@@ -1,0 +1,51 @@
+"""The pre-flight of a federation file or a silo file: what would fail in a run is tried here, before it costs hours.
+
+Each check is a function that returns what it found or raises the error that a run would end with. `Checklist` turns
+either into a `Finding`, so no check stops the others. Nothing is left behind on disk, and no port stays open.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gptfl_dist.config.document import read_document
+from gptfl_dist.config.federation import FederationFile
+from gptfl_dist.config.load import load_federation, load_silo
+from gptfl_dist.config.silo import SiloFile
+from gptfl_dist.errors import ConfigError
+from gptfl_dist.run.check.federation import check_federation
+from gptfl_dist.run.check.findings import Checklist, Finding
+from gptfl_dist.run.check.silo import check_silo
+
+__all__ = ["Finding", "check_file"]
+
+
+def check_file(path: Path) -> list[Finding]:
+    """Makes every check that fits the federation file or silo file at `path`, each of which gives one finding."""
+    checks = Checklist()
+    try:
+        file = _load(path)
+    except ConfigError as error:
+        return [Finding("file", "failed", error.message, error.hint, error.exit_code)]
+    if isinstance(file, FederationFile):
+        sizes = f"{len(file.silos)} silos and {len(file.labels)} labels"
+        checks.findings.append(Finding("file", "ok", f"{path} is a federation file of {sizes}"))
+        check_federation(checks, path, file)
+    else:
+        checks.findings.append(Finding("file", "ok", f"{path} is the silo file of {file.name}"))
+        check_silo(checks, path, file)
+    return checks.findings
+
+
+def _load(path: Path) -> FederationFile | SiloFile:
+    """The file, of the kind that more of its keys belong to. Raises ConfigError."""
+    value = read_document(path).value
+    keys = set(value) if isinstance(value, dict) else set()
+    federation, silo = set(FederationFile.model_fields), set(SiloFile.model_fields)
+    of_federation, of_silo = len(keys & (federation - silo)), len(keys & (silo - federation))
+    if of_federation == of_silo == 0:
+        raise ConfigError(
+            f"{path} has the keys {', '.join(sorted(keys)) or '(none)'}: neither a federation file nor a silo file",
+            hint="a federation file has labels and silos, a silo file has data; `gptfl init` prints either",
+        )
+    return load_federation(path) if of_federation >= of_silo else load_silo(path)

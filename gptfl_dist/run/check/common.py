@@ -1,0 +1,130 @@
+"""Checks and helpers that a federation file and a silo file share."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from gptfl_dist.errors import (
+    IdentityError,
+    StorageError,
+    TrainerError,
+)
+from gptfl_dist.files import storage_error
+from gptfl_dist.run.check.findings import Doubt
+
+_EXPIRES_SOON = timedelta(days=7)
+
+
+@contextlib.contextmanager
+def code_beside(path: Path) -> Iterator[None]:
+    """Lets modules beside the file at `path` be imported, then forgets them: another silo's may be named alike."""
+    folder = path.absolute().parent
+    path_before, known = list(sys.path), set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path[:] = path_before
+        for name in set(sys.modules) - known:
+            top = name.partition(".")[0]
+            origin = getattr(sys.modules.get(top), "__file__", None)
+            if top != "gptfl_dist" and origin is not None and Path(origin).parent in (folder, folder / top):
+                del sys.modules[name]
+
+
+def writable(folder: Path) -> str:
+    """Writes a file into the folder, or into the nearest one above that exists."""
+    existing = nearest(folder)
+    if not existing.is_dir():
+        raise StorageError(f"{existing} is a file, expected a folder", hint="name another folder, or move the file")
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+    except OSError as error:
+        raise storage_error(error, existing) from None
+    return f"{folder} is writable" if existing == folder else f"{folder} can be made, {existing} is writable"
+
+
+def nearest(folder: Path) -> Path:
+    """The folder itself, or the nearest above it that exists."""
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+def check_credentials(
+    authority: Path, certificate: Path, key: Path, role: str, name: str | None, federation: str | None
+) -> datetime:
+    """Checks one side's three files; `name` and `federation` where they are known. Returns when they expire."""
+    from cryptography import x509
+
+    from gptfl_dist.security.credentials import check_dates, load_credentials
+
+    credentials, identity = load_credentials(authority, certificate, key)
+    check_dates(credentials.authority, str(authority))
+    if identity.role != role or name not in (None, identity.name) or federation not in (None, identity.federation):
+        whose = f"{role} {name}" if name else role
+        raise IdentityError(
+            f"{certificate} is the certificate of {identity.uri}, expected the {whose}"
+            + (f" of {federation}" if federation else ""),
+            hint="use the set that was made for this side",
+        )
+    both = (x509.load_pem_x509_certificate(pem) for pem in (credentials.authority, credentials.certificate))
+    return min(read.not_valid_after_utc for read in both)
+
+
+def valid_until(expiry: datetime, whose: str) -> str:
+    left = expiry - datetime.now(UTC)
+    if left < _EXPIRES_SOON:
+        raise Doubt(
+            f"{whose}, expire in {left.days} days and {left.seconds // 3600} hours ({expiry:%F %T} UTC)",
+            "make new sets in time: gptfl credentials FEDERATION_FILE",
+        )
+    return f"{whose}, valid until {expiry:%F}"
+
+
+def host_names(certificate: Path) -> set[str]:
+    """The host names and addresses that a certificate holds for."""
+    from cryptography import x509
+
+    read = x509.load_pem_x509_certificate(certificate.read_bytes())
+    names = read.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return {*names.get_values_for_type(x509.DNSName), *(str(a) for a in names.get_values_for_type(x509.IPAddress))}
+
+
+def parse_script(script: Path) -> str:
+    """Reads a script without running it: its syntax, and whether what it imports is here."""
+    try:
+        tree = ast.parse(script.read_bytes(), filename=str(script))
+    except OSError as error:
+        raise TrainerError(
+            f"code.script {script} cannot be read: {error.strerror}", hint="check the path, relative to the silo file"
+        ) from None
+    except (SyntaxError, ValueError) as error:
+        raise TrainerError(f"code.script {script} is no Python: {error}") from None
+    modules = set(_imported(ast.walk(tree)))
+    with code_beside(script):
+        absent = sorted(name for name in modules if importlib.util.find_spec(name) is None)
+    if absent:
+        raise TrainerError(
+            f"code.script {script} imports {', '.join(absent)}, not found here",
+            hint="install it for this Python, or put it beside the script",
+        )
+    if "gptfl_dist" not in modules:
+        raise Doubt(f"{script} does not import gptfl_dist", "it must call gptfl_dist.join to take part")
+    return f"{script} and what it imports are here"
+
+
+def _imported(nodes: Iterable[ast.AST]) -> Iterable[str]:
+    """The top-level modules that a script's import statements name."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.split(".")[0]

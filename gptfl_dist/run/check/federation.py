@@ -1,0 +1,307 @@
+"""The pre-flight of a federation file: model, generator, disk, data, the silos' files, certificates, port, MPI."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptfl_dist.config.federation import FederationFile, Generator, SiloEntry
+from gptfl_dist.config.load import load_silo
+from gptfl_dist.config.plan import LocalTraining, Plan
+from gptfl_dist.errors import (
+    ConfigError,
+    GeneratorError,
+    IdentityError,
+    ModelError,
+    PolicyError,
+    StorageError,
+)
+from gptfl_dist.federation.orders import Order
+from gptfl_dist.federation.silo import PolicyGuard
+from gptfl_dist.observe.wording import size
+from gptfl_dist.run.addresses import host_of, port_of, try_listening
+from gptfl_dist.run.check.common import (
+    check_credentials,
+    code_beside,
+    host_names,
+    nearest,
+    parse_script,
+    valid_until,
+    writable,
+)
+from gptfl_dist.run.check.findings import Checklist, Doubt
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_PATIENCE = 5.0  # seconds for an answer of the hub
+_SEARCH = 60.0  # seconds to load an MPI library in a process of its own
+_WILDCARDS = ("", "0.0.0.0", "::")
+
+
+def check_federation(checks: Checklist, path: Path, file: FederationFile) -> None:
+    checks.run("device", lambda: _federation_devices(file))
+    checks.run("model", lambda: _model(path, file))
+    if _synthesises(file):
+        checks.run("generator", lambda: _generator(file.synthesis.generator, file.labels))
+    checks.run("run folder", lambda: writable(file.run_folder))
+    if _synthesises(file):
+        checks.run("synthesis.folder", lambda: writable(file.synthesis.folder))
+    checks.run("disk space", lambda: _space(path, file))
+    checks.run("test data", lambda: _test_data(file))
+    for entry in file.silos:
+        silo_path = entry.file
+        if silo_path is not None:
+            checks.run(f"silo file of {entry.name}", lambda e=entry, p=silo_path: _silo_file(path, file, e, p))  # type: ignore[misc]
+            checks.run(f"training of {entry.name}", lambda e=entry, p=silo_path: _silo_training(path, file, e, p))  # type: ignore[misc]
+    checks.run("silo files", lambda: _silo_entries(file))
+    checks.run("credentials", lambda: _coordinator_credentials(file))
+    checks.run("exchange.listen", lambda: _listen(file.exchange.listen))
+    checks.run("MPI", _mpi)
+
+
+def _synthesises(file: FederationFile) -> bool:
+    return bool({"synthetic_only", "gptfl"} & set(file.arms))
+
+
+def _federation_devices(file: FederationFile) -> str:
+    if not _synthesises(file):
+        return "none needed: no arm generates or pre-trains"
+    from gptfl_dist.learning.device import resolve_device
+    from gptfl_dist.synthesis.generator import place
+
+    placement = place(file.synthesis.generator)
+    return (
+        f"synthesis on {placement.device} in {placement.dtype}, "
+        f"pre-training on {resolve_device(file.pretraining.device)}"
+    )
+
+
+def _built(path: Path, file: FederationFile) -> nn.Module:
+    """The federation's model as the coordinator builds it."""
+    from gptfl_dist.learning.models import build_model
+
+    with code_beside(path):
+        return build_model(file.model, file.task, len(file.labels), file.seed)
+
+
+def _model(path: Path, file: FederationFile) -> str:
+    """Builds the model and gives it one training batch."""
+    import torch
+    import torch.nn.functional as F  # noqa: N812
+
+    from gptfl_dist.learning.models import logits
+    from gptfl_dist.weights.flat import layout_of
+
+    model = _built(path, file)
+    layout = layout_of(model)
+    count = file.training.batch_size
+    images = torch.zeros(count, file.task.channels, file.task.size, file.task.size)
+    try:
+        F.cross_entropy(logits(model, images), torch.zeros(count, dtype=torch.int64)).backward()  # type: ignore[no-untyped-call]
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ModelError(
+            f"model {file.model.name} cannot train on a batch of shape {tuple(images.shape)}: {error}",
+            hint="make task and training.batch_size fit the model",
+        ) from error
+    return f"{file.model.name} with {layout.parameters:,} parameters ({size(layout.nbytes)}) took a batch of {count}"
+
+
+def _generator(settings: Generator, labels: Sequence[str]) -> str:
+    """Loads the generator from its folder. One of the hub is only asked for: it may have many gigabytes."""
+    from gptfl_dist.synthesis.generator import load_generator, require_known_labels
+
+    require_known_labels(settings, labels)
+    source = settings.source
+    if source == "embedded" or Path(source).expanduser().exists() or source.count("/") != 1 or source.startswith("."):
+        described = load_generator(settings).describe()
+        return f"{described['id']} loads, digest {described['digest'][:12]}"
+    return _hub_generator(settings)
+
+
+def _hub_generator(settings: Generator) -> str:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    from gptfl_dist.synthesis.generator import load_generator
+
+    cached = try_to_load_from_cache(settings.source, "model_index.json")
+    if isinstance(cached, str):
+        load_generator(settings.model_copy(update={"source": str(Path(cached).parent)}))
+        return f"{settings.source} loads from this machine's cache of the hub"
+    try:
+        files = HfApi().model_info(settings.source, timeout=_PATIENCE, files_metadata=True).siblings or []
+    except Exception as error:  # the hub client and its HTTP library raise unrelated types
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise GeneratorError(
+            f"generator.source is {settings.source}: there is no such folder, it is not in this machine's cache of the "
+            f"hub, and the hub cannot be asked ({first_line}): gptfl generate would fail to download it",
+            hint="check the name and the connection, or download it elsewhere and name its folder",
+        ) from error
+    total = sum(file.size or 0 for file in files if not file.rfilename.endswith((".bin", ".ckpt", ".msgpack")))
+    if "model_index.json" not in {file.rfilename for file in files}:
+        raise GeneratorError(
+            f"generator.source is {settings.source}, which the hub has without model_index.json: no diffusers pipeline",
+            hint="name a diffusers pipeline",
+        )
+    return f"{settings.source} is on the hub; gptfl generate will download up to {size(total)}"
+
+
+def _space(path: Path, file: FederationFile) -> str:
+    """Compares free space with an upper estimate of what the whole run keeps, by file system."""
+    from gptfl_dist.run.result import federated_arms
+    from gptfl_dist.weights.flat import layout_of
+
+    model = layout_of(_built(path, file)).nbytes
+    rates = len(file.training.learning_rates)
+    arms = len(federated_arms(file))
+    kept = 3 * arms * (1 + (rates if rates > 1 else 0)) + 1  # start, best, newest of each; the next being written
+    named = 2 * arms + 2  # models/ARM, models/ARM-final; random and pretrained weights
+    spools = len(file.silos)
+    silos = 2 * sum(entry.file is not None for entry in file.silos)  # received weights and update of silos run here
+    wanted = {file.run_folder: model * (kept + named + spools + silos)}
+    if _synthesises(file):
+        image = file.task.size**2 * file.task.channels
+        wanted[file.synthesis.folder] = file.synthesis.images_per_label * len(file.labels) * image
+    by_disk: dict[int, tuple[Path, int]] = {}
+    for folder, most in wanted.items():
+        there = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
+        place = nearest(folder)
+        first, sum_ = by_disk.get(place.stat().st_dev, (place, 0))
+        by_disk[place.stat().st_dev] = (first, sum_ + max(0, most - there))
+    told = []
+    for place, needed in by_disk.values():
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise StorageError(
+                f"{size(free)} free at {place}, and the run may need {size(needed)} more",
+                hint="free some space, or set run_folder and synthesis.folder to a larger disk",
+            )
+        told.append(f"{size(free)} free at {place}, at most {size(needed)} more needed")
+    return "; ".join(told)
+
+
+def _test_data(file: FederationFile) -> str:
+    if file.test_data is None:
+        return "none named: accuracy is measured on the silos' validation data alone"
+    from gptfl_dist.config.silo import Data
+    from gptfl_dist.learning.data import load_images
+
+    images = load_images(Data(path=file.test_data), file.task, file.labels)
+    counts = images.labels.bincount(minlength=len(file.labels)).tolist()
+    absent = [label for label, count in zip(file.labels, counts, strict=True) if not count]
+    if absent:
+        raise Doubt(
+            f"{len(images)} images in {file.test_data}, none of {', '.join(absent)}",
+            "accuracy will say nothing of these labels",
+        )
+    return f"{len(images)} images of all {len(counts)} labels in {file.test_data}"
+
+
+def _silo_entries(file: FederationFile) -> str:
+    apart = [entry.name for entry in file.silos if entry.file is None]
+    if apart:
+        raise Doubt(
+            f"{', '.join(apart)} named without a file, so nothing of them was checked",
+            "gptfl run and mpiexec need the files; with gptfl coordinator each silo runs: gptfl check SILO_FILE",
+        )
+    return f"all {len(file.silos)} silos have one"
+
+
+def _silo_file(path: Path, file: FederationFile, entry: SiloEntry, silo_path: Path) -> str:
+    """The silo file loads, is this silo's, and its policy allows what the federation asks."""
+    silo = load_silo(silo_path)
+    if silo.name != entry.name:
+        raise ConfigError(
+            f"{silo_path}: name is {silo.name}, {path} expects {entry.name}", hint="make the two names the same"
+        )
+    training = LocalTraining.of(file, file.training.learning_rates[0])
+    PolicyGuard(silo.policy).check(Order("train", "", file.arms[0], 1, "", file.federation.deadline, training))
+    from gptfl_dist.run.federate import rounds_planned
+
+    if rounds_planned(file) > silo.policy.max_rounds:
+        raise PolicyError(
+            f"{silo_path}: policy.max_rounds is {silo.policy.max_rounds}, the federation has up to "
+            f"{rounds_planned(file)} rounds of training in all its arms and trials",
+            hint="lower federation.rounds, or ask the silo's operator",
+        )
+    return f"{silo_path} fits"
+
+
+def _silo_training(path: Path, file: FederationFile, entry: SiloEntry, silo_path: Path) -> str:
+    """What the silo's trainer does before the first round: code, data, model."""
+    from gptfl_dist.run.trainer import Trainer
+    from gptfl_dist.weights.flat import layout_of
+
+    silo = load_silo(silo_path)
+    if silo.code is not None and silo.code.script is not None:
+        return parse_script(silo.code.script)
+    with code_beside(silo_path):
+        trainer = Trainer(Plan.of(file), silo, silo_path.parent)
+    expected = layout_of(_built(path, file))
+    difference = expected.difference(trainer.layout)
+    if difference:
+        raise ModelError(
+            f"the model that {silo_path} names is not the federation's: {difference}",
+            hint="use the coordinator's model definition and release",
+        )
+    if expected.nbytes > silo.policy.max_model:
+        raise PolicyError(
+            f"{silo_path}: the federation's model has {size(expected.nbytes)}, policy.max_model allows "
+            f"{size(silo.policy.max_model)}",
+            hint="raise policy.max_model in the silo file if this is meant",
+        )
+    counts = trainer.label_counts()
+    if trainer.samples > entry.max_samples:
+        raise ConfigError(
+            f"{entry.name} trains on {trainer.samples} images, but silos registers max_samples {entry.max_samples}: "
+            "its updates would be refused",
+            hint=f"set max_samples of {entry.name} to {trainer.samples} or more",
+        )
+    labels = sum(count > 0 for count in counts)
+    return f"{sum(counts)} images of {labels} of {len(counts)} labels fit the federation's model"
+
+
+def _coordinator_credentials(file: FederationFile) -> str:
+    exchange = file.exchange
+    if exchange.authority is None or exchange.certificate is None or exchange.key is None:
+        return "none named: gptfl run makes its own; gptfl coordinator needs them"
+    expiry = check_credentials(exchange.authority, exchange.certificate, exchange.key, "coordinator", None, file.name)
+    dialled = {host_of(exchange.listen): "exchange.listen"}
+    for entry in file.silos:
+        if entry.file is not None and entry.file.exists() and (side := load_silo(entry.file).coordinator) is not None:
+            dialled[host_of(side.address)] = f"coordinator.address of {entry.name}"
+    names = host_names(exchange.certificate)
+    for host, setting in dialled.items():
+        if host in _WILDCARDS or host in names:
+            continue
+        found = f"{exchange.certificate} holds for {', '.join(sorted(names)) or 'no host'}, not for {host} ({setting})"
+        hint = f"make a set for that name: gptfl credentials FEDERATION_FILE --host {host}"
+        if setting != "exchange.listen":
+            raise IdentityError(f"{found}: the silo would refuse it", hint=hint)
+        raise Doubt(found, f"well if silos dial another name; if not, {hint}")
+    return valid_until(expiry, f"the coordinator's, for {', '.join(sorted(names))}")
+
+
+def _listen(address: str) -> str:
+    try_listening(address)
+    return f"{address} can be listened on" if port_of(address) else f"{host_of(address)}, any free port"
+
+
+def _mpi() -> str:
+    """Loads an MPI in a process of its own: some end the process where they do not find their daemon."""
+    program = "from mpi4py import MPI; print(MPI.Get_library_version())"
+    try:
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=_SEARCH)
+    except subprocess.TimeoutExpired:
+        raise Doubt(f"loading an MPI library took more than {_SEARCH:g} s", "try: mpiexec -n 1 hostname") from None
+    if done.returncode != 0 or not done.stdout.strip():
+        last = next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
+        raise Doubt(
+            f"no MPI library can be loaded ({last})",
+            "needed for mpiexec alone: pip install 'gptfl-dist[mpi]', or load your cluster's MPI module",
+        )
+    return " ".join(done.stdout.strip().splitlines()[0].split())

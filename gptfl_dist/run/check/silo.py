@@ -1,0 +1,129 @@
+"""The pre-flight of a silo file: device, data, code, work folder, certificate, and the way to the coordinator."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from pathlib import Path
+from typing import Any
+
+from gptfl_dist.config.silo import Coordinator, SiloFile
+from gptfl_dist.errors import (
+    ConnectionFailed,
+    IdentityError,
+)
+from gptfl_dist.run.addresses import host_of, port_of
+from gptfl_dist.run.check.common import (
+    check_credentials,
+    code_beside,
+    parse_script,
+    valid_until,
+    writable,
+)
+from gptfl_dist.run.check.findings import Checklist
+
+_PATIENCE = 5.0  # seconds for each answer of the coordinator
+
+
+def check_silo(checks: Checklist, path: Path, silo: SiloFile) -> None:
+    checks.run("device", lambda: _silo_device(silo))
+    if silo.data is not None:
+        checks.run("data", lambda: _silo_data(silo))
+    if silo.code is not None:
+        checks.run("code", lambda: _silo_code(path, silo))
+    checks.run("work folder", lambda: writable(silo.work_folder or path.absolute().parent / f"{silo.name}-work"))
+    side = silo.coordinator
+    if side is None:
+        checks.run("coordinator", lambda: "none named: this silo runs under gptfl run or mpiexec alone")
+        return
+    checks.run("credentials", lambda: _silo_credentials(silo, side))
+    checks.run("coordinator", lambda: _reach(side))
+
+
+def _silo_device(silo: SiloFile) -> str:
+    from gptfl_dist.learning.device import resolve_device
+
+    return f"{silo.device} is {resolve_device(silo.device)}"
+
+
+def _silo_data(silo: SiloFile) -> str:
+    """Decodes every image once. The federation's size, channels and labels are not known here."""
+    from gptfl_dist.config.federation import Task
+    from gptfl_dist.learning.data import count_labels, load_images, split
+
+    assert silo.data is not None
+    counts = count_labels(silo.data)
+    images = load_images(silo.data, Task(), tuple(counts))
+    split(images, silo.data.validation_share, 0)
+    told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items())[:20])
+    return f"{len(images)} images can be read: {told}{', ...' if len(counts) > 20 else ''}"
+
+
+def _silo_code(path: Path, silo: SiloFile) -> str:
+    from gptfl_dist.learning.code import import_function
+
+    assert silo.code is not None
+    if silo.code.script is not None:
+        return parse_script(silo.code.script)
+    named = {"code.function": silo.code.function, "code.model": silo.code.model}
+    sources = [(setting, source) for setting, source in named.items() if source is not None]
+    with code_beside(path):
+        for setting, source in sources:
+            import_function(source, setting)
+    return f"{', '.join(source for _, source in sources)} can be imported"
+
+
+def _silo_credentials(silo: SiloFile, side: Coordinator) -> str:
+    expiry = check_credentials(side.authority, side.certificate, side.key, "silo", silo.name, None)
+    return valid_until(expiry, f"those of {silo.name}")
+
+
+def _reach(side: Coordinator) -> str:
+    """Dials the coordinator as the silo would, up to its first word over TLS 1.3."""
+    from gptfl_dist.security.credentials import load_credentials
+    from gptfl_dist.security.identity import Identity
+
+    host, port = host_of(side.address), port_of(side.address)
+    _, own = load_credentials(side.authority, side.certificate, side.key)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.set_alpn_protocols(["h2"])
+    context.load_verify_locations(side.authority)
+    context.load_cert_chain(side.certificate, side.key)
+    hint = "check coordinator.address, that the coordinator runs, and that a firewall lets this machine dial out to it"
+    try:
+        with (
+            socket.create_connection((host, port), _PATIENCE) as plain,
+            context.wrap_socket(plain, server_hostname=host) as secured,
+        ):
+            peer: dict[str, Any] = secured.getpeercert() or {}
+            # In TLS 1.3 this side is done before the other has judged its certificate: only its first word tells.
+            first = secured.recv(1)
+    except socket.gaierror as error:
+        raise ConnectionFailed(
+            f"{host} cannot be resolved: {error.strerror}", hint="check coordinator.address"
+        ) from None
+    except ssl.SSLCertVerificationError as error:
+        raise IdentityError(
+            f"the certificate of {side.address} is not one to trust: {error.verify_message}",
+            hint="check coordinator.authority, and that coordinator.address is a name in the coordinator's certificate",
+        ) from None
+    except ssl.SSLError as error:
+        raise IdentityError(
+            f"no TLS 1.3 connection with {side.address}: {error.reason or error}",
+            hint="check that a coordinator answers there, and that coordinator.certificate is of its federation",
+        ) from None
+    except OSError as error:
+        raise ConnectionFailed(f"{side.address} does not answer: {error.strerror or error}", hint=hint) from None
+    if not first:
+        raise IdentityError(
+            f"{side.address} closed the connection after the handshake: it does not take {side.certificate}",
+            hint="ask the coordinator's operator for a matching set",
+        )
+    uris = [str(value) for kind, value in peer.get("subjectAltName", ()) if kind == "URI"]
+    if uris != [Identity(own.federation, "coordinator", "coordinator").uri]:
+        raise IdentityError(
+            f"{side.address} is {', '.join(uris) or 'nobody'}, expected the coordinator of {own.federation}",
+            hint="check coordinator.address",
+        )
+    return f"{side.address} answers over TLS 1.3 as the coordinator of {own.federation}"

@@ -1,0 +1,227 @@
+"""A federation in one event loop: real federator, ledger, inbox, silos and files; only torch and the wire are replaced.
+
+A silo's update is a constant, so the weights after any round have a closed form. Its numbers are small powers of two:
+every sum is exact in float32, and tests compare with `==`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pytest
+
+from gptfl_dist.config.federation import FederationFile
+from gptfl_dist.config.silo import Data, Policy, SiloFile
+from gptfl_dist.exchange.base import Goodbye, SiloJoined
+from gptfl_dist.exchange.inbox import Inbox
+from gptfl_dist.federation.orders import Order
+from gptfl_dist.ledger.store import ArmRecord, Ledger, RoundRecord
+from gptfl_dist.run import silo as silo_module
+from gptfl_dist.run.federate import RANDOM_WEIGHTS, Federator
+from gptfl_dist.run.silo import Silo
+from gptfl_dist.testing import clock
+from gptfl_dist.testing.exchange import MemoryCoordinatorExchange, MemoryNetwork, MemorySiloExchange, ScriptedTrainer
+from gptfl_dist.weights import Layout, WeightsFile, write_weights
+
+LAYOUT = Layout.of([("w", (4,), "F32"), ("seen", (1,), "I64")])
+START = 0.5  # every number of the start weights
+STEPS = {"a": 8.0, "b": -16.0, "c": 32.0}  # what each silo adds in a round
+SAMPLES = {"a": 1, "b": 3, "c": 4}
+ARM = "fedavg_random"
+DEADLINE, JOIN_DEADLINE = 1000.0, 5000.0  # seconds, of a clock that is put forward
+
+Metrics = Mapping[str, float]
+
+
+def flat(value: float, seen: int = 0) -> bytes:
+    """A flat buffer with one number everywhere."""
+    return np.array([seen], "<i8").tobytes() + np.full(4, value, "<f4").tobytes()
+
+
+def value_of(path: Path) -> float:
+    """The one number that weights hold everywhere."""
+    with WeightsFile(path) as weights:
+        numbers = np.frombuffer(weights.read(8, weights.nbytes - 8), "<f4")
+    assert len(set(numbers)) == 1
+    return float(numbers[0])
+
+
+def mean_step(silos: Iterable[str], samples: Mapping[str, int] = SAMPLES) -> float:
+    """What one round adds to the weights if these silos count."""
+    counted = list(silos)
+    return sum(samples[silo] * STEPS[silo] for silo in counted) / sum(samples[silo] for silo in counted)
+
+
+class Tester:
+    """Stands in for the torch process: the test accuracy of weights is a function of their number."""
+
+    def __init__(self, accuracy: Callable[[float], float] | None = None) -> None:
+        self._accuracy = accuracy or (lambda value: 0.5)
+
+    async def test(self, weights: Path) -> tuple[float, list[list[int]]]:
+        return self._accuracy(value_of(weights)), [[1, 0], [0, 1]]
+
+
+class Notes:
+    """A watcher that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.closed: list[tuple[str, int]] = []
+
+    def round_closed(self, arm: str, rounds: int, record: RoundRecord, test_accuracy: float | None) -> None:
+        self.closed.append((arm, record.round))
+
+    def silo_progress(self, silo: str, done: int, total: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+
+class World:
+    """One run folder, a network, and the silos on it. Coordinators come and go."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        silos: Mapping[str, int] = SAMPLES,
+        script: Callable[[str, Order], Metrics] = lambda silo, order: {"accuracy": 0.5},
+        step: Callable[[str, Order], float] = lambda silo, order: STEPS[silo],
+        accuracy: Callable[[float], float] | None = None,
+        released: list[str] | None = None,
+        rates: list[float] | None = None,
+        tuning: int = 1,
+        **rules: Any,
+    ) -> None:
+        """`script` gives a silo's metrics or raises TrainerError; `released` are the metrics that may leave a silo."""
+        self.folder = folder
+        self.network = MemoryNetwork()
+        self.notes = Notes()
+        self.file = FederationFile.model_validate(
+            {
+                "name": "fed",
+                "run_folder": folder / "run",
+                "labels": ["left", "right"],
+                "arms": [ARM],
+                "training": {"learning_rate": rates or 0.25},
+                "tuning": {"rounds": tuning},
+                "federation": {
+                    "rounds": 3,
+                    "quorum": "all",
+                    "deadline": f"{DEADLINE:g}s",
+                    "join_deadline": f"{JOIN_DEADLINE:g}s",
+                    **rules,
+                },
+                "test_data": folder / "test.npz",
+                "silos": [{"name": name, "max_samples": 100} for name in silos],
+            }
+        )
+        self.file.run_folder.mkdir(parents=True, exist_ok=True)
+        write_weights(self.file.run_folder / RANDOM_WEIGHTS, LAYOUT, [flat(START)])
+        self.tester = Tester(accuracy)
+        self.policy = Policy() if released is None else Policy(metrics=released)
+        self.trainers = {
+            name: ScriptedTrainer(LAYOUT, samples, functools.partial(self._carry_out, name))
+            for name, samples in silos.items()
+        }
+        self._script, self._step = script, step
+        self._running: dict[str, asyncio.Task[Goodbye]] = {}
+
+    def _carry_out(self, silo: str, order: Order) -> tuple[bytes, Metrics]:
+        metrics = self._script(silo, order)
+        return (flat(self._step(silo, order), seen=order.round) if order.kind == "train" else b""), metrics
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._running.values():
+            task.cancel()
+        await asyncio.gather(*self._running.values(), return_exceptions=True)
+
+    def join(self, *names: str) -> None:
+        """Starts silos, in this order."""
+        for name in names:
+            exchange = MemorySiloExchange(network=self.network, silo=name)
+            silo = SiloFile(name=name, data=Data(path=self.folder / "data"), policy=self.policy)
+            runner = Silo(silo=silo, exchange=exchange, runner=self.trainers[name], folder=self.folder / name)
+            self._running[name] = asyncio.create_task(runner.run())
+
+    def ledger(self) -> Ledger:
+        return Ledger(self.file.run_folder, "request")
+
+    def make_exchange(self, inbox: Inbox) -> MemoryCoordinatorExchange:
+        return MemoryCoordinatorExchange(network=self.network, silos=tuple(self.trainers), inbox=inbox)
+
+    @contextlib.asynccontextmanager
+    async def coordinator(self, ledger: Ledger | None = None, make_exchange: Any = None) -> Any:
+        """A federator that has started and is stopped in the end."""
+        ledger = ledger or self.ledger()
+        federator = Federator(
+            file=self.file,
+            layout=LAYOUT,
+            ledger=ledger,
+            evaluator=self.tester,  # type: ignore[arg-type]
+            make_exchange=make_exchange or self.make_exchange,
+            watcher=self.notes,
+        )
+        goodbye = Goodbye(False, "the coordinator stopped")
+        try:
+            await federator.start()
+            yield federator
+            goodbye = Goodbye(True, "finished")
+        finally:
+            await federator.stop(goodbye)
+            ledger.close()
+
+    async def federate(self) -> ArmRecord:
+        """A whole run with all silos that are not there yet."""
+        self.join(*(name for name in self.trainers if name not in self._running))
+        async with self.coordinator() as federator:
+            await federator.run()
+        return self.record()
+
+    def record(self, arm: str = ARM) -> ArmRecord:
+        with contextlib.closing(self.ledger()) as ledger:
+            record = ledger.arm(arm)
+        assert record is not None
+        return record
+
+    def model(self, name: str = f"{ARM}-final") -> Path:
+        return self.file.run_folder / "models" / f"{name}.safetensors"
+
+    def value(self) -> float:
+        """The number in the final weights."""
+        return value_of(self.model())
+
+    def trained(self, silo: str) -> list[tuple[str, int]]:
+        """(arm, round) of each training that a silo carried out."""
+        return [(order.arm, order.round) for order in self.trainers[silo].orders if order.kind == "train"]
+
+
+def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Runs an async test in a loop whose clock can be put forward, for a minute of real time at most."""
+
+    @functools.wraps(test)
+    def run(monkeypatch: pytest.MonkeyPatch, **fixtures: Any) -> None:
+        monkeypatch.setattr(silo_module, "FIRST_PAUSE", 0.001)
+        clock.run(test(**fixtures))
+
+    return run
+
+
+async def joined(federator: Federator, count: int) -> None:
+    """Waits until so many silos have joined, before the federator runs."""
+    while sum(1 for _ in federator._connected) < count:
+        await asyncio.sleep(0.001)
+
+
+__all__ = ["SiloJoined"]
