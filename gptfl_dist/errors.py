@@ -119,3 +119,9 @@ class Interrupted(BaseException):
     """Ctrl-C or SIGTERM arrived; everything was put away and the same command goes on from there."""
 
     exit_code = 130
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """What a foreign exception says, for a message of ours: the first line, or its class where it says nothing."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= limit else line[:limit] + "..."

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from model import (
     tokenise,
 )
 from render import Renders, render, trace
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -115,11 +118,11 @@ def pixels(images: np.ndarray[Any, Any]) -> Tensor:
 def train_vae(work: Path, images: np.ndarray[Any, Any], plan: Plan, seed: int) -> AutoencoderKL:
     """The VAE, its latents normalised."""
     vae = build_vae()
-    file = work / "vae.pt"
+    file = work / "vae.safetensors"
     if file.exists():
-        vae.load_state_dict(torch.load(file, weights_only=True))
+        vae.load_state_dict(load_file(file))
         return vae.eval()
-    loop = Loop("vae", work / "vae-checkpoint.pt", [vae], plan.vae_steps, peak_rate=2.5e-3, seed=seed)
+    loop = Loop("vae", work / "vae-checkpoint.safetensors", [vae], plan.vae_steps, peak_rate=2.5e-3, seed=seed)
     for generator in loop:
         batch = pixels(images[torch.randint(len(images), (plan.vae_batch,), generator=generator).numpy()])
         posterior = vae.encode(batch).latent_dist
@@ -140,10 +143,10 @@ def train_vae(work: Path, images: np.ndarray[Any, Any], plan: Plan, seed: int) -
 
 def encode(work: Path, vae: AutoencoderKL, images: np.ndarray[Any, Any]) -> Tensor:
     """The latents of all pictures, without the posterior's noise."""
-    file = work / "latents.pt"
+    file = work / "latents.safetensors"
     if not file.exists():
         _save({"means": _posteriors(vae, images)[0]}, file)
-    means: Tensor = torch.load(file, weights_only=True)["means"]
+    means: Tensor = load_file(file)["means"]
     return means
 
 
@@ -175,7 +178,7 @@ def train_denoiser(
     average = EMAModel(parameters, decay=plan.ema_decay, use_ema_warmup=True, power=0.8, foreach=True)
     loop = Loop(
         "unet",
-        work / "unet-checkpoint.pt",
+        work / "unet-checkpoint.safetensors",
         [unet, text_encoder],
         plan.steps,
         peak_rate=1e-3,
@@ -231,13 +234,7 @@ class Loop:
         self.step = 0
         self.loss = 0.0
         if file.exists():
-            kept = torch.load(file, weights_only=True)
-            self.step, self.loss = kept["step"], kept["loss"]
-            self.optimizer.load_state_dict(kept["optimizer"])
-            for module, state in zip(modules, kept["modules"], strict=True):
-                module.load_state_dict(state)
-            if average is not None:
-                average.load_state_dict(kept["average"])
+            self._go_on()
 
     def __iter__(self) -> Iterator[torch.Generator]:
         began, first = time.monotonic(), self.step
@@ -263,19 +260,44 @@ class Loop:
         self.loss = loss.item() if self.step == 1 else 0.98 * self.loss + 0.02 * loss.item()
 
     def _keep(self) -> None:
-        state = {
-            "step": self.step,
-            "loss": self.loss,
-            "optimizer": self.optimizer.state_dict(),
-            "modules": [module.state_dict() for module in self.modules],
-            "average": self.average.state_dict() if self.average is not None else {},
+        """Tensors under names such as optimizer/3/exp_avg; the numbers as JSON in the file's metadata."""
+        tensors = {
+            f"module/{place}/{name}": tensor
+            for place, module in enumerate(self.modules)
+            for name, tensor in module.state_dict().items()
         }
-        _save(state, self.file)
+        for place, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{place}/{name}": tensor for name, tensor in moments.items()}
+        numbers: dict[str, Any] = {"step": self.step, "loss": self.loss}
+        if self.average is not None:
+            numbers["average"] = self.average.state_dict()
+            shadows = numbers["average"].pop("shadow_params")
+            tensors |= {f"average/{place}": tensor for place, tensor in enumerate(shadows)}
+        _save(tensors, self.file, json.dumps(numbers))
+
+    def _go_on(self) -> None:
+        """Restores what `_keep` wrote; the optimiser's settings are those it was built with."""
+        tensors = load_file(self.file)
+        with safe_open(self.file, framework="pt") as kept:
+            numbers = json.loads(kept.metadata()["numbers"])
+        self.step, self.loss = numbers["step"], numbers["loss"]
+        for number, module in enumerate(self.modules):
+            prefix = f"module/{number}/"
+            module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, place, *rest = name.split("/")
+            if kind == "optimizer":
+                moments.setdefault(int(place), {})[rest[0]] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        if self.average is not None:
+            shadows = [tensors[f"average/{place}"] for place in range(len(self.average.shadow_params))]
+            self.average.load_state_dict({**numbers["average"], "shadow_params": shadows})
 
 
-def _save(state: dict[str, Any], file: Path) -> None:
+def _save(tensors: dict[str, Tensor], file: Path, numbers: str = "") -> None:
     partial = file.with_suffix(".partial")
-    torch.save(state, partial)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"numbers": numbers})
     partial.rename(file)
 
 

@@ -73,6 +73,7 @@ class MemoryNetwork:
         self._coordinator: MemoryCoordinatorExchange | None = None
         self._listening = asyncio.Event()
         self._faults: list[Fault] = []
+        self._given: dict[str, Order] = {}  # by nonce
 
     def hold(self, silo: str, step: Step, *, round: int, arm: str | None = None) -> Fault:
         """Stops a silo's order at a step; `arm` None means any arm."""
@@ -106,9 +107,14 @@ class MemoryNetwork:
             await self._listening.wait()
         return self._coordinator
 
-    async def reach(self, step: Step, silo: str, order: Order) -> None:
+    def give(self, order: Order) -> None:
+        """An order sets out."""
+        self._given[order.nonce] = order
+
+    async def reach(self, step: Step, silo: str, nonce: str) -> None:
         """An order has come to a step of its way: what was arranged for it happens. Raises Disconnected."""
-        fault = next((fault for fault in self._faults if fault.meets(step, silo, order)), None)
+        order = self._given.get(nonce)
+        fault = next((fault for fault in self._faults if order is not None and fault.meets(step, silo, order)), None)
         if fault is not None:
             self._faults.remove(fault)
             await fault.happen()
@@ -139,7 +145,6 @@ class MemoryCoordinatorExchange:
         self._silos = silos
         self._inbox = inbox
         self._lines: dict[str, _Line] = {}
-        self._given: dict[str, Order] = {}  # by nonce
         self._published: tuple[str, WeightsFile] | None = None
         self._welcome: Welcome | None = None
         self._checks: set[asyncio.Task[Receipt]] = set()
@@ -152,7 +157,7 @@ class MemoryCoordinatorExchange:
         self._published = (digest, weights)
 
     async def send(self, silo: str, order: Order) -> None:
-        self._given[order.nonce] = order
+        self._network.give(order)
         if silo in self._lines:
             self._lines[silo].words.put_nowait(order)
 
@@ -196,10 +201,6 @@ class MemoryCoordinatorExchange:
             line.ready = True
             self.events.put_nowait(SiloJoined(silo))
 
-    def order_of(self, nonce: str) -> Order | None:
-        """The order that was given under a nonce."""
-        return self._given.get(nonce)
-
     def hand_out(self, digest: str, path: Path) -> None:
         """Copies the published weights to a silo. Raises Disconnected where others are published now."""
         if self._published is None or self._published[0] != digest:
@@ -222,7 +223,7 @@ class MemoryCoordinatorExchange:
             for start, stop in ((offset, max(offset, middle)), (max(offset, middle), header.size)):
                 spool.write(ticket, start, memoryview(update.read(start, stop - start)))
                 self.traffic.up += stop - start
-                await self._network.reach("half" if stop < header.size else "sent", silo, self._given[nonce])
+                await self._network.reach("half" if stop < header.size else "sent", silo, nonce)
             # The check goes on where the silo hangs up meanwhile: what it commits must be told.
             check = asyncio.create_task(self._check(silo, nonce))
             self._checks.add(check)
@@ -244,7 +245,7 @@ class MemoryCoordinatorExchange:
             self.give_up(silo, nonce, f"refused: {refusal}")
             return Receipt(False, str(refusal))
         try:
-            await self._network.reach("committed", silo, self._given[nonce])
+            await self._network.reach("committed", silo, nonce)
         finally:
             self.events.put_nowait(Answered(silo, nonce))
         return Receipt(True)
@@ -285,7 +286,7 @@ class MemorySiloExchange:
         self._silo = silo
         self._coordinator: MemoryCoordinatorExchange | None = None
         self._line: _Line | None = None
-        self._order: Order | None = None  # the newest
+        self._nonce = ""  # of the newest order
 
     async def connect(self) -> Welcome:
         self._coordinator = await self._network.coordinator()
@@ -304,20 +305,16 @@ class MemorySiloExchange:
         if word is None:
             raise Disconnected("the coordinator is gone")
         if isinstance(word, Order):
-            self._order = word
-            await self._reach("order", word)
+            self._nonce = word.nonce
+            await self._reach("order", word.nonce)
         return word
 
     async def download(self, digest: str, layout: Layout, path: Path) -> None:
-        if self._order is not None:
-            await self._reach("download", self._order)
+        await self._reach("download", self._nonce)
         self._open[0].hand_out(digest, path)
 
     async def upload(self, header: UpdateHeader, update: WeightsFile) -> Receipt:
-        coordinator, line = self._open
-        order = coordinator.order_of(header.report.nonce)
-        if order is not None:
-            await self._reach("upload", order)
+        await self._reach("upload", header.report.nonce)
         coordinator, line = self._open
         try:
             receipt = await coordinator.take(self._silo, header, update)
@@ -328,9 +325,7 @@ class MemorySiloExchange:
         return receipt
 
     async def report(self, report: Report) -> None:
-        order = self._open[0].order_of(report.nonce)
-        if order is not None:
-            await self._reach("report", order)
+        await self._reach("report", report.nonce)
         self._open[0].answer(self._silo, report)
 
     async def progress(self, nonce: str, done: int, total: int) -> None:
@@ -350,10 +345,10 @@ class MemorySiloExchange:
             raise Disconnected("not connected")
         return self._coordinator, self._line
 
-    async def _reach(self, step: Step, order: Order) -> None:
+    async def _reach(self, step: Step, nonce: str) -> None:
         coordinator, line = self._open
         try:
-            await self._network.reach(step, self._silo, order)
+            await self._network.reach(step, self._silo, nonce)
         except Disconnected:
             coordinator.leave(self._silo, line)
             raise

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from gptfl_dist.errors import ModelError
+from gptfl_dist.errors import ModelError, first_line
 
 
 def import_function(source: str, setting: str) -> Callable[..., Any]:
@@ -20,9 +20,8 @@ def import_function(source: str, setting: str) -> Callable[..., Any]:
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:  # importing runs the user's module, which may raise anything
-        first_line = next(iter(str(error).strip().splitlines()), "")
         raise ModelError(
-            f"{setting} {source} cannot be imported: {type(error).__name__}: {first_line}",
+            f"{setting} {source} cannot be imported: {type(error).__name__}: {first_line(error)}",
             hint="check the spelling, and that the module is installed or its folder stands in PYTHONPATH",
         ) from error
     if not callable(function):

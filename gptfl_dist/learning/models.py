@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gptfl_dist.config.federation import Model, Task
-from gptfl_dist.errors import ModelError
+from gptfl_dist.errors import ModelError, first_line
 from gptfl_dist.learning.code import import_function
 
 
@@ -115,7 +115,7 @@ def _transformers(source: str, pretrained: bool, task: Task, label_count: int) -
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"model.source {source} cannot be loaded as an image classifier: {_first_line(error)}",
+            f"model.source {source} cannot be loaded as an image classifier: {first_line(error)}",
             hint="give a folder or hub id of a transformers image classifier"
             + (" with safetensors weights (pickled .bin files are not read)" if pretrained else " (its config.json)"),
         ) from error
@@ -139,7 +139,7 @@ def _from_function(source: str, task: Task, label_count: int) -> nn.Module:
         network = function(label_count=label_count, task=task)
     except Exception as error:  # the user's code may raise anything
         raise ModelError(
-            f"model.source {source} failed: {type(error).__name__}: {_first_line(error)}",
+            f"model.source {source} failed: {type(error).__name__}: {first_line(error)}",
             hint="it is called with the keywords label_count (int) and task (config.Task), and returns an nn.Module",
         ) from error
     if not isinstance(network, nn.Module):
@@ -160,7 +160,7 @@ def _check_output(network: nn.Module, source: str, task: Task, label_count: int)
             shape = tuple(logits(network, images).shape)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ModelError(
-            f"model.source {source} cannot take images of shape {tuple(images.shape)}: {_first_line(error)}",
+            f"model.source {source} cannot take images of shape {tuple(images.shape)}: {first_line(error)}",
             hint="make task.size and task.channels fit the model",
         ) from error
     finally:
@@ -170,7 +170,3 @@ def _check_output(network: nn.Module, source: str, task: Task, label_count: int)
             f"model.source {source} returns shape {shape} for 2 images, expected (2, {label_count})",
             hint="give it one output for each label of the federation",
         )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

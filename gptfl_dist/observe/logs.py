@@ -12,11 +12,9 @@ import sys
 from datetime import UTC, datetime
 from json import dumps
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TextIO
 
 from gptfl_dist.files import storage_error
-
-Level = Literal["debug", "info", "warning", "error"]
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -65,36 +63,32 @@ class _File(logging.FileHandler):
 _installed: list[logging.Handler] = []
 
 
-def configure(path: Path | None, *, level: Level = "info", json: bool = True) -> None:
-    """Send logs of `level` and above to the file `path` (none if None) and warnings and errors to stderr.
+def configure(path: Path) -> None:
+    """Send what is worth a line to the file `path`, as JSON, and warnings and errors to stderr too.
 
-    The file is added to, never begun anew; without `json` it gets plain lines. A second call replaces the first.
-    Raises StorageError where the file cannot be opened.
+    The file is added to, never begun anew. A second call replaces the first. Raises StorageError where the file
+    cannot be opened.
     """
-    plain = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     stderr = _Stderr()
     stderr.setLevel(logging.WARNING)
     stderr.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    handlers: list[logging.Handler] = [stderr]
-    if path is not None:
-        try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            file = _File(path, encoding="utf-8")
-        except OSError as error:
-            raise storage_error(error, path) from None
-        file.setFormatter(JsonLines() if json else plain)
-        handlers.append(file)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = _File(path, encoding="utf-8")
+    except OSError as error:
+        raise storage_error(error, path) from None
+    file.setFormatter(JsonLines())
     root = logging.getLogger()
     while _installed:
         old = _installed.pop()
         root.removeHandler(old)
         with contextlib.suppress(OSError):  # of lines that could not be written
             old.close()
-    for handler in handlers:
+    for handler in (stderr, file):
         root.addHandler(handler)
         _installed.append(handler)
     root.setLevel(logging.WARNING)
-    logging.getLogger("gptfl_dist").setLevel(level.upper())
+    logging.getLogger("gptfl_dist").setLevel(logging.INFO)
     # gRPC logs a traceback for every connection that breaks; what that means for a round our own lines say.
     logging.getLogger("grpc").setLevel(logging.CRITICAL)
     logging.captureWarnings(True)

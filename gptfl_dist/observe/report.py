@@ -55,8 +55,8 @@ _LABEL_COLOURS = (
 class ReportDetails:
     """What the report shows beyond the summary; a part that is None or empty is left out.
 
-    `confusion[i][j]` counts samples of label i taken for label j by the final model; `split[silo][i]` the training
-    samples of label i at a silo; `contact_sheet` is a PNG file.
+    `confusion[i][j]` counts samples of label i taken for label j by the kept model; `split[silo][i]` the samples
+    of label i at a silo, training and validation together; `contact_sheet` is a PNG file.
     """
 
     labels: Sequence[str]
@@ -207,7 +207,7 @@ def _confusion(summary: Summary, labels: Sequence[str], confusion: Sequence[Sequ
         table = _most_confused(labels, confusion)
         reading = "The most frequent confusions."
     note = f"{right:,} of {total:,} samples right, {summary.curve_of} data. {reading}"
-    return _section("confusion", "Confusion matrix of the final model", table, f'<p class="note">{note}</p>')
+    return _section("confusion", "Confusion matrix of the kept model", table, f'<p class="note">{note}</p>')
 
 
 def _matrix(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> str:
@@ -270,7 +270,7 @@ def _split(labels: Sequence[str], split: Mapping[str, Sequence[int]]) -> str:
         for index, label in enumerate(labels)
     )
     more = f" {len(split) - len(shown)} more silos are not shown." if len(split) > len(shown) else ""
-    note = f"Training samples of each label at each silo.{more}"
+    note = f"Samples of each label at each silo, training and validation together.{more}"
     return _section(
         "split",
         "Private data by silo",

@@ -1,14 +1,12 @@
 """From labels to a synthetic data set: prompts, a pre-trained generator, and Parquet shards with a manifest.
 
-`synthesize` runs it in order; `load_images` and `contact_sheet` read what it made. Neither torch nor diffusers is
-loaded before a picture has to be made.
+`synthesize` runs it in order; `contact_sheet` shows what it made. Neither torch nor diffusers is loaded before a
+picture has to be made.
 """
 
 from gptfl_dist.synthesis.contact_sheet import contact_sheet
 from gptfl_dist.synthesis.generator import ImageGenerator, find_generator, load_generator
 from gptfl_dist.synthesis.prompts import build_prompts
-from gptfl_dist.synthesis.samples import sample_seed
-from gptfl_dist.synthesis.store import load_images
 from gptfl_dist.synthesis.synthesize import SyntheticSet, synthesize
 
 __all__ = [
@@ -18,7 +16,5 @@ __all__ = [
     "contact_sheet",
     "find_generator",
     "load_generator",
-    "load_images",
-    "sample_seed",
     "synthesize",
 ]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from gptfl_dist.files import write_file
 from gptfl_dist.synthesis import store
 
 _GAP = 4
@@ -51,7 +52,7 @@ def contact_sheet(folder: Path, path: Path, per_label: int = 10) -> None:
 
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG", optimize=True)
-    store.write_file(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
 def _cell(size: int) -> int:

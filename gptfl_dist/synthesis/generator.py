@@ -21,7 +21,7 @@ import numpy as np
 from blake3 import blake3
 
 from gptfl_dist.config.federation import Generator
-from gptfl_dist.errors import GeneratorError
+from gptfl_dist.errors import GeneratorError, first_line
 from gptfl_dist.synthesis.samples import Sample
 
 EMBEDDED = Path(__file__).parent / "glyphs"
@@ -126,7 +126,7 @@ def load_generator(settings: Generator, found: GeneratorFolder | None = None) ->
         raise
     except Exception as error:  # the loaders of two libraries raise nearly every type there is
         raise GeneratorError(
-            f"the generator {found.id} cannot be loaded: {_first_line(error)}",
+            f"the generator {found.id} cannot be loaded: {first_line(error)}",
             hint="The folder must hold a whole pipeline as diffusers saves it, with safetensors weights"
             " (pipeline.save_pretrained(folder)).",
         ) from error
@@ -208,7 +208,7 @@ class ImageGenerator:
             ) from error
         except Exception as error:  # whatever a foreign pipeline raises
             raise GeneratorError(
-                f"the generator {self._found.id} failed: {_first_line(error)}",
+                f"the generator {self._found.id} failed: {first_line(error)}",
                 hint="Check that it fits generator.steps, generator.scheduler, generator.size and generator.dtype.",
             ) from error
         return self._checked(output, len(samples))
@@ -273,7 +273,7 @@ def _folder_digest(folder: Path, source: str) -> str:
             f"generator.source is {source}, a folder without model_index.json: no diffusers pipeline", hint=_SOURCES
         ) from error
     except (OSError, ValueError, AttributeError) as error:
-        raise GeneratorError(f"{index} cannot be read as JSON: {_first_line(error)}", hint=_SOURCES) from error
+        raise GeneratorError(f"{index} cannot be read as JSON: {first_line(error)}", hint=_SOURCES) from error
     files = [index, *(path for name in names for path in sorted((folder / name).rglob("*")) if path.is_file())]
     hasher = blake3()
     try:
@@ -281,7 +281,7 @@ def _folder_digest(folder: Path, source: str) -> str:
             hasher.update(json.dumps([path.relative_to(folder).as_posix(), path.stat().st_size]).encode())
             hasher.update_mmap(path)
     except OSError as error:
-        raise GeneratorError(f"{path} cannot be read: {_first_line(error)}", hint="Check its permissions.") from error
+        raise GeneratorError(f"{path} cannot be read: {first_line(error)}", hint="Check its permissions.") from error
     return hasher.hexdigest()
 
 
@@ -291,7 +291,7 @@ def _download(source: str) -> Path:
     except Exception as error:  # the hub client, its HTTP library and diffusers raise unrelated types
         raise GeneratorError(
             f"generator.source is {source}: there is no such folder, and the hub gave no such pipeline:"
-            f" {_first_line(error)}",
+            f" {first_line(error)}",
             hint="Check the name and the connection (a gated model also needs `hf auth login`), or download it"
             " elsewhere and name its folder.",
         ) from error
@@ -323,10 +323,6 @@ def _pipeline_class() -> Any:
     from diffusers import DiffusionPipeline  # after that: its import warns too
 
     return DiffusionPipeline
-
-
-def _first_line(error: BaseException) -> str:
-    return _shortened((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def _shortened(text: str, limit: int = 300) -> str:

@@ -32,11 +32,6 @@ def draws(run_seed: int, label: str, index: int) -> tuple[int, int, int]:
     return seed, prompt, guidance
 
 
-def sample_seed(run_seed: int, label: str, index: int) -> int:
-    """The seed of a label's `index`-th image, 0 <= seed < 2**63."""
-    return draws(run_seed, label, index)[0]
-
-
 def plan_samples(
     labels: Sequence[str],
     prompts: Mapping[str, Sequence[str]],

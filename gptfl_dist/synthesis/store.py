@@ -8,11 +8,9 @@ holds another request is refused, never overwritten.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +25,7 @@ from pydantic import Field, ValidationError
 
 from gptfl_dist.config.base import Section
 from gptfl_dist.errors import StorageError
+from gptfl_dist.files import storage_error, write_file
 from gptfl_dist.synthesis.samples import Sample
 
 MANIFEST = "manifest.json"
@@ -124,6 +123,9 @@ def locked(folder: Path) -> Iterator[None]:
             raise StorageError(
                 f"another process is generating into {folder}", hint="Wait until it ends, or stop it."
             ) from error
+        with storing(folder):
+            for part in folder.glob(".*.part"):
+                part.unlink()  # of a process that was killed while it wrote
         yield
 
 
@@ -217,24 +219,6 @@ def complete_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def load_images(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A finished set in storage order: images uint8 (N, H, W, C) and labels int64 (N,).
-
-    Raises StorageError if the set is missing, unfinished or damaged.
-    """
-    manifest = complete_manifest(folder)
-    task = manifest.request.task
-    images = np.empty((manifest.request.count, task.size, task.size, task.channels), np.uint8)
-    labels = np.empty(manifest.request.count, np.int64)
-    at = 0
-    for shard in manifest.shards:
-        pictures, positions = read_shard(folder, shard, task.channels)
-        images[at : at + shard.rows] = pictures
-        labels[at : at + shard.rows] = positions
-        at += shard.rows
-    return images, labels
-
-
 def encode_png(picture: np.ndarray, size: int, channels: int) -> bytes:
     """A uint8 (H, W, 1 or 3) picture as the PNG of a square image of `size` pixels in grey or RGB."""
     image = Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
@@ -253,35 +237,13 @@ def decode_png(png: bytes, channels: int) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write to a temporary name in the same folder, bring it to the disk, rename it. Raises StorageError."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with storing(path):
-        try:
-            with temporary.open("wb") as handle:
-                handle.write(data)
-                handle.flush()
-                os.fsync(handle.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
 @contextmanager
 def storing(path: Path) -> Iterator[None]:
     """Turn what the operating system says about a file into a StorageError."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(
-                f"the disk is full: {path} cannot be written",
-                hint="Free some space and run the same command again: finished shards are kept.",
-            ) from error
-        raise StorageError(
-            f"{error.filename or path}: {error.strerror or error}", hint="Check the path and its permissions."
-        ) from error
+        raise storage_error(error, path) from error
 
 
 def _schema(labels: Sequence[str]) -> pa.Schema:

@@ -93,7 +93,7 @@ def _read_header(fd: int, path: Path) -> tuple[Layout, int]:
         if offsets[tensor.name] != (tensor.offset, tensor.offset + tensor.nbytes):
             raise ModelError(
                 f"{path}: tensor {tensor.name} lies at {offsets[tensor.name]}, not in layout order",
-                hint="convert the file with gptfl_dist.weights.save_model",
+                hint="write it anew from its model: gptfl_dist.weights.flat.FlatModel(model).save(path)",
             )
     if size != 8 + length + layout.nbytes:
         raise ModelError(f"{path}: has {size} bytes, expected {8 + length + layout.nbytes}: it is cut short or padded")

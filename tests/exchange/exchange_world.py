@@ -121,4 +121,4 @@ class World:
 
 
 def dial(port: int, credentials: Credentials, host: str = HOST) -> GrpcSiloExchange:
-    return GrpcSiloExchange(address=f"{host}:{port}", credentials=credentials, max_model=1 << 30, keepalive=30.0)
+    return GrpcSiloExchange(address=f"{host}:{port}", credentials=credentials, keepalive=30.0)

@@ -16,7 +16,7 @@ import grpc.aio
 import pytest
 from exchange_world import AUTHORITY, COORDINATOR, HOST, PLAN, SILOS, SMALL, World, dial, in_loop, train_order
 
-from gptfl_dist.errors import ConnectionFailed, IdentityError, PolicyError, ProtocolError
+from gptfl_dist.errors import ConnectionFailed, IdentityError, ProtocolError
 from gptfl_dist.exchange.base import Disconnected, Recalled, Welcome
 from gptfl_dist.exchange.grpc import client as client_module
 from gptfl_dist.exchange.grpc import convert
@@ -34,7 +34,7 @@ async def refusal(port: int, credentials: Credentials = SILOS["alice"], host: st
     silo = dial(port, credentials, host)
     try:
         await silo.connect()
-    except (ConnectionFailed, ProtocolError, PolicyError, Disconnected) as error:
+    except (ConnectionFailed, ProtocolError, Disconnected) as error:
         return error
     finally:
         await silo.close()
@@ -297,7 +297,7 @@ async def impostor(*words: pb.ToSilo, chunks: tuple[bytes, ...] = ()):
     secrets = grpc.ssl_server_credentials([(COORDINATOR.key, COORDINATOR.certificate)])
     port = server.add_secure_port(f"{HOST}:0", secrets)
     await server.start()
-    silo = GrpcSiloExchange(address=f"{HOST}:{port}", credentials=SILOS["alice"], max_model=1 << 20, keepalive=30.0)
+    silo = GrpcSiloExchange(address=f"{HOST}:{port}", credentials=SILOS["alice"], keepalive=30.0)
     try:
         yield silo
     finally:
@@ -317,8 +317,6 @@ async def impostor(*words: pb.ToSilo, chunks: tuple[bytes, ...] = ()):
         (pb.ToSilo(welcome=welcome(layout=b'[["w",[Infinity],"F32"]]')), ProtocolError, "does not validate"),
         (pb.ToSilo(welcome=welcome(layout=b"[" * 100_000)), ProtocolError, "does not validate"),
         (pb.ToSilo(welcome=welcome(layout=b'[["w",[-1],"F32"]]')), ProtocolError, "does not validate"),
-        (pb.ToSilo(welcome=welcome(layout=b'[["w",[1000000],"F32"]]')), PolicyError, "policy.max_model allows 1048576"),
-        (pb.ToSilo(welcome=welcome(layout=b'[["w",[9999999999,9999999999],"F32"]]')), PolicyError, "policy.max_model"),
     ],
 )
 @in_loop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ log = logging.getLogger("gptfl_dist.observe.test")
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
     yield
-    configure(None)
+    configure(Path(os.devnull))
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -61,9 +62,10 @@ def test_stderr_gets_warnings_as_plain_lines_and_nothing_less(
     assert len(lines(tmp_path / "run.jsonl")) == 2
 
 
-def test_level_and_libraries(tmp_path: Path) -> None:
-    configure(tmp_path / "run.jsonl", level="debug")
-    log.debug("ours")
+def test_libraries_are_heard_from_warnings_upwards(tmp_path: Path) -> None:
+    configure(tmp_path / "run.jsonl")
+    log.debug("ours, too fine")
+    log.info("ours")
     logging.getLogger("some.library").info("theirs")
     logging.getLogger("some.library").warning("their warning")
     assert [line["message"] for line in lines(tmp_path / "run.jsonl")] == ["ours", "their warning"]
@@ -75,12 +77,6 @@ def test_a_second_call_replaces_the_first_and_a_file_is_added_to(tmp_path: Path)
         log.info("to %s", name)
     assert [line["message"] for line in lines(tmp_path / "one")] == ["to one", "to one"]
     assert [line["message"] for line in lines(tmp_path / "two")] == ["to two"]
-
-
-def test_plain_lines_where_asked_for(tmp_path: Path) -> None:
-    configure(tmp_path / "run.log", json=False)
-    log.info("hello")
-    assert (tmp_path / "run.log").read_text().endswith("INFO gptfl_dist.observe.test: hello\n")
 
 
 def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:

@@ -9,20 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import pytest
-
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.silo import Data, Policy, SiloFile
-from gptfl_dist.exchange.base import Goodbye, SiloJoined
+from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.ledger.store import ArmRecord, Ledger, RoundRecord
-from gptfl_dist.run import silo as silo_module
 from gptfl_dist.run.federate import RANDOM_WEIGHTS, Federator
 from gptfl_dist.run.silo import Silo
 from gptfl_dist.testing import clock
@@ -105,6 +103,7 @@ class World:
         self.folder = folder
         self.network = MemoryNetwork()
         self.notes = Notes()
+        self.at_work: Ledger | None = None  # of the coordinator that runs
         self.file = FederationFile.model_validate(
             {
                 "name": "fed",
@@ -162,9 +161,11 @@ class World:
         return MemoryCoordinatorExchange(network=self.network, silos=tuple(self.trainers), inbox=inbox)
 
     @contextlib.asynccontextmanager
-    async def coordinator(self, ledger: Ledger | None = None, make_exchange: Any = None) -> Any:
+    async def coordinator(
+        self, ledger: Ledger | None = None, make_exchange: Callable[[Inbox], CoordinatorExchange] | None = None
+    ) -> AsyncIterator[Federator]:
         """A federator that has started and is stopped in the end."""
-        ledger = ledger or self.ledger()
+        ledger = self.at_work = ledger or self.ledger()
         federator = Federator(
             file=self.file,
             layout=LAYOUT,
@@ -180,11 +181,16 @@ class World:
             goodbye = Goodbye(True, "finished")
         finally:
             await federator.stop(goodbye)
+            self.at_work = None
             ledger.close()
 
     async def federate(self) -> ArmRecord:
         """A whole run with all silos that are not there yet."""
         self.join(*(name for name in self.trainers if name not in self._running))
+        return await self.federate_with()
+
+    async def federate_with(self) -> ArmRecord:
+        """A whole run with the silos that join by themselves."""
         async with self.coordinator() as federator:
             await federator.run()
         return self.record()
@@ -207,21 +213,25 @@ class World:
         return [(order.arm, order.round) for order in self.trainers[silo].orders if order.kind == "train"]
 
 
+    async def until(self, happened: Callable[[], bool]) -> None:
+        """Waits for something that the coordinator or a silo does by itself."""
+        started = time.monotonic()
+        while not happened():
+            assert time.monotonic() - started < 30, "waited in vain"
+            await asyncio.sleep(0.001)
+
+    def committed(self, round_: int, arm: str = ARM) -> set[str]:
+        """The silos whose update of a round is in the ledger of the coordinator at work."""
+        record = None if self.at_work is None else self.at_work.arm(arm)
+        rounds = () if record is None else record.rounds
+        return {order.silo for r in rounds if r.round == round_ for order in r.orders if order.digest is not None}
+
+
 def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Runs an async test in a loop whose clock can be put forward, for a minute of real time at most."""
+    """Runs an async test in a loop whose clock can be put forward."""
 
     @functools.wraps(test)
-    def run(monkeypatch: pytest.MonkeyPatch, **fixtures: Any) -> None:
-        monkeypatch.setattr(silo_module, "FIRST_PAUSE", 0.001)
+    def run(**fixtures: Any) -> None:
         clock.run(test(**fixtures))
 
     return run
-
-
-async def joined(federator: Federator, count: int) -> None:
-    """Waits until so many silos have joined, before the federator runs."""
-    while sum(1 for _ in federator._connected) < count:
-        await asyncio.sleep(0.001)
-
-
-__all__ = ["SiloJoined"]

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from whole_set import load_images
 
 from gptfl_dist.config.federation import Synthesis, Task
 from gptfl_dist.errors import StorageError
-from gptfl_dist.synthesis import contact_sheet, load_images, synthesize
+from gptfl_dist.synthesis import contact_sheet, synthesize
 
 LABELS = ["one", "a label whose name is much too long for the column that names stand in"]
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptfl_dist.synthesis import sample_seed
 from gptfl_dist.synthesis.samples import plan_samples
 
 seeds = st.integers(min_value=0, max_value=2**64)
@@ -32,7 +31,8 @@ def test_a_sample_does_not_depend_on_the_others(seed: int, labels: list[str], im
 
 
 def test_seeds_stay_what_they_were_in_earlier_releases() -> None:
-    assert sample_seed(0, "three", 0) == 6546532934810618444
+    (sample,) = plan_samples(["three"], {"three": ["a"]}, [1.0], 0, 1)
+    assert sample.seed == 6546532934810618444
 
 
 def test_prompts_and_scales_are_all_drawn() -> None:

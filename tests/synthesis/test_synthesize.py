@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from whole_set import load_images
 
 from gptfl_dist.config.federation import Synthesis, Task
 from gptfl_dist.errors import StorageError
-from gptfl_dist.synthesis import SyntheticSet, load_images, synthesize
+from gptfl_dist.synthesis import SyntheticSet, synthesize
 
 LABELS = ["one", "two", "three"]
 ROOT = Path(__file__).parents[2]

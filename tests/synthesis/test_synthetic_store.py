@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import errno
 import json
+import os
 import random
 import signal
 import subprocess
@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from whole_set import load_images
 
 from gptfl_dist.errors import StorageError
-from gptfl_dist.synthesis import load_images, store
+from gptfl_dist.synthesis import store
 from gptfl_dist.synthesis.samples import plan_samples
 from gptfl_dist.synthesis.store import Environment, GeneratorRequest, Manifest, Request, TaskRequest
 
@@ -86,13 +87,17 @@ def test_a_kill_at_any_moment_leaves_only_whole_shards_entered(tmp_path: Path) -
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    (tmp_path / ".manifest.json.tmp").symlink_to("/dev/full")
+    (tmp_path / f".manifest.json.{os.getpid()}.part").symlink_to("/dev/full")
     with pytest.raises(StorageError, match="the disk is full") as caught:
         store.write_manifest(tmp_path, manifest(2))
-    assert isinstance(caught.value.__cause__, OSError)
-    assert caught.value.__cause__.errno == errno.ENOSPC
-    assert "again" in caught.value.hint
+    assert "the same command goes on" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".shard-00000.parquet.1.part").write_bytes(b"half")
+    with store.locked(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_two_processes_in_one_folder(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 
 from gptfl_dist import __version__
-from gptfl_dist.errors import ConnectionFailed, IdentityError, PolicyError, ProtocolError, StorageError
+from gptfl_dist.errors import ConnectionFailed, IdentityError, ProtocolError, StorageError
 from gptfl_dist.exchange.base import (
     PROTOCOL_VERSION,
     Disconnected,
@@ -52,10 +52,9 @@ _T = TypeVar("_T")
 class GrpcSiloExchange:
     """See `SiloExchange`. One object serves any number of connections in turn."""
 
-    def __init__(self, *, address: str, credentials: Credentials, max_model: int, keepalive: float) -> None:
+    def __init__(self, *, address: str, credentials: Credentials, keepalive: float) -> None:
         self._address = address
         self._credentials = credentials
-        self._max_model = max_model
         self._keepalive = keepalive
         self._instance = secrets.token_hex(8)
         self._channel: grpc.aio.Channel | None = None
@@ -105,11 +104,6 @@ class GrpcSiloExchange:
                 hint="install matching releases",
             )
         welcome = convert.welcome_from_message(message.welcome)
-        if welcome.layout.nbytes > self._max_model:
-            raise PolicyError(
-                f"the federation's model has {welcome.layout.nbytes} bytes, policy.max_model allows {self._max_model}",
-                hint="raise policy.max_model in the silo file if this is meant",
-            )
         return welcome
 
     async def ready(self) -> None:

@@ -1,0 +1,46 @@
+"""A silo's own policy wins over what the coordinator asks."""
+
+from __future__ import annotations
+
+import pytest
+
+from gptfl_dist.config.plan import LocalTraining
+from gptfl_dist.config.silo import Policy
+from gptfl_dist.errors import PolicyError
+from gptfl_dist.federation.orders import Order
+from gptfl_dist.federation.silo import PolicyGuard
+
+
+def order(nonce: str, epochs: int = 1) -> Order:
+    training = LocalTraining(
+        epochs=epochs, batch_size=8, learning_rate=0.1, momentum=0, weight_decay=0, augmentation=False, threads=1
+    )
+    return Order("train", nonce, "gptfl", 1, "00" * 32, 60.0, training)
+
+
+def test_more_epochs_than_allowed_are_refused_and_an_evaluation_is_not():
+    guard = PolicyGuard(Policy(max_epochs_per_round=2))
+    guard.check(order("a", epochs=2))
+    with pytest.raises(PolicyError, match="max_epochs_per_round allows 2"):
+        guard.check(order("b", epochs=3))
+    guard.check(Order("evaluate", "c", "gptfl", 2, "00" * 32, 60.0))
+
+
+def test_rounds_are_counted_once_an_order_however_often_it_comes():
+    guard = PolicyGuard(Policy(max_rounds=2))
+    for nonce in ("a", "a", "a", "b", "b"):
+        guard.check(order(nonce))
+    with pytest.raises(PolicyError, match="max_rounds allows 2 rounds"):
+        guard.check(order("c"))
+
+
+def test_a_model_above_the_limit_is_refused():
+    guard = PolicyGuard(Policy(max_model="1MiB"))
+    guard.check_model(1 << 20)
+    with pytest.raises(PolicyError, match=r"policy\.max_model allows 1048576"):
+        guard.check_model((1 << 20) + 1)
+
+
+def test_only_metrics_that_the_policy_names_leave():
+    guard = PolicyGuard(Policy(metrics=["accuracy"]))
+    assert guard.release({"accuracy": 0.5, "loss": 1.0, "patients": 12.0}) == {"accuracy": 0.5}

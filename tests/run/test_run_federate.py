@@ -1,0 +1,599 @@
+"""The federator at work with real ledger, inbox, silos and files, over the exchange in memory: exact to the last bit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blake3 import blake3
+from federated import (
+    ARM,
+    DEADLINE,
+    JOIN_DEADLINE,
+    LAYOUT,
+    SAMPLES,
+    START,
+    STEPS,
+    Metrics,
+    World,
+    flat,
+    in_loop,
+    mean_step,
+    value_of,
+)
+
+from gptfl_dist.errors import FederationError, StorageError, TrainerError
+from gptfl_dist.exchange import inbox as inbox_module
+from gptfl_dist.exchange.base import Goodbye, Recalled, UpdateHeader
+from gptfl_dist.exchange.inbox import Inbox
+from gptfl_dist.federation.orders import Order, Report
+from gptfl_dist.ledger.store import ArmRecord, Ledger
+from gptfl_dist.run import silo as silo_module
+from gptfl_dist.run.federate import RoundFailed, trial_name
+from gptfl_dist.testing.clock import advance
+from gptfl_dist.testing.exchange import MemoryCoordinatorExchange, MemorySiloExchange
+from gptfl_dist.weights import WeightsFile, write_weights
+
+ROUNDS = 3
+
+
+@pytest.fixture(autouse=True)
+def _silos_come_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(silo_module, "FIRST_PAUSE", 0.001)
+
+
+def failing(who: str, *rounds: int) -> Callable[[str, Order], Metrics]:
+    """A silo whose training fails in these rounds, whenever it is asked."""
+
+    def script(silo: str, order: Order) -> Metrics:
+        if silo == who and order.kind == "train" and order.round in rounds:
+            raise TrainerError("out of memory")
+        return {"accuracy": 0.5}
+
+    return script
+
+
+def answered(record: ArmRecord, round_: int) -> set[str]:
+    (found,) = [r for r in record.rounds if r.round == round_]
+    return {order.silo for order in found.orders if order.digest is not None}
+
+
+# The rounds
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+@in_loop
+async def test_the_weights_have_the_closed_form_of_federated_averaging(tmp_path: Path, rate: float) -> None:
+    async with World(tmp_path, server_learning_rate=rate) as world:
+        record = await world.federate()
+    assert world.value() == START + ROUNDS * rate * mean_step(SAMPLES)
+    assert [value_of(world.model())] == [START + ROUNDS * rate * (1 * 8 + 3 * -16 + 4 * 32) / 8]
+    with WeightsFile(world.model()) as weights:
+        assert int.from_bytes(weights.read(0, 8), "little") == 1 + 2 + 3  # a counter grows by the largest increase
+    assert [r.kind for r in record.rounds] == ["train"] * ROUNDS + ["evaluate"]
+    assert world.notes.closed == [(ARM, r) for r in range(1, ROUNDS + 1)]
+    assert world.trained("a") == [(ARM, r) for r in range(1, ROUNDS + 1)]
+
+
+@in_loop
+async def test_the_bytes_of_a_round_are_those_that_the_silos_moved(tmp_path: Path) -> None:
+    async with World(tmp_path, quorum="majority", script=failing("b", 2)) as world:
+        world.network.cut("a", "half", round=1)
+        record = await world.federate()
+    down = [r.bytes_down for r in record.rounds]
+    up = [r.bytes_up for r in record.rounds]
+    # A silo that comes back in mid-round holds the weights already, and sends the second half of its update alone.
+    assert down == [3 * LAYOUT.nbytes] * (ROUNDS + 1)
+    assert up == [3 * LAYOUT.nbytes, 2 * LAYOUT.nbytes, 3 * LAYOUT.nbytes, 0]
+
+
+@in_loop
+async def test_the_cohort_is_drawn_alike_whatever_the_order_of_joining(tmp_path: Path) -> None:
+    silos = dict.fromkeys("abcde", 2)
+    drawn: dict[str, list[tuple[str, ...]]] = {}
+    for order in ("abcde", "edcba", "cebad"):
+        async with World(tmp_path / order, silos=silos, step=lambda *_: 1.0, cohort=2, rounds=8) as world:
+            run = asyncio.create_task(world.federate_with())
+            for name in order:
+                world.join(name)
+                await asyncio.sleep(0.005)  # apart from each other: who is first must not matter
+            record = await run
+        drawn[order] = [r.cohort for r in record.rounds if r.kind == "train"]
+        assert world.value() == START + 8
+        trained = {silo: {r for _, r in world.trained(silo)} for silo in silos}
+        assert trained == {silo: {r for r, c in enumerate(drawn[order], start=1) if silo in c} for silo in silos}
+    first = drawn["abcde"]
+    assert drawn == dict.fromkeys(drawn, first)
+    assert all(len(set(cohort)) == 2 for cohort in first)
+    assert {silo for cohort in first for silo in cohort} == set(silos)
+
+
+@in_loop
+async def test_a_silo_that_leaves_at_any_step_gets_its_order_again_and_trains_once(tmp_path: Path) -> None:
+    steps = ("order", "download", "upload", "half", "sent", "committed")
+    async with World(tmp_path, rounds=len(steps)) as world:
+        cuts = [world.network.cut("b", step, round=r) for r, step in enumerate(steps, start=1)]
+        await world.federate()
+    assert all(cut.reached.is_set() for cut in cuts)
+    assert world.value() == START + len(steps) * mean_step(SAMPLES)
+    assert world.trained("b") == [(ARM, r) for r in range(1, len(steps) + 1)]
+
+
+# Failures
+
+
+@in_loop
+async def test_a_silo_that_fails_is_left_out_where_a_majority_delivers(tmp_path: Path) -> None:
+    async with World(tmp_path, quorum="majority", script=failing("c", 2)) as world:
+        record = await world.federate()
+    assert world.value() == START + 2 * mean_step("abc") + mean_step("ab")
+    assert answered(record, 2) == {"a", "b"}
+    assert f"{ARM}, round 2: c failed: TrainerError: out of memory" in world.notes.texts
+
+
+@in_loop
+async def test_where_all_must_deliver_a_failure_ends_the_run_with_its_reason_and_the_same_call_goes_on(
+    tmp_path: Path,
+) -> None:
+    trouble = {2}
+    async with World(tmp_path, script=lambda s, o: failing("c", *trouble)(s, o)) as world:
+        with pytest.raises(FederationError, match=r"round 2: 2 of the 3 .* \(c: TrainerError: out of memory\)"):
+            await world.federate()
+        trouble.clear()
+        await world.federate()
+    assert world.value() == START + ROUNDS * mean_step(SAMPLES)
+    assert world.trained("a") == [(ARM, 1), (ARM, 2), (ARM, 3)]  # its committed update was not asked for again
+
+
+@in_loop
+async def test_an_update_with_nan_is_refused_and_the_round_goes_on_without_it(tmp_path: Path) -> None:
+    def step(silo: str, order: Order) -> float:
+        return float("nan") if (silo, order.round) == ("a", 2) else STEPS[silo]
+
+    async with World(tmp_path, quorum="majority", step=step) as world:
+        await world.federate()
+    assert world.value() == START + 2 * mean_step("abc") + mean_step("bc")
+    assert any("a failed: refused: the update holds NaN" in text for text in world.notes.texts)
+
+
+# Deadlines
+
+
+@in_loop
+async def test_at_the_deadline_the_late_silo_is_recalled_and_a_quorum_counts(tmp_path: Path) -> None:
+    async with World(tmp_path, quorum="majority") as world:
+        late = world.network.hold("c", "upload", round=2)
+        run = asyncio.create_task(world.federate())
+        await late.reached.wait()
+        await world.until(lambda: world.committed(2) == {"a", "b"})
+        advance(DEADLINE)
+        record = await run
+    assert world.value() == START + 2 * mean_step("abc") + mean_step("ab")
+    assert answered(record, 2) == {"a", "b"}
+    assert any("c recalled: the deadline" in text for text in world.notes.texts)
+    assert record.rounds[1].bytes_up == 2 * LAYOUT.nbytes
+
+
+@in_loop
+async def test_an_update_that_comes_after_the_recall_is_refused(tmp_path: Path) -> None:
+    async with World(tmp_path, quorum="majority", rounds=1) as world:
+        world.join("a", "b")
+        stubborn = MemorySiloExchange(network=world.network, silo="c")
+        run = asyncio.create_task(world.federate_with())
+        await stubborn.connect()
+        await stubborn.ready()
+        order = await stubborn.receive()
+        assert isinstance(order, Order)
+        await world.until(lambda: world.committed(1) == {"a", "b"})
+        advance(DEADLINE)
+        assert isinstance(await stubborn.receive(), Recalled)
+        content = flat(STEPS["c"])
+        digest = write_weights(tmp_path / "late.safetensors", LAYOUT, [content])
+        assert digest == blake3(content).hexdigest()
+        with WeightsFile(tmp_path / "late.safetensors") as update:
+            header = UpdateHeader(Report(order.nonce, 4, {}), order.base, LAYOUT.digest, digest, LAYOUT.nbytes)
+            receipt = await stubborn.upload(header, update)
+        assert not receipt.committed
+        assert "answers no order that is open" in receipt.reason
+        final = await stubborn.receive()
+        assert isinstance(final, Order)
+        await stubborn.report(Report(final.nonce, 4, {}))
+        record = await run
+        assert await stubborn.receive() == Goodbye(True, "finished")
+    assert world.value() == START + mean_step("ab")
+    assert answered(record, 1) == {"a", "b"}
+
+
+@in_loop
+async def test_a_late_silo_takes_part_in_the_next_round(tmp_path: Path) -> None:
+    async with World(tmp_path, quorum="majority") as world:
+        late = world.network.hold("c", "download", round=1)
+        run = asyncio.create_task(world.federate())
+        await late.reached.wait()
+        await world.until(lambda: world.committed(1) == {"a", "b"})
+        advance(DEADLINE)
+        record = await run
+    assert [answered(record, r) for r in (1, 2, 3)] == [{"a", "b"}, {"a", "b", "c"}, {"a", "b", "c"}]
+    assert world.value() == START + mean_step("ab") + 2 * mean_step("abc")
+
+
+@in_loop
+async def test_the_join_deadline_says_nothing_to_a_round_that_has_begun(tmp_path: Path) -> None:
+    async with World(tmp_path, deadline="10000s", join_deadline="10s") as world:
+        slow = world.network.hold("c", "upload", round=2)
+        run = asyncio.create_task(world.federate())
+        await slow.reached.wait()
+        advance(20)
+        await asyncio.sleep(0.01)
+        slow.release()
+        record = await asyncio.wait_for(run, 10_000)
+    assert answered(record, 2) == {"a", "b", "c"}
+    assert world.value() == START + ROUNDS * mean_step("abc")
+
+
+@in_loop
+async def test_a_commit_that_comes_before_the_deadline_counts_though_nobody_was_told_yet(tmp_path: Path) -> None:
+    async with World(tmp_path, quorum="majority") as world:
+        racing = world.network.hold("c", "committed", round=2)
+        run = asyncio.create_task(world.federate())
+        await racing.reached.wait()
+        await world.until(lambda: world.committed(2) == {"a", "b", "c"})
+        advance(DEADLINE)
+        await world.until(lambda: (ARM, 2) in world.notes.closed)
+        racing.release()
+        record = await run
+    assert world.value() == START + ROUNDS * mean_step("abc")
+    assert [order.failure for order in record.rounds[1].orders] == [None] * 3
+
+
+@in_loop
+async def test_a_recall_that_comes_before_the_commit_wins_wholly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, loop = inbox_module.is_finite, asyncio.get_running_loop()
+    checking, recalled = asyncio.Event(), asyncio.Event()
+    slow = (tmp_path / "run" / "spools" / "c.spool").resolve()
+
+    async def wait_for_the_recall() -> None:
+        checking.set()
+        await recalled.wait()
+
+    def check(layout: Any, spool: Any) -> bool:
+        if spool.path.resolve() == slow and not recalled.is_set():
+            asyncio.run_coroutine_threadsafe(wait_for_the_recall(), loop).result(30)
+        return real(layout, spool)
+
+    monkeypatch.setattr(inbox_module, "is_finite", check)
+    async with World(tmp_path, quorum="majority", rounds=1) as world:
+        run = asyncio.create_task(world.federate())
+        await checking.wait()
+        await world.until(lambda: world.committed(1) == {"a", "b"})
+        advance(DEADLINE)
+        await world.until(lambda: any("c recalled" in text for text in world.notes.texts))
+        recalled.set()
+        record = await run
+    assert world.value() == START + mean_step("ab")
+    (of_c,) = [order for order in record.rounds[0].orders if order.silo == "c"]
+    assert (of_c.samples, of_c.metrics, of_c.digest) == (None, None, None)
+    assert of_c.failure is not None
+
+
+@in_loop
+async def test_too_few_silos_at_the_join_deadline_end_the_run_and_are_named(tmp_path: Path) -> None:
+    async with World(tmp_path) as world:
+        world.join("a", "c")
+        run = asyncio.create_task(world.federate_with())
+        await world.until(lambda: world.at_work is not None and world.at_work.arm(ARM) is not None)
+        advance(JOIN_DEADLINE)
+        with pytest.raises(FederationError, match="missing: b"):
+            await run
+
+
+# A coordinator that is killed
+
+
+class Killed(StorageError):
+    """Stands for a kill: from here on nothing of this coordinator has any effect."""
+
+
+class Life:
+    """Ends at the `last`-th instant: before or after a step that leaves a trace on disk or on the wire."""
+
+    def __init__(self, last: int, die: Callable[[], None]) -> None:
+        self.instants: list[str] = []
+        self._last = last
+        self._die = die
+        self._dead = False
+
+    def live(self, step: str) -> None:
+        if not self._dead:
+            self.instants.append(step)
+            self._dead = len(self.instants) == self._last
+        if self._dead:
+            self._die()
+            raise Killed(f"killed {step}")
+
+
+class MortalLedger(Ledger):
+    """A real ledger of a coordinator that may be killed before and after each write."""
+
+    life: Life | None = None
+
+    def step(self, name: str, *arguments: Any) -> Any:
+        if self.life is None:
+            return getattr(Ledger, name)(self, *arguments)
+        self.life.live(f"before {name}")
+        result = getattr(Ledger, name)(self, *arguments)
+        self.life.live(f"after {name}")
+        return result
+
+
+def _mortal(name: str) -> Callable[..., Any]:
+    return lambda self, *arguments: self.step(name, *arguments)
+
+
+WRITES = [
+    name
+    for name in vars(Ledger)
+    if not name.startswith("_")
+    and name not in ("folder", "close", "fact", "seconds", "arm", "arms", "weights_path", "add_seconds")
+]
+for _name in WRITES:
+    setattr(MortalLedger, _name, _mortal(_name))
+
+
+class MortalExchange(MemoryCoordinatorExchange):
+    """Notes each order that is given under a nonce whose answer the ledger has, and may be killed at each step."""
+
+    def __init__(self, life: Life, ledger: Ledger, asked_twice: list[Order], **settings: Any) -> None:
+        super().__init__(**settings)
+        self._life, self._ledger, self._asked_twice = life, ledger, asked_twice
+
+    async def publish(self, digest: str, weights: WeightsFile) -> None:
+        self._life.live("before publish")
+        await super().publish(digest, weights)
+
+    async def send(self, silo: str, order: Order) -> None:
+        self._life.live("before send")
+        record = self._ledger.arm(order.arm)
+        assert record is not None
+        for given in (given for r in record.rounds for given in r.orders if given.nonce == order.nonce):
+            if given.digest is not None or given.failure is not None:
+                self._asked_twice.append(order)
+        await super().send(silo, order)
+        self._life.live("after send")
+
+
+async def live_and_die(world: World, last: int, asked_twice: list[Order]) -> list[str] | None:
+    """Runs a coordinator up to an instant of its life. Returns what it lived through, or None if it came to its end."""
+    loop = asyncio.get_running_loop()
+    life = Life(last, lambda: loop.call_soon_threadsafe(world.network.drop_coordinator) and None)
+    ledger = MortalLedger(world.file.run_folder, "request")
+
+    def make_exchange(inbox: Inbox) -> MemoryCoordinatorExchange:
+        silos = tuple(world.trainers)
+        return MortalExchange(life, ledger, asked_twice, network=world.network, silos=silos, inbox=inbox)
+
+    with contextlib.suppress(Killed):
+        async with world.coordinator(ledger, make_exchange) as federator:
+            ledger.life = life
+            try:
+                await federator.run()
+                return None
+            except Killed:
+                world.network.drop_coordinator()
+                raise
+            finally:
+                ledger.life = life if life._dead else None
+    return life.instants
+
+
+def disturbed(folder: Path) -> World:
+    """A federation in which one silo fails in the first round."""
+    return World(folder, rounds=2, quorum="majority", script=failing("b", 1))
+
+
+@in_loop
+async def test_a_coordinator_that_is_killed_at_any_instant_comes_to_the_same_weights(tmp_path: Path) -> None:
+    async with disturbed(tmp_path / "undisturbed") as world:
+        undisturbed = await world.federate()
+    died: list[str] = []
+    for last in range(1, 500):
+        asked_twice: list[Order] = []
+        async with disturbed(tmp_path / str(last)) as world:
+            world.join(*world.trainers)
+            lived = await live_and_die(world, last, asked_twice)
+            if lived is not None:
+                died.append(lived[-1])
+                assert await live_and_die(world, 0, asked_twice) is None
+        record = world.record()
+        where = f"killed {died[-1] if died else ''} (instant {last})"
+        assert asked_twice == [], where
+        assert record.final == undisturbed.final, where
+        assert record.best_round == undisturbed.best_round, where
+        assert [r.cohort for r in record.rounds] == [r.cohort for r in undisturbed.rounds], where
+        assert [answered(record, r) for r in (1, 2)] == [{"a", "c"}, {"a", "b", "c"}], where
+        assert world.value() == START + mean_step("ac") + mean_step("abc"), where
+        for silo in ("a", "c"):
+            assert world.trained(silo) == [(ARM, 1), (ARM, 2)], where
+        if lived is None:
+            break
+    used = {"begin_arm", "open_round", "commit", "fail", "add_weights", "close_round", "drop_weights_except"}
+    for name in used | {"finish_arm", "note_test_accuracy"}:
+        assert f"before {name}" in died
+        assert f"after {name}" in died
+    assert {"before publish", "before send", "after send"} <= set(died)
+
+
+@pytest.mark.parametrize("every", [11, 17, 23])
+@in_loop
+async def test_a_coordinator_that_is_killed_again_and_again_comes_to_the_same_weights(
+    tmp_path: Path, every: int
+) -> None:
+    asked_twice: list[Order] = []
+    async with disturbed(tmp_path) as world:
+        world.join(*world.trainers)
+        lives = 1
+        while await live_and_die(world, every, asked_twice) is not None:
+            lives += 1
+            assert lives < 100
+    assert lives > 2
+    assert asked_twice == []
+    assert world.value() == START + mean_step("ac") + mean_step("abc")
+
+
+@in_loop
+async def test_a_silo_that_failed_before_the_restart_is_not_asked_again(tmp_path: Path) -> None:
+    failures = iter([TrainerError("out of memory")])
+
+    def once(silo: str, order: Order) -> Metrics:
+        if silo == "b" and order.round == 1 and (error := next(failures, None)):
+            raise error
+        return {}
+
+    async with World(tmp_path, quorum="majority", rounds=1, script=once) as world:
+        held = world.network.hold("c", "upload", round=1)
+        world.join(*world.trainers)
+        async with world.coordinator() as federator:
+            run = asyncio.create_task(federator.run())
+            await held.reached.wait()
+            await world.until(lambda: world.committed(1) == {"a"})
+            await world.until(lambda: any("b failed" in text for text in world.notes.texts))
+            world.network.drop_coordinator()
+            run.cancel()
+            await asyncio.wait([run])
+        held.release()
+        record = await world.federate()
+    assert world.trained("b") == [(ARM, 1)]
+    assert answered(record, 1) == {"a", "c"}
+    assert world.value() == START + mean_step("ac")
+
+
+@in_loop
+async def test_the_bytes_of_a_round_are_counted_over_a_restart(tmp_path: Path) -> None:
+    async with World(tmp_path, rounds=1) as world:
+        held = world.network.hold("c", "upload", round=1)
+        world.join(*world.trainers)
+        async with world.coordinator() as federator:
+            run = asyncio.create_task(federator.run())
+            await held.reached.wait()
+            await world.until(lambda: world.committed(1) == {"a", "b"})
+            run.cancel()
+            await asyncio.wait([run])
+        held.release()
+        record = await world.federate()
+    assert (record.rounds[0].bytes_down, record.rounds[0].bytes_up) == (3 * LAYOUT.nbytes, 3 * LAYOUT.nbytes)
+
+
+# What is chosen
+
+
+def accuracies(*by_round: float) -> Callable[[str, Order], Metrics]:
+    """The accuracy of the weights after round 0, 1, 2 ... as every silo measures it."""
+    return lambda silo, order: {"accuracy": by_round[order.round - 1], "loss": 1.0}
+
+
+@pytest.mark.parametrize("test_data_say", [lambda value: value / 1000, lambda value: 1 - value / 1000])
+@in_loop
+async def test_the_best_round_is_that_of_the_silos_validation_data_whatever_the_test_data_say(
+    tmp_path: Path, test_data_say: Callable[[float], float]
+) -> None:
+    async with World(tmp_path, script=accuracies(0.1, 0.4, 0.8, 0.6), accuracy=test_data_say) as world:
+        record = await world.federate()
+    assert record.best_round == 2
+    assert value_of(world.model(ARM)) == START + 2 * mean_step(SAMPLES)
+    assert world.value() == START + 3 * mean_step(SAMPLES)
+    for r in (1, 2, 3):
+        assert record.rounds[r - 1].test_accuracy == test_data_say(START + r * mean_step(SAMPLES))
+
+
+@in_loop
+async def test_the_models_that_are_published_are_those_of_the_ledger(tmp_path: Path) -> None:
+    async with World(tmp_path, script=accuracies(0.9, 0.4, 0.8, 0.6)) as world:
+        record = await world.federate()
+    assert record.best_round == 0
+    for name, digest in ((ARM, record.weights_of(0)), (f"{ARM}-final", record.final)):
+        with WeightsFile(world.model(name)) as weights:
+            assert weights.digest() == digest
+    kept = {path.stem for path in (world.file.run_folder / "weights").iterdir()}
+    assert kept == {record.start, record.final}
+
+
+@in_loop
+async def test_the_last_round_is_kept_where_silos_withhold_their_metrics(tmp_path: Path) -> None:
+    async with World(tmp_path, script=accuracies(0.1, 0.9, 0.2, 0.3), released=[]) as world:
+        record = await world.federate()
+    assert record.best_round == ROUNDS
+    assert value_of(world.model(ARM)) == START + ROUNDS * mean_step(SAMPLES)
+    assert all(not order.metrics for r in record.rounds for order in r.orders)
+
+
+# Tuning
+
+
+def by_rate(scores: dict[float, float]) -> Callable[[str, Order], Metrics]:
+    """Accuracy by the rate of the trial; a rate without one cannot be trained with."""
+
+    def script(silo: str, order: Order) -> Metrics:
+        if order.kind == "train":
+            assert order.training is not None
+            if order.training.learning_rate not in scores:
+                raise TrainerError("the training loss became nan in batch 1 of 4")
+            return {"accuracy": 0.5}
+        for rate, accuracy in scores.items():
+            if order.arm == trial_name(ARM, rate):
+                return {"accuracy": accuracy}
+        return {"accuracy": 0.5}
+
+    return script
+
+
+@in_loop
+async def test_the_rate_is_chosen_by_validation_accuracy_and_one_that_cannot_be_trained_with_is_out(
+    tmp_path: Path,
+) -> None:
+    script = by_rate({0.125: 0.3, 0.25: 0.6, 0.5: 0.4})
+    async with World(tmp_path, rates=[0.125, 1e30, 0.25, 0.5], script=script, rounds=1) as world:
+        record = await world.federate()
+    assert record.learning_rate == 0.25
+    assert any("learning rate 1e+30 is out" in text for text in world.notes.texts)
+    assert world.value() == START + mean_step(SAMPLES)  # trials leave the start weights alone
+
+
+@in_loop
+async def test_a_grid_without_any_usable_rate_ends_the_run(tmp_path: Path) -> None:
+    async with World(tmp_path, rates=[1e29, 1e30], script=by_rate({})) as world:
+        with pytest.raises(FederationError, match="no learning rate of the grid"):
+            await world.federate()
+
+
+@in_loop
+async def test_a_missed_deadline_in_a_trial_condemns_no_rate_and_the_same_call_goes_on(tmp_path: Path) -> None:
+    script = by_rate({0.25: 0.3, 0.5: 0.6})
+    async with World(tmp_path, rates=[0.25, 0.5], script=script, rounds=1) as world:
+        trial = trial_name(ARM, 0.5)
+        late = world.network.hold("c", "upload", round=1, arm=trial)
+        run = asyncio.create_task(world.federate())
+        await late.reached.wait()
+        await world.until(lambda: world.committed(1, trial) == {"a", "b"})
+        advance(DEADLINE)
+        with pytest.raises(FederationError, match="c: missed the deadline") as stopped:
+            await run
+        assert not isinstance(stopped.value, RoundFailed)
+        assert not world.record(trial).finished
+        late.release()
+        record = await world.federate()
+    assert record.learning_rate == 0.5
+    assert world.trained("a") == [(trial_name(ARM, 0.25), 1), (trial, 1), (ARM, 1)]
+
+
+@in_loop
+async def test_rates_cannot_be_tuned_where_silos_withhold_their_accuracy(tmp_path: Path) -> None:
+    async with World(tmp_path, rates=[0.25, 0.5], released=["loss"]) as world:
+        with pytest.raises(FederationError, match="no silo reported an accuracy"):
+            await world.federate()
