@@ -79,6 +79,7 @@ def demo(
     """
     from gptfl_dist.run.demo import prepare
 
+    _over_mpi(Wire.grpc)
     path = prepare(folder, silos=silos, rounds=rounds, seed=seed, fresh=fresh)
     _run(path, Wire.grpc, fresh, format_)
 
@@ -275,24 +276,32 @@ def _say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def _run(file: Path, wire: Wire, fresh: bool, format_: Format) -> None:
-    from gptfl_dist.run.mpi import launched, run_world
-    from gptfl_dist.run.signals import run_until_done
+def _over_mpi(wire: Wire) -> bool:
+    """Whether this process is one rank of many. Raises ConfigError where a launcher started several and must not."""
+    from gptfl_dist.run.mpi import launched
 
     launcher = launched()
-    if wire is Wire.mpi or (wire is Wire.auto and launcher is not None):
-        summary = run_world(file, fresh, _say)
-        if summary is not None:
-            _show(summary, file, format_)
-        return
     if wire is Wire.grpc and launcher is not None and launcher[2] > 0:
         raise ConfigError("--exchange grpc under an MPI launcher would start every process several times")
-    from gptfl_dist.run.folder import open_run_folder
-    from gptfl_dist.run.local import run_locally
+    return wire is Wire.mpi or (wire is Wire.auto and launcher is not None)
 
-    open_run_folder(file, fresh)
-    _say("exchange: gRPC with mutual TLS (no MPI launcher started this process)")
-    _show(run_until_done(run_locally(file, _say)), file, format_)
+
+def _run(file: Path, wire: Wire, fresh: bool, format_: Format) -> None:
+    summary: Summary | None
+    if _over_mpi(wire):
+        from gptfl_dist.run.mpi import run_world
+
+        summary = run_world(file, fresh, _say)
+    else:
+        from gptfl_dist.run.folder import open_run_folder
+        from gptfl_dist.run.local import run_locally
+        from gptfl_dist.run.signals import run_until_done
+
+        open_run_folder(file, fresh)
+        _say("exchange: gRPC with mutual TLS (no MPI launcher started this process)")
+        summary = run_until_done(run_locally(file, _say))
+    if summary is not None:  # which rank 0 alone has
+        _show(summary, file, format_)
 
 
 def _show(summary: Summary, file: Path, format_: Format) -> None:

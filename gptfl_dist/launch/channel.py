@@ -64,7 +64,9 @@ class TrainerEnd:
         self._socket.sendall(encode(message))
 
     def _read(self) -> None:
-        with self._socket.makefile("rb") as lines:
-            for line in lines:
-                self._incoming.put(json.loads(line))
-        os._exit(1)  # the agent is gone
+        try:
+            with self._socket.makefile("rb") as lines:
+                for line in lines:
+                    self._incoming.put(json.loads(line))
+        finally:
+            os._exit(1)  # the agent is gone: the stream ended, or was reset where the agent had not read all of it

@@ -1,7 +1,7 @@
 """A federation in one event loop: real federator, ledger, inbox, silos and files; only torch and the wire are replaced.
 
-A silo's update is a constant, so the weights after any round have a closed form. Its numbers are small powers of two:
-every sum is exact in float32, and tests compare with `==`.
+A silo's update is a constant, so the weights after any round have a closed form. The numbers are chosen so that the
+weighted mean over any of the silos is exact in float32, and tests compare with `==`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gptfl_dist.weights import Layout, WeightsFile, write_weights
 
 LAYOUT = Layout.of([("w", (4,), "F32"), ("seen", (1,), "I64")])
 START = 0.5  # every number of the start weights
-STEPS = {"a": 8.0, "b": -16.0, "c": 32.0}  # what each silo adds in a round
+STEPS = {"a": 105.0, "b": -210.0, "c": 420.0}  # what each silo adds in a round
 SAMPLES = {"a": 1, "b": 3, "c": 4}
 ARM = "fedavg_random"
 DEADLINE, JOIN_DEADLINE = 1000.0, 5000.0  # seconds, of a clock that is put forward

@@ -19,6 +19,7 @@ from gptfl_dist.errors import (
     ModelError,
     PolicyError,
     StorageError,
+    first_line,
 )
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.federation.silo import PolicyGuard
@@ -135,10 +136,9 @@ def _hub_generator(settings: Generator) -> str:
     try:
         files = HfApi().model_info(settings.source, timeout=_PATIENCE, files_metadata=True).siblings or []
     except Exception as error:  # the hub client and its HTTP library raise unrelated types
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise GeneratorError(
             f"generator.source is {settings.source}: there is no such folder, it is not in this machine's cache of the "
-            f"hub, and the hub cannot be asked ({first_line}): gptfl generate would fail to download it",
+            f"hub, and the hub cannot be asked ({first_line(error)}): gptfl generate would fail to download it",
             hint="check the name and the connection, or download it elsewhere and name its folder",
         ) from error
     total = sum(file.size or 0 for file in files if not file.rfilename.endswith((".bin", ".ckpt", ".msgpack")))
