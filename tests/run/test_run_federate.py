@@ -478,6 +478,7 @@ async def test_the_bytes_of_a_round_are_counted_over_a_restart(tmp_path: Path) -
             run = asyncio.create_task(federator.run())
             await held.reached.wait()
             await world.until(lambda: world.committed(1) == {"a", "b"})
+            world.network.drop_coordinator()
             run.cancel()
             await asyncio.wait([run])
         held.release()
