@@ -375,7 +375,7 @@ class Federator:
             return [machine.Left(event.silo)]
         if isinstance(event, Answered | OrderFailed | SiloProgress):
             return self._answer(arm, event) if arm.nonces.get(event.silo) == event.nonce else []
-        if isinstance(event, machine.DeadlinePassed) and event.round == arm.round:
+        if isinstance(event, machine.DeadlinePassed) and (event.round, event.state) == (arm.round, arm.machine.state):
             # Whoever's update was committed a moment ago has delivered; from here on nobody else can.
             in_time = [silo for silo in sorted(arm.machine.awaited) if not self._inbox.withdraw(silo)]
             return [*(machine.Delivered(silo, arm.round) for silo in in_time), event]

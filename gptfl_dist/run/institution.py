@@ -82,9 +82,7 @@ async def run_silo(
     make_folder(folder, PRIVATE)
     configure(folder / "agent.jsonl")
     address = coordinator if coordinator is not None else side.address if side is not None else ""
-    exchange = GrpcSiloExchange(
-        address=address, credentials=credentials, keepalive=_KEEPALIVE
-    )
+    exchange = GrpcSiloExchange(address=address, credentials=credentials, keepalive=_KEEPALIVE)
     runner = ProcessRunner(silo, path.parent, folder / "trainer.log")
     return await Silo(silo=silo, exchange=exchange, runner=runner, folder=folder).run()
 

@@ -1,9 +1,9 @@
 """Federations in one event loop: the exchange in memory with its faults, and silos whose trainer follows a script.
 
-    network = MemoryNetwork()
-    late = network.hold("silo-2", "upload", round=3)        # silo-2 is late in round 3 until late.release()
-    Federator(..., make_exchange=lambda inbox: MemoryCoordinatorExchange(network=network, silos=names, inbox=inbox))
-    Silo(silo=file, exchange=MemorySiloExchange(network=network, silo="silo-2"), runner=ScriptedTrainer(...), ...)
+network = MemoryNetwork()
+late = network.hold("silo-2", "upload", round=3)        # silo-2 is late in round 3 until late.release()
+Federator(..., make_exchange=lambda inbox: MemoryCoordinatorExchange(network=network, silos=names, inbox=inbox))
+Silo(silo=file, exchange=MemorySiloExchange(network=network, silo="silo-2"), runner=ScriptedTrainer(...), ...)
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.silo import Data, Policy, SiloFile
 from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
@@ -211,7 +212,6 @@ class World:
     def trained(self, silo: str) -> list[tuple[str, int]]:
         """(arm, round) of each training that a silo carried out."""
         return [(order.arm, order.round) for order in self.trainers[silo].orders if order.kind == "train"]
-
 
     async def until(self, happened: Callable[[], bool]) -> None:
         """Waits for something that the coordinator or a silo does by itself."""
