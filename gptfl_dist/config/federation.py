@@ -120,6 +120,7 @@ class Training(Section):
     learning_rate: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=1)] = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: NonNegativeFloat = 0.0
+    clip_norm: PositiveFloat | None = None
     augmentation: bool = False
     threads: PositiveInt = 1
 

@@ -36,6 +36,7 @@ class LocalTraining(Section):
     learning_rate: PositiveFloat
     momentum: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: NonNegativeFloat
+    clip_norm: PositiveFloat | None = None
     augmentation: bool
     threads: PositiveInt
 

@@ -72,6 +72,8 @@ def train(
                 )
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
+            if settings.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
             optimiser.step()
             epoch_loss += value * len(chosen)
             done += 1

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parameters_to_vector
 
 from gptfl_dist.config.federation import Model, Pretraining, Task
 from gptfl_dist.config.plan import LocalTraining
@@ -64,6 +65,18 @@ def test_training_is_plain_sgd(digits: ImageSet, task: Task, settings: LocalTrai
                 parameter.sub_(rate * speed)
     for mine, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_a_clipped_gradient_makes_steps_of_bounded_length(
+    digits: ImageSet, task: Task, settings: LocalTraining
+) -> None:
+    model = build_model(Model(), task, 10, seed=0)
+    before = parameters_to_vector(model.parameters()).detach().clone()
+    clipped = settings.model_copy(update={"epochs": 1, "momentum": 0.0, "weight_decay": 0.0, "clip_norm": 0.01})
+    train(model, digits, clipped, task, seed=1, device="cpu", progress=lambda done, total: None)
+    moved = float((parameters_to_vector(model.parameters()).detach() - before).norm())
+    steps = -(-len(digits) // clipped.batch_size)
+    assert 0 < moved <= clipped.learning_rate * 0.01 * steps * 1.001
 
 
 def test_no_state_between_rounds(digits: ImageSet, task: Task, settings: LocalTraining) -> None:
