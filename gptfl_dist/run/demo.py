@@ -50,7 +50,7 @@ synthesis:
   folder: synthetic
 
 # One grid for both arms; each arm's rate is chosen on the silos' validation data.
-training: {epochs: 1, batch_size: 32, clip_norm: 1.0, learning_rate: [0.1, 0.2, 0.4, 0.8, 1.6]}
+training: {epochs: 1, batch_size: 32, clip_norm: 1.0, learning_rate: [0.1, 0.2, 0.4, 0.8, 1.6, 3.2]}
 tuning: {rounds: 5}
 federation: {rounds: $rounds, cohort: all, deadline: 10m}
 
