@@ -23,7 +23,9 @@ from gptfl_dist.ledger.store import Ledger, RoundRecord
 from gptfl_dist.observe import progress
 from gptfl_dist.observe.summary import FILE_NAME, Summary, read_summary
 from gptfl_dist.observe.summary import RoundRecord as ShownRound
-from gptfl_dist.run.federate import PRETRAINED_WEIGHTS, Evaluator, Federator, rounds_planned
+from gptfl_dist.run.arm import rounds_planned
+from gptfl_dist.run.evaluation import Evaluator
+from gptfl_dist.run.federate import PRETRAINED_WEIGHTS, Federator
 from gptfl_dist.run.result import federated_arms, settings_text, write_results
 from gptfl_dist.run.stages import run_stage
 

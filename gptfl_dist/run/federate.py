@@ -14,14 +14,13 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 from gptfl_dist.aggregation.mean import weighted_mean
 from gptfl_dist.config.federation import FederationFile
-from gptfl_dist.config.plan import LocalTraining, Plan
+from gptfl_dist.config.plan import Plan
 from gptfl_dist.errors import FederationError
 from gptfl_dist.exchange.base import (
     Answered,
@@ -33,20 +32,19 @@ from gptfl_dist.exchange.base import (
     SiloJoined,
     SiloLeft,
     SiloProgress,
-    Traffic,
     Welcome,
 )
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.federation import coordinator as machine
-from gptfl_dist.federation.orders import Kind, Order, Report
+from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.files import replacing
-from gptfl_dist.launch.trainer import TrainerProcess
 from gptfl_dist.ledger.store import ArmRecord, Ledger, RoundRecord
+from gptfl_dist.run.arm import ArmPlan, ArmRun, best_round, trial_name
+from gptfl_dist.run.evaluation import RANDOM_WEIGHTS, Evaluator
 from gptfl_dist.weights import BLOCK, Layout, WeightsFile
 
 _log = logging.getLogger(__name__)
 
-RANDOM_WEIGHTS = "random.safetensors"
 PRETRAINED_WEIGHTS = "pretrained.safetensors"
 
 
@@ -65,69 +63,6 @@ class Watcher(Protocol):
 
     def note(self, text: str) -> None:
         """Something that the operator should read."""
-
-
-class Evaluator:
-    """The coordinator's torch process: random start weights, the model's layout, accuracy on the test data."""
-
-    def __init__(self, process: TrainerProcess, file: FederationFile, folder: Path) -> None:
-        self._process = process
-        self._file = file
-        self._folder = folder
-        self._asking = asyncio.Lock()
-
-    async def start(self) -> Layout:
-        """Starts the process, which writes the random start weights; returns the layout.
-
-        Raises DataError or ModelError.
-        """
-        random_weights = self._folder / RANDOM_WEIGHTS
-        await self._process.start()
-        await self._process.ask(
-            {
-                "type": "setup",
-                "plan": Plan.of(self._file).model_dump(mode="json"),
-                "test_data": None if self._file.test_data is None else str(self._file.test_data),
-                "random_weights": str(random_weights),
-            },
-            "ready",
-        )
-        with WeightsFile(random_weights) as file:
-            return file.layout
-
-    async def test(self, weights: Path) -> tuple[float, list[list[int]]] | None:
-        """Accuracy and confusion (rows: true label) on the test data; None where there is none."""
-        if self._file.test_data is None:
-            return None
-        async with self._asking:
-            answer = await self._process.ask({"type": "evaluate", "weights": str(weights)}, "evaluated")
-        return float(answer["accuracy"]), answer["confusion"]
-
-    async def stop(self) -> None:
-        await self._process.stop()
-
-
-@dataclass(frozen=True, slots=True)
-class ArmPlan:
-    """One federated training: a main arm, or a short trial of one learning rate."""
-
-    name: str
-    start: str
-    learning_rate: float
-    rounds: int
-    tested: bool
-
-
-def rounds_planned(file: FederationFile) -> int:
-    """Training rounds of all arms and tuning trials."""
-    arms = sum(arm != "synthetic_only" for arm in file.arms)
-    rates = len(file.training.learning_rates)
-    return arms * (file.federation.rounds + (rates * file.tuning.rounds if rates > 1 else 0))
-
-
-def trial_name(arm: str, rate: float) -> str:
-    """The name under which the ledger keeps a tuning trial."""
-    return f"tuning/{arm}/{rate:g}"
 
 
 class Federator:
@@ -252,7 +187,7 @@ class Federator:
         record = self._record(plan.name)
         if record.finished:
             return
-        arm = _ArmRun(plan, self._file, self._silos, assembled=self._assembled)
+        arm = ArmRun(plan, self._file, self._silos, assembled=self._assembled)
         unfinished = next((r for r in record.rounds if r.kind == "train" and r.weights is None), None)
         try:
             self._catch_up_with_tests(plan, record)
@@ -275,7 +210,7 @@ class Federator:
         finally:
             self._note_spent(arm)
             arm.close()
-        best = _best_round(self._record(plan.name))
+        best = best_round(self._record(plan.name))
         self._ledger.finish_arm(plan.name, best)
         self._drop_old_weights()
 
@@ -289,7 +224,7 @@ class Federator:
             if closed.weights is not None and closed.test_accuracy is None:
                 self._test(plan, closed.round, closed.weights, closed)
 
-    async def _take_over(self, arm: _ArmRun, interrupted: RoundRecord) -> list[str]:
+    async def _take_over(self, arm: ArmRun, interrupted: RoundRecord) -> list[str]:
         """Takes an interrupted round over, under its old nonces. Returns who has delivered already."""
         arm.open_round(interrupted.round, "train", interrupted.base, {o.silo: o.nonce for o in interrupted.orders})
         arm.spent_before = (interrupted.seconds or 0.0, interrupted.bytes_down or 0, interrupted.bytes_up or 0)
@@ -303,7 +238,7 @@ class Federator:
                 self._watcher.note(f"the committed update of {record.silo} is damaged on disk and is asked for again")
         return sorted(arm.taken_over)
 
-    async def _do(self, arm: _ArmRun, command: machine.Command) -> None:
+    async def _do(self, arm: ArmRun, command: machine.Command) -> None:
         plan, ledger = arm.plan, self._ledger
         if isinstance(command, machine.StartRound):
             base = self._record(plan.name).weights_of(command.round - 1)
@@ -346,12 +281,12 @@ class Federator:
                 hint="look at the silos' logs; the same command goes on from this round and calls them again",
             )
 
-    def _note_spent(self, arm: _ArmRun) -> None:
+    def _note_spent(self, arm: ArmRun) -> None:
         spent = arm.spent(self.exchange.traffic)
         if spent is not None:
             self._ledger.note_spent(arm.plan.name, arm.round, *spent)
 
-    def _aggregate(self, arm: _ArmRun, record: RoundRecord, silos: tuple[str, ...]) -> str:
+    def _aggregate(self, arm: ArmRun, record: RoundRecord, silos: tuple[str, ...]) -> str:
         samples = {order.silo: order.samples for order in record.orders if order.samples is not None}
         updates = self._inbox.updates(silos)
         rate = self._file.federation.server_learning_rate
@@ -360,7 +295,7 @@ class Federator:
     def _commit(self, silo: str, order: Order, report: Report, digest: str) -> None:
         self._ledger.commit(order.arm, order.round, silo, report.samples, report.metrics, digest)
 
-    def _translate(self, arm: _ArmRun, event: ExchangeEvent | machine.Event | BaseException) -> list[machine.Event]:
+    def _translate(self, arm: ArmRun, event: ExchangeEvent | machine.Event | BaseException) -> list[machine.Event]:
         """What an event of the wire means in this arm's round."""
         if isinstance(event, BaseException):
             raise event
@@ -381,7 +316,7 @@ class Federator:
             return [*(machine.Delivered(silo, arm.round) for silo in in_time), event]
         return [event]
 
-    def _answer(self, arm: _ArmRun, event: Answered | OrderFailed | SiloProgress) -> list[machine.Event]:
+    def _answer(self, arm: ArmRun, event: Answered | OrderFailed | SiloProgress) -> list[machine.Event]:
         if isinstance(event, SiloProgress):
             self._watcher.silo_progress(event.silo, event.done, event.total)
             return []
@@ -397,7 +332,7 @@ class Federator:
             self._queue.put_nowait(await self.exchange.events.get())
 
     def _test(self, plan: ArmPlan, round_: int, digest: str, record: RoundRecord | None) -> None:
-        """Tests weights beside the next round's training. Test data choose nothing: see `_best_round`."""
+        """Tests weights beside the next round's training. Test data choose nothing: see `best_round`."""
 
         async def test() -> None:
             try:
@@ -427,100 +362,8 @@ class Federator:
         keep = set(self._tested_now)
         for name in self._ledger.arms():
             record = self._record(name)
-            keep |= {record.start, record.final, record.weights_of(_best_round(record))}
+            keep |= {record.start, record.final, record.weights_of(best_round(record))}
         self._ledger.drop_weights_except(keep)
-
-
-class _ArmRun:
-    """What the federator keeps in memory of the arm in progress."""
-
-    def __init__(self, plan: ArmPlan, file: FederationFile, silos: tuple[str, ...], *, assembled: bool) -> None:
-        rules = file.federation
-        cohort = len(silos) if rules.cohort == "all" else rules.cohort
-        self.plan = plan
-        self.machine = machine.Coordinator(
-            machine.Rules(
-                arm=plan.name,
-                seed=file.seed,
-                silos=silos,
-                rounds=plan.rounds,
-                cohort=cohort,
-                quorum={"all": cohort, "majority": cohort // 2 + 1}.get(str(rules.quorum)) or int(rules.quorum),
-                deadline=rules.deadline,
-                join_deadline=rules.join_deadline,
-            ),
-            assembled=assembled,
-        )
-        self.round = 0
-        self.nonces: dict[str, str] = {}
-        self.taken_over: set[str] = set()  # who had delivered before the coordinator was started again
-        self.spent_before = (0.0, 0, 0)  # seconds, bytes down and up of this round, before that
-        self.deadlines: list[asyncio.TimerHandle] = []
-        self._kind: Kind = "train"
-        self._base = ""
-        self._weights: WeightsFile | None = None
-        self._began: tuple[float, int, int] | None = None  # time and traffic; None once the round is closed
-        self._seconds = rules.deadline
-        self._training = LocalTraining.of(file, plan.learning_rate)
-
-    @property
-    def weights(self) -> WeightsFile:
-        """The weights that the round starts from."""
-        assert self._weights is not None
-        return self._weights
-
-    def open_round(self, round_: int, kind: Kind, base: str, nonces: Mapping[str, str]) -> None:
-        self.round, self._kind, self._base = round_, kind, base
-        self.nonces, self.taken_over, self.spent_before = dict(nonces), set(), (0.0, 0, 0)
-
-    def hold(self, weights: WeightsFile) -> None:
-        """Keeps the round's weights open in place of the last round's."""
-        if self._weights is not None:
-            self._weights.close()
-        self._weights = weights
-
-    def order_for(self, silo: str) -> Order:
-        training = self._training if self._kind == "train" else None
-        return Order(self._kind, self.nonces[silo], self.plan.name, self.round, self._base, self._seconds, training)
-
-    def begin_counting(self, traffic: Traffic) -> None:
-        self._began = (time.monotonic(), traffic.down, traffic.up)
-
-    def spent(self, traffic: Traffic) -> tuple[float, int, int] | None:
-        """Seconds, bytes down and bytes up of the open round so far."""
-        if self._began is None:
-            return None
-        began, down, up = self._began
-        seconds_before, down_before, up_before = self.spent_before
-        seconds = time.monotonic() - began + seconds_before
-        return seconds, traffic.down - down + down_before, traffic.up - up + up_before
-
-    def stop_counting(self) -> None:
-        self._began = None
-
-    def close(self) -> None:
-        for deadline in self.deadlines:
-            deadline.cancel()
-        if self._weights is not None:
-            self._weights.close()
-
-
-def validation_of(record: ArmRecord, round_: int) -> tuple[float, float] | None:
-    """(accuracy, minus loss) on the silos' validation data of the weights after a round; None where none was told.
-
-    The silos that were called on in the following round measured it.
-    """
-    following = next((r for r in record.rounds if r.round == round_ + 1), None)
-    accuracy = None if following is None else following.mean_metric("accuracy")
-    if following is None or accuracy is None:
-        return None
-    return accuracy, -(following.mean_metric("loss") or 0.0)
-
-
-def _best_round(record: ArmRecord) -> int:
-    """The round whose weights do best on the silos' validation data; the last where nothing was told."""
-    scores = {r: score for r in range(record.finished_rounds + 1) if (score := validation_of(record, r)) is not None}
-    return max(scores, key=lambda r: scores[r]) if scores else record.finished_rounds
 
 
 def _blocks(weights: WeightsFile) -> Iterator[bytes]:

@@ -21,7 +21,7 @@ from gptfl_dist.observe.summary import (
     with_target,
     write_summary,
 )
-from gptfl_dist.run.federate import trial_name, validation_of
+from gptfl_dist.run.arm import trial_name, validation_of
 from gptfl_dist.run.stages import CONTACT_SHEET
 from gptfl_dist.weights import Layout
 

@@ -22,7 +22,8 @@ from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.ledger.store import ArmRecord, Ledger, RoundRecord
-from gptfl_dist.run.federate import RANDOM_WEIGHTS, Federator
+from gptfl_dist.run.evaluation import RANDOM_WEIGHTS
+from gptfl_dist.run.federate import Federator
 from gptfl_dist.run.silo import Silo
 from gptfl_dist.testing import clock
 from gptfl_dist.testing.exchange import MemoryCoordinatorExchange, MemoryNetwork, MemorySiloExchange, ScriptedTrainer

@@ -34,7 +34,8 @@ from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.ledger.store import ArmRecord, Ledger
 from gptfl_dist.run import silo as silo_module
-from gptfl_dist.run.federate import RoundFailed, trial_name
+from gptfl_dist.run.arm import trial_name
+from gptfl_dist.run.federate import RoundFailed
 from gptfl_dist.testing.clock import advance
 from gptfl_dist.testing.exchange import MemoryCoordinatorExchange, MemorySiloExchange
 from gptfl_dist.weights import WeightsFile, write_weights

@@ -220,7 +220,7 @@ def _silo_file(path: Path, file: FederationFile, entry: SiloEntry, silo_path: Pa
         )
     training = LocalTraining.of(file, file.training.learning_rates[0])
     PolicyGuard(silo.policy).check(Order("train", "", file.arms[0], 1, "", file.federation.deadline, training))
-    from gptfl_dist.run.federate import rounds_planned
+    from gptfl_dist.run.arm import rounds_planned
 
     if rounds_planned(file) > silo.policy.max_rounds:
         raise PolicyError(

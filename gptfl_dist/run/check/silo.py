@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gptfl_dist.config.silo import Coordinator, SiloFile
-from gptfl_dist.errors import (
-    ConnectionFailed,
-    IdentityError,
-)
+from gptfl_dist.errors import ConnectionFailed, IdentityError
 from gptfl_dist.run.addresses import host_of, port_of
 from gptfl_dist.run.check.common import (
     check_credentials,
