@@ -28,7 +28,8 @@ for round_ in range(1, 10_000):
     ledger.open_round("gptfl", round_, "train", f"base{round_}", silos, {s: f"{s}{round_}" for s in silos})
     for silo in silos:
         ledger.commit("gptfl", round_, silo, round_, {"accuracy": 0.5}, f"d{round_}")
-    ledger.close_round("gptfl", round_, f"w{round_}", 1.0, 2, 3)
+    ledger.note_spent("gptfl", round_, 1.0, 2, 3)
+    ledger.close_round("gptfl", round_, f"w{round_}")
     print(round_, flush=True)
 """
 
@@ -53,7 +54,8 @@ def test_a_round_is_read_back_after_reopening(ledger):
     ledger.commit("gptfl", 1, "a", 30, {"accuracy": 0.5}, "da")
     ledger.fail("gptfl", 1, "b", "out of memory")
     ledger.commit("gptfl", 1, "c", 10, {"accuracy": 0.9, "loss": 2.0}, "dc")
-    ledger.close_round("gptfl", 1, "w1", 2.5, 100, 200)
+    ledger.note_spent("gptfl", 1, 2.5, 100, 200)
+    ledger.close_round("gptfl", 1, "w1")
     ledger.note_test_accuracy("gptfl", 1, 0.75)
     ledger.open_round("gptfl", 2, "evaluate", "w1", ["a"], {"a": "n4"})
     ledger = reopened(ledger)
