@@ -255,7 +255,10 @@ class Inbox:
             raise Refused(f"the order was to {expected.order.kind}")
         smallest = 1 if kind == "train" else 0
         if not smallest <= report.samples <= self.max_samples[silo]:
-            raise Refused(f"claims {report.samples} samples, expected {smallest} to {self.max_samples[silo]}")
+            raise Refused(
+                f"claims {report.samples} samples, expected {smallest} to {self.max_samples[silo]} "
+                "(max_samples of this silo in the federation file)"
+            )
         if len(report.metrics) > _MAX_METRICS:
             raise Refused(f"sends {len(report.metrics)} metrics, expected at most {_MAX_METRICS}")
         for name, value in report.metrics.items():

@@ -63,14 +63,14 @@ class _File(logging.FileHandler):
 _installed: list[logging.Handler] = []
 
 
-def configure(path: Path) -> None:
-    """Send what is worth a line to the file `path`, as JSON, and warnings and errors to stderr too.
+def configure(path: Path, *, shown: int = logging.WARNING) -> None:
+    """Send what is worth a line to the file `path`, as JSON, and to stderr what is of level `shown` or above.
 
     The file is added to, never begun anew. A second call replaces the first. Raises StorageError where the file
     cannot be opened.
     """
     stderr = _Stderr()
-    stderr.setLevel(logging.WARNING)
+    stderr.setLevel(shown)
     stderr.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -52,6 +52,7 @@ class Terminal:
         )
         delivered = sum(order.digest is not None for order in record.orders)
         self.table.add(arm, rounds, shown, silos=delivered, cohort=len(record.cohort))
+        _log.info("%s: round %d of %d closed, %d of %d silos", arm, record.round, rounds, delivered, len(record.cohort))
 
     def silo_progress(self, silo: str, done: int, total: int) -> None:
         self.table.working(f"{silo} {100 * done // max(1, total)} %")

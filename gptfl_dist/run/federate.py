@@ -167,7 +167,8 @@ class Federator:
         if not scores:
             raise FederationError(
                 f"{arm}: no learning rate of the grid could be trained with",
-                hint="give training.learning_rate smaller values; the silos' failures stand above",
+                hint="the silos' failures stand above: where the loss diverged, give training.learning_rate smaller "
+                "values; where an update was refused, mend what the reason names",
             )
         for name in out:  # for good only now: where no rate would do, the silos may be at fault
             self._ledger.finish_arm(name, 0)
@@ -192,6 +193,7 @@ class Federator:
         try:
             self._catch_up_with_tests(plan, record)
             if unfinished is not None:
+                self._watcher.note(f"going on in round {unfinished.round} of {plan.name}")
                 committed = await self._take_over(arm, unfinished)
                 failed = {order.silo: order.failure for order in unfinished.orders if order.failure is not None}
                 commands = arm.machine.resume(self._connected, unfinished.round, unfinished.cohort, committed, failed)
@@ -303,6 +305,7 @@ class Federator:
             raise event.error
         if isinstance(event, SiloJoined):
             self._connected.add(event.silo)
+            self._watcher.note(f"{event.silo} joined: {len(self._connected)} of {len(self._silos)} silos are here")
             return [machine.Joined(event.silo)]
         if isinstance(event, SiloLeft):
             self._connected.discard(event.silo)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -80,7 +81,7 @@ async def run_silo(
         )
     folder = work_folder or silo.work_folder or path.parent / f"{silo.name}-work"
     make_folder(folder, PRIVATE)
-    configure(folder / "agent.jsonl")
+    configure(folder / "agent.jsonl", shown=logging.INFO)  # all that the silo's operator sees of it
     address = coordinator if coordinator is not None else side.address if side is not None else ""
     exchange = GrpcSiloExchange(address=address, credentials=credentials, keepalive=_KEEPALIVE)
     runner = ProcessRunner(silo, path.parent, folder / "trainer.log")
