@@ -24,10 +24,11 @@ from typing import Any
 
 import numpy as np
 import yaml
-from gptfl_dist.learning.partition import dirichlet_partition
-from gptfl_dist.run.demo import LABELS, prepare
 from PIL import Image
 from sklearn.datasets import load_digits
+
+from gptfl_dist.learning.partition import dirichlet_partition
+from gptfl_dist.run.demo import LABELS, prepare
 
 ARMS = ("fedavg_random", "gptfl")
 DATA = ("mnist", "digits")
