@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -102,18 +103,20 @@ def run(
 
 @app.command()
 def generate(file: FederationPath, quiet: QuietOption = False, format_: FormatOption = Format.text) -> None:
-    """Make the synthetic data set of a federation file. Stopped and started again, it goes on."""
+    """Make the synthetic data set of a federation file, and filter it. Stopped and started again, it goes on."""
     from gptfl_dist.config.load import load_federation
     from gptfl_dist.run import stages
 
     federation = load_federation(file)
-    count = stages.generate(federation)
+    made = stages.generate(federation, file.parent)
     sheet = federation.run_folder / stages.CONTACT_SHEET
+    if made.filter is not None:
+        _say(f"filter: {made.filter}")
     if format_ is Format.json:
-        told = {"images": count, "folder": str(federation.synthesis.folder), "contact_sheet": str(sheet)}
+        told = {**asdict(made), "folder": str(federation.synthesis.folder), "contact_sheet": str(sheet)}
         typer.echo(json.dumps(told))
     elif not quiet:
-        typer.echo(f"{count} images in {federation.synthesis.folder}; {sheet}")
+        typer.echo(f"{made.images} images in {federation.synthesis.folder}; {sheet}")
 
 
 @app.command()

@@ -88,8 +88,25 @@ class Generator(Section):
     size: PositiveInt | None = None
 
 
+class Filter(Section):
+    """Which images are kept to train on: those on whose label a judge agrees, and at most a quota a label."""
+
+    judge: Literal["cross", "classifier", "encoder"] = "cross"
+    source: str | None = None
+    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    keep_per_label: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _source_where_needed(self) -> Self:
+        if self.judge == "cross" and self.source is not None:
+            raise ValueError("filter.judge is cross, which takes no filter.source")
+        if self.judge != "cross" and not self.source:
+            raise ValueError(f"filter.judge is {self.judge}, so filter.source must name a model folder or a hub id")
+        return self
+
+
 class Synthesis(Section):
-    """The synthetic data set: which generator, which prompts, how many images, where it is kept."""
+    """The synthetic data set: which generator, which prompts, how many images, where it is kept, which are used."""
 
     generator: Generator = Generator()
     prompts: Prompts = Prompts()
@@ -97,6 +114,7 @@ class Synthesis(Section):
     shard_size: PositiveInt = 100
     folder: Path = Path("synthetic")
     threads: NonNegativeInt = 0
+    filter: Filter | None = None
 
 
 class Pretraining(Section):

@@ -109,10 +109,12 @@ async def _before_the_federation(path: Path, file: FederationFile, ledger: Ledge
     for stage in ("generate", "pretrain"):
         started = time.monotonic()
         try:
-            await run_stage(stage, path)
+            told = await run_stage(stage, path)
         finally:
             ledger.add_seconds(stage, time.monotonic() - started)
-    ledger.set_fact("synthetic_images", str(file.synthesis.images_per_label * len(file.labels)))
+        if stage == "generate":
+            ledger.set_fact("synthetic_images", str(told["kept"]))
+            ledger.set_fact("filter", told["filter"] or "")
 
 
 async def _federate(

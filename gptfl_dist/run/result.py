@@ -22,7 +22,7 @@ from gptfl_dist.observe.summary import (
     write_summary,
 )
 from gptfl_dist.run.arm import trial_name, validation_of
-from gptfl_dist.run.stages import CONTACT_SHEET
+from gptfl_dist.run.stages import CONTACT_SHEET, DROPPED_SHEET
 from gptfl_dist.weights import Layout
 
 SPLIT = "split.json"
@@ -89,10 +89,13 @@ def write_results(
     )
     summary = with_target(summary)
     contact_sheet, split = file.run_folder / CONTACT_SHEET, file.run_folder / SPLIT
+    dropped_sheet = file.run_folder / DROPPED_SHEET
     details = ReportDetails(
         labels=file.labels,
         settings_text=settings_text,
         contact_sheet=contact_sheet if contact_sheet.exists() else None,
+        filter=ledger.fact("filter") or "",
+        dropped_sheet=dropped_sheet if dropped_sheet.exists() else None,
         confusion=confusion,
         rounds=rounds,
         split=json.loads(split.read_text()) if split.exists() else None,

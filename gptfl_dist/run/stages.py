@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +25,26 @@ from gptfl_dist.run.federate import PRETRAINED_WEIGHTS
 from gptfl_dist.weights import WeightsFile
 
 CONTACT_SHEET = "synthetic.png"
+DROPPED_SHEET = "dropped.png"
 _PRETRAINED_FACTS = "pretrained.json"
 
 
-def generate(file: FederationFile) -> int:
-    """Makes the synthetic set and its contact sheet; returns how many images it has. Raises GeneratorError."""
-    from gptfl_dist.synthesis.contact_sheet import contact_sheet
+@dataclass(frozen=True)
+class Generated:
+    """How many images the synthetic set has, how many are trained on, and what its filter did, None without one."""
+
+    images: int
+    kept: int
+    filter: str | None
+
+
+def generate(file: FederationFile, folder: Path) -> Generated:
+    """Makes the synthetic set, selects from it where the file has a filter, and draws the contact sheets.
+
+    `folder` is where the federation file lies. Raises GeneratorError, also where the filter keeps too few of a label.
+    """
+    from gptfl_dist.run.filter import filter_images
+    from gptfl_dist.synthesis.contact_sheet import contact_sheet, dropped_sheet
     from gptfl_dist.synthesis.synthesize import synthesize
 
     try:
@@ -40,28 +54,44 @@ def generate(file: FederationFile) -> int:
     total = file.synthesis.images_per_label * len(file.labels)
     with progress("generate", total, "images") as bar:
         made = synthesize(file.synthesis, file.task, file.labels, file.seed, file.synthesis.folder, bar.callback)
-    contact_sheet(file.synthesis.folder, file.run_folder / CONTACT_SHEET)
-    return made.count
+    selection = filter_images(file, folder)
+    contact_sheet(file.synthesis.folder, file.run_folder / CONTACT_SHEET, selection)
+    dropped = file.run_folder / DROPPED_SHEET
+    if selection is None or not dropped_sheet(file.synthesis.folder, dropped, selection):
+        dropped.unlink(missing_ok=True)
+    if selection is None:
+        return Generated(made.count, made.count, None)
+    selection.require_every_label(dropped)
+    return Generated(made.count, selection.count, selection.in_words())
 
 
 def pretrain(file: FederationFile, folder: Path) -> dict[str, Any]:
-    """Trains the model on the synthetic set; writes the weights into the run folder and returns how it went.
+    """Trains the model on the synthetic set, of which the file's filter may have kept a part.
+
+    Writes the weights into the run folder and returns how it went.
 
     `folder` is where the federation file lies, for a model.source that names a module beside it.
 
     Reused where the synthetic set, the model and every setting are the same and the weights are whole. Raises
     DataError, ModelError.
     """
+    import numpy as np
+
     from gptfl_dist.learning.data import load_images
     from gptfl_dist.learning.models import build_model
     from gptfl_dist.learning.pretrain import pretrain as train
     from gptfl_dist.learning.seeding import derive_seed, usable_cores
+    from gptfl_dist.run.filter import selected_images
     from gptfl_dist.synthesis.store import complete_manifest
     from gptfl_dist.weights.flat import FlatModel
 
     manifest = complete_manifest(file.synthesis.folder)
+    selection = selected_images(file, folder)
+    if selection is not None:
+        selection.require_every_label(file.run_folder / DROPPED_SHEET)
     request = {
         "shards": [shard.digest for shard in manifest.shards],
+        "selection": None if selection is None else selection.digest,
         "model": file.model.model_dump(mode="json"),
         "task": file.task.model_dump(mode="json"),
         "labels": file.labels,
@@ -75,6 +105,8 @@ def pretrain(file: FederationFile, folder: Path) -> dict[str, Any]:
         if known["request"] == request and known.get("digest") == _digest_of(weights):
             return known
     data = load_images(_synthetic_data(file.synthesis.folder), file.task, file.labels)
+    if selection is not None:
+        data = data.subset(np.flatnonzero(selection.keeps))
     sys.path.insert(0, str(folder.absolute()))
     model = build_model(file.model, file.task, len(file.labels), file.seed)
     with progress("pretrain", 0, "batches") as bar:
@@ -109,8 +141,11 @@ def _synthetic_data(folder: Path) -> Any:
     return Data(path=folder, format="parquet")
 
 
-async def run_stage(stage: Literal["generate", "pretrain"], path: Path) -> None:
-    """Runs a stage of the federation file at `path` in a process of its own. Raises its error, or StageFailed."""
+async def run_stage(stage: Literal["generate", "pretrain"], path: Path) -> dict[str, Any]:
+    """Runs a stage of the federation file at `path` in a process of its own; returns what its command prints as JSON.
+
+    Raises its error, or StageFailed.
+    """
     with tempfile.TemporaryFile() as answer:
         command = [sys.executable, "-m", "gptfl_dist", stage, os.fspath(path), "--quiet", "--format", "json"]
         child = Child(command, output=None, answer=answer)
@@ -118,12 +153,12 @@ async def run_stage(stage: Literal["generate", "pretrain"], path: Path) -> None:
             code = await asyncio.to_thread(child.process.wait)
         finally:
             child.stop()
-        if code == 0:
-            return
         answer.seek(0)
         try:
-            told = json.loads(answer.read())
+            told: dict[str, Any] = json.loads(answer.read())
         except ValueError:  # it met a defect, and printed that itself
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
             raise StageFailed(f"{stage} {how}", hint="the same command goes on from there") from None
+    if code == 0:
+        return told
     raise error_from_message({"kind": told["error"], "message": told["message"], "hint": told["hint"]})

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptfl_dist.config.federation import FederationFile, Generator, SiloEntry
+from gptfl_dist.config.federation import FederationFile, Filter, Generator, SiloEntry
 from gptfl_dist.config.load import load_silo
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.errors import (
@@ -35,6 +35,7 @@ from gptfl_dist.run.check.common import (
     writable,
 )
 from gptfl_dist.run.check.findings import Checklist, Doubt
+from gptfl_dist.run.filter import FILTER_SOURCE, load_judge
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,6 +50,9 @@ def check_federation(checks: Checklist, path: Path, file: FederationFile) -> Non
     checks.run("model", lambda: _model(path, file))
     if _synthesises(file):
         checks.run("generator", lambda: _generator(file.synthesis.generator, file.labels))
+        settings = file.synthesis.filter
+        if settings is not None:
+            checks.run("filter", lambda: _filter(file, settings))
     checks.run("run folder", lambda: writable(file.run_folder))
     if _synthesises(file):
         checks.run("synthesis.folder", lambda: writable(file.synthesis.folder))
@@ -125,7 +129,7 @@ def _generator(settings: Generator, labels: Sequence[str]) -> str:
 
 
 def _hub_generator(settings: Generator) -> str:
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     from gptfl_dist.synthesis.generator import load_generator
 
@@ -133,21 +137,47 @@ def _hub_generator(settings: Generator) -> str:
     if isinstance(cached, str):
         load_generator(settings.model_copy(update={"source": str(Path(cached).parent)}))
         return f"{settings.source} loads from this machine's cache of the hub"
+    return _on_hub(settings.source, "generator.source", "model_index.json", "diffusers pipeline")
+
+
+def _filter(file: FederationFile, settings: Filter) -> str:
+    """Loads the judge from its folder. One of the hub is only asked for, unless it is in this machine's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from gptfl_dist.learning.cross import FOLDS
+    from gptfl_dist.synthesis.source import find_model, is_folder_name
+
+    source = settings.source
+    if source is None:
+        return f"cross: the model is trained {FOLDS} times, to judge the part of the images that it has not seen"
+    if not is_folder_name(source) and not Path(source).is_dir():
+        cached = try_to_load_from_cache(source, "config.json")
+        if not isinstance(cached, str):
+            return _on_hub(source, FILTER_SOURCE, "config.json", "transformers model")
+        source = str(Path(cached).parent)
+    found = find_model(source, FILTER_SOURCE)
+    load_judge(file, settings, {label: [label] for label in file.labels}, found)
+    return f"the {settings.judge} {settings.source} loads and judges by {len(file.labels)} labels"
+
+
+def _on_hub(source: str, setting: str, index: str, kind: str) -> str:
+    """Asks the hub for a model that is known by its file `index`. Raises GeneratorError: generation would end so."""
+    from huggingface_hub import HfApi
+
     try:
-        files = HfApi().model_info(settings.source, timeout=_PATIENCE, files_metadata=True).siblings or []
+        files = HfApi().model_info(source, timeout=_PATIENCE, files_metadata=True).siblings or []
     except Exception as error:  # the hub client and its HTTP library raise unrelated types
         raise GeneratorError(
-            f"generator.source is {settings.source}: there is no such folder, it is not in this machine's cache of the "
+            f"{setting} is {source}: there is no such folder, it is not in this machine's cache of the "
             f"hub, and the hub cannot be asked ({first_line(error)}): gptfl generate would fail to download it",
             hint="check the name and the connection, or download it elsewhere and name its folder",
         ) from error
     total = sum(file.size or 0 for file in files if not file.rfilename.endswith((".bin", ".ckpt", ".msgpack")))
-    if "model_index.json" not in {file.rfilename for file in files}:
+    if index not in {file.rfilename for file in files}:
         raise GeneratorError(
-            f"generator.source is {settings.source}, which the hub has without model_index.json: no diffusers pipeline",
-            hint="name a diffusers pipeline",
+            f"{setting} is {source}, which the hub has without {index}: no {kind}", hint=f"name a {kind}"
         )
-    return f"{settings.source} is on the hub; gptfl generate will download up to {size(total)}"
+    return f"{source} is on the hub; gptfl generate will download up to {size(total)}"
 
 
 def _space(path: Path, file: FederationFile) -> str:
