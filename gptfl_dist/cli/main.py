@@ -106,10 +106,11 @@ def generate(file: FederationPath, quiet: QuietOption = False, format_: FormatOp
     """Make the synthetic data set of a federation file, and filter it. Stopped and started again, it goes on."""
     from gptfl_dist.config.load import load_federation
     from gptfl_dist.run import stages
+    from gptfl_dist.run.candidates import CANDIDATES, CONTACT_SHEET
 
     federation = load_federation(file)
     made = stages.generate(federation, file.parent)
-    sheet = federation.run_folder / stages.CONTACT_SHEET
+    sheet = federation.run_folder / (CANDIDATES if federation.synthesis.candidates else CONTACT_SHEET)
     if made.filter is not None:
         _say(f"filter: {made.filter}")
     if format_ is Format.json:
@@ -124,17 +125,23 @@ def pretrain(file: FederationPath, quiet: QuietOption = False, format_: FormatOp
     """Train the model of a federation file on its synthetic data set."""
     from gptfl_dist.config.load import load_federation
     from gptfl_dist.run import stages
-    from gptfl_dist.run.federate import PRETRAINED_WEIGHTS
+    from gptfl_dist.run.candidates import CANDIDATES, PRETRAINED_WEIGHTS
 
     federation = load_federation(file)
     facts = stages.pretrain(federation, file.parent)
+    each = facts.get("candidates", {"": facts})
+    weights = federation.run_folder / (CANDIDATES if "candidates" in facts else PRETRAINED_WEIGHTS)
     if format_ is Format.json:
-        typer.echo(json.dumps({**facts, "weights": str(federation.run_folder / PRETRAINED_WEIGHTS)}))
+        typer.echo(json.dumps({**facts, "weights": str(weights)}))
     elif not quiet:
-        typer.echo(
-            f"{100 * facts['validation_accuracy']:.1f} % on held-out synthetic data after epoch {facts['best_epoch']}; "
-            f"{federation.run_folder / PRETRAINED_WEIGHTS}"
-        )
+        for name, known in each.items():
+            typer.echo(
+                f"{name}{': ' if name else ''}{100 * known['validation_accuracy']:.1f} % on held-out synthetic data "
+                f"after epoch {known['best_epoch']}"
+            )
+        if facts.get("choice"):
+            typer.echo(facts["choice"])
+        typer.echo(str(weights))
 
 
 @app.command()

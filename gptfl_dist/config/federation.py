@@ -105,6 +105,14 @@ class Filter(Section):
         return self
 
 
+class Candidate(Section):
+    """A generator, prompts or a filter that may be the better ones; what it leaves out is as in `synthesis`."""
+
+    generator: Generator | None = None
+    prompts: Prompts | None = None
+    filter: Filter | None = None
+
+
 class Synthesis(Section):
     """The synthetic data set: which generator, which prompts, how many images, where it is kept, which are used."""
 
@@ -115,6 +123,27 @@ class Synthesis(Section):
     folder: Path = Path("synthetic")
     threads: NonNegativeInt = 0
     filter: Filter | None = None
+    candidates: dict[Name, Candidate] = Field(default={})
+    choose_by: Literal["silos", "synthetic"] = "silos"
+
+    @model_validator(mode="after")
+    def _a_choice_of_several(self) -> Self:
+        if len(self.candidates) == 1:
+            raise ValueError("candidates names one candidate, expected two or more (or none)")
+        return self
+
+    def of_candidate(self, name: str) -> Synthesis:
+        """The settings of one candidate, whose set is kept in a folder of its own."""
+        candidate = self.candidates[name]
+        return self.model_copy(
+            update={
+                "generator": candidate.generator or self.generator,
+                "prompts": candidate.prompts or self.prompts,
+                "filter": candidate.filter or self.filter,
+                "candidates": {},
+                "folder": self.folder / name,
+            }
+        )
 
 
 class Pretraining(Section):
@@ -239,6 +268,11 @@ class FederationFile(Section):
             twice = sorted({value for value in values if values.count(value) > 1})
             if twice:
                 raise ValueError(f"{what} names {', '.join(twice)} twice")
+        if self.synthesis.candidates and self.synthesis.choose_by == "silos" and "gptfl" not in self.arms:
+            raise ValueError(
+                "synthesis.choose_by is silos, who are asked before the arm gptfl, which arms does not name: "
+                "add it, or choose by synthetic"
+            )
         cohort = len(self.silos) if self.federation.cohort == "all" else self.federation.cohort
         if cohort > len(self.silos):
             raise ValueError(f"federation.cohort is {cohort}, but there are only {len(self.silos)} silos")

@@ -23,6 +23,7 @@ from gptfl_dist.observe.summary import FederatedArm, RoundRecord, Summary
 from gptfl_dist.observe.wording import (
     ARM_NAMES,
     UNKNOWN,
+    choice_text,
     duration,
     headline,
     kept_accuracy,
@@ -63,7 +64,7 @@ class ReportDetails:
     labels: Sequence[str]
     settings_text: str
     contact_sheet: Path | None = None
-    filter: str = ""
+    filter: str | None = None
     dropped_sheet: Path | None = None
     confusion: Sequence[Sequence[int]] | None = None
     rounds: Mapping[str, Sequence[RoundRecord]] = field(default_factory=dict)
@@ -176,7 +177,9 @@ def _contact_sheets(summary: Summary, details: ReportDetails, path: Path) -> str
     caption = f"A sample of the {summary.synthetic_images:,} synthetic images that the start weights were trained on."
     alt = "Contact sheet of synthetic images, a sample of every label."
     parts = [_figure(*_sheet_bytes(path), alt, caption)]
-    if details.filter:
+    if summary.choice is not None:
+        parts.append(f'<p class="note">{escape(choice_text(summary.choice))}</p>')
+    if details.filter is not None:
         parts.append(f'<p class="note">Filter: {escape(details.filter)}.</p>')
     if details.dropped_sheet is not None:
         caption = (

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.errors import DataError, ModelError, StageFailed, StorageError
@@ -21,12 +21,21 @@ from gptfl_dist.files import storage_error, write_file
 from gptfl_dist.launch.channel import error_from_message
 from gptfl_dist.launch.lifeline import Child
 from gptfl_dist.observe.progress import progress
-from gptfl_dist.run.federate import PRETRAINED_WEIGHTS
+from gptfl_dist.observe.wording import choice_text
+from gptfl_dist.run.candidates import (
+    CONTACT_SHEET,
+    DROPPED_SHEET,
+    PRETRAINED_FACTS,
+    PRETRAINED_WEIGHTS,
+    adopt,
+    asks_silos,
+    candidate_files,
+)
 from gptfl_dist.weights import WeightsFile
 
-CONTACT_SHEET = "synthetic.png"
-DROPPED_SHEET = "dropped.png"
-_PRETRAINED_FACTS = "pretrained.json"
+if TYPE_CHECKING:
+    from gptfl_dist.learning.data import ImageSet
+    from gptfl_dist.synthesis.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -41,8 +50,17 @@ class Generated:
 def generate(file: FederationFile, folder: Path) -> Generated:
     """Makes the synthetic set, selects from it where the file has a filter, and draws the contact sheets.
 
-    `folder` is where the federation file lies. Raises GeneratorError, also where the filter keeps too few of a label.
+    Does so for every candidate, where the file has some, and returns the sums. `folder` is where the federation file
+    lies. Raises GeneratorError, also where the filter keeps too few of a label.
     """
+    made = {name: _generate(one, folder, f"generate {name}") for name, one in candidate_files(file).items()}
+    if not made:
+        return _generate(file, folder, "generate")
+    filtered = "; ".join(f"{name}: {one.filter}" for name, one in made.items() if one.filter is not None)
+    return Generated(sum(one.images for one in made.values()), sum(one.kept for one in made.values()), filtered or None)
+
+
+def _generate(file: FederationFile, folder: Path, title: str) -> Generated:
     from gptfl_dist.run.filter import filter_images
     from gptfl_dist.synthesis.contact_sheet import contact_sheet, dropped_sheet
     from gptfl_dist.synthesis.synthesize import synthesize
@@ -52,7 +70,7 @@ def generate(file: FederationFile, folder: Path) -> Generated:
     except OSError as error:
         raise storage_error(error, file.run_folder) from None
     total = file.synthesis.images_per_label * len(file.labels)
-    with progress("generate", total, "images") as bar:
+    with progress(title, total, "images") as bar:
         made = synthesize(file.synthesis, file.task, file.labels, file.seed, file.synthesis.folder, bar.callback)
     selection = filter_images(file, folder)
     contact_sheet(file.synthesis.folder, file.run_folder / CONTACT_SHEET, selection)
@@ -68,19 +86,23 @@ def generate(file: FederationFile, folder: Path) -> Generated:
 def pretrain(file: FederationFile, folder: Path) -> dict[str, Any]:
     """Trains the model on the synthetic set, of which the file's filter may have kept a part.
 
-    Writes the weights into the run folder and returns how it went.
-
-    `folder` is where the federation file lies, for a model.source that names a module beside it.
+    Writes the weights into the run folder and returns how it went. Where the file has candidates, a model of each is
+    trained: the answer has `candidates`, by name, and `choice`, a line where held-out images chose (else the silos do
+    later, and it is None). `folder` is where the federation file lies, for a model.source that names a module there.
 
     Reused where the synthetic set, the model and every setting are the same and the weights are whole. Raises
     DataError, ModelError.
     """
-    import numpy as np
+    facts = {name: _pretrain(one, folder, f"pretrain {name}") for name, one in candidate_files(file).items()}
+    if not facts:
+        return _pretrain(file, folder, "pretrain")
+    return {"candidates": facts, "choice": None if asks_silos(file) else _choose_on_held_out(file, folder)}
 
-    from gptfl_dist.learning.data import load_images
+
+def _pretrain(file: FederationFile, folder: Path, title: str) -> dict[str, Any]:
     from gptfl_dist.learning.models import build_model
     from gptfl_dist.learning.pretrain import pretrain as train
-    from gptfl_dist.learning.seeding import derive_seed, usable_cores
+    from gptfl_dist.learning.seeding import usable_cores
     from gptfl_dist.run.filter import selected_images
     from gptfl_dist.synthesis.store import complete_manifest
     from gptfl_dist.weights.flat import FlatModel
@@ -99,29 +121,64 @@ def pretrain(file: FederationFile, folder: Path) -> dict[str, Any]:
         "pretraining": file.pretraining.model_dump(mode="json"),
         "threads": file.pretraining.threads or usable_cores(),
     }
-    facts, weights = file.run_folder / _PRETRAINED_FACTS, file.run_folder / PRETRAINED_WEIGHTS
+    facts, weights = file.run_folder / PRETRAINED_FACTS, file.run_folder / PRETRAINED_WEIGHTS
     if facts.exists() and weights.exists():
         known: dict[str, Any] = json.loads(facts.read_text())
         if known["request"] == request and known.get("digest") == _digest_of(weights):
             return known
-    data = load_images(_synthetic_data(file.synthesis.folder), file.task, file.labels)
-    if selection is not None:
-        data = data.subset(np.flatnonzero(selection.keeps))
+    data = _images(file, selection)
     sys.path.insert(0, str(folder.absolute()))
     model = build_model(file.model, file.task, len(file.labels), file.seed)
-    with progress("pretrain", 0, "batches") as bar:
-        result = train(
-            model,
-            data,
-            file.pretraining,
-            file.task,
-            seed=derive_seed(file.seed, "pretrain"),
-            progress=bar.callback,
-        )
+    with progress(title, 0, "batches") as bar:
+        result = train(model, data, file.pretraining, file.task, seed=_seed(file), progress=bar.callback)
     digest = FlatModel(model.cpu()).save(weights)
-    known = {"request": request, "digest": digest, **asdict(result)}
+    filtered = None if selection is None else selection.in_words()
+    known = {"request": request, "digest": digest, "images": len(data), "filter": filtered, **asdict(result)}
     write_file(facts, json.dumps(known, indent=1))
     return known
+
+
+def _choose_on_held_out(file: FederationFile, folder: Path) -> str:
+    """Adopts the candidate whose model does best on what every candidate held out, each set counting alike.
+
+    Its own set alone would favour a generator whose images are all alike. Returns a line that says how it was chosen.
+    """
+    from gptfl_dist.learning.evaluate import evaluate
+    from gptfl_dist.learning.models import build_model
+    from gptfl_dist.learning.pretrain import split_synthetic
+    from gptfl_dist.run.filter import selected_images
+    from gptfl_dist.weights.flat import FlatModel
+
+    candidates = candidate_files(file)
+    sys.path.insert(0, str(folder.absolute()))
+    model = FlatModel(build_model(file.model, file.task, len(file.labels), file.seed))
+    held_out = [
+        split_synthetic(_images(candidate, selected_images(candidate, folder)), file.pretraining, _seed(file))[1]
+        for candidate in candidates.values()
+    ]
+    accuracy = {}
+    for name, candidate in candidates.items():
+        model.load(candidate.run_folder / PRETRAINED_WEIGHTS)
+        found = [evaluate(model.model, images, file.task, device="cpu").accuracy for images in held_out]
+        accuracy[name] = sum(found) / len(found)
+    return choice_text(adopt(file, accuracy))
+
+
+def _seed(file: FederationFile) -> int:
+    """The seed of the training on synthetic data."""
+    from gptfl_dist.learning.seeding import derive_seed
+
+    return derive_seed(file.seed, "pretrain")
+
+
+def _images(file: FederationFile, selection: Selection | None) -> ImageSet:
+    """The synthetic images that are trained on."""
+    import numpy as np
+
+    from gptfl_dist.learning.data import load_images
+
+    data = load_images(_synthetic_data(file.synthesis.folder), file.task, file.labels)
+    return data if selection is None else data.subset(np.flatnonzero(selection.keeps))
 
 
 def _digest_of(weights: Path) -> str | None:
