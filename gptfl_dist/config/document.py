@@ -179,7 +179,9 @@ def _read_text(file: Path, max_bytes: int, hint: str) -> str:
     except ValueError as error:  # a path with a NUL character
         raise ConfigError(f"{str(file)!r}: no file can have this name: {error}") from None
     if len(raw) > max_bytes:
-        raise ConfigError(f"{file}: found more than {max_bytes >> 20} MiB, the largest size that is read", hint=hint)
+        raise ConfigError(
+            f"{file}: found more than {max_bytes} bytes, expected at most {max_bytes >> 20} MiB", hint=hint
+        )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -55,9 +55,9 @@ def read_prompt_set(file: Path, labels: Sequence[str]) -> dict[str, tuple[str, .
                 if not _is_text(item):
                     document.report(item, (label, index), f"found {describe(item)}, expected text{_quoted(item)}")
             found[label] = tuple(dict.fromkeys(item.value for item in node.value if _is_text(item)))
-    for label in labels:
-        if label not in nodes:
-            document.report(document.root, (label,), f"missing, {_EXPECTED}")
+    missing = [label for label in labels if label not in nodes]
+    if missing:
+        document.report(document.root, (), f"no prompts for {', '.join(missing)}, {_EXPECTED} for each label")
     if document.problems:
         raise document.error()
     return {label: found[label] for label in labels}
