@@ -147,7 +147,8 @@ def prompts(
 
     writing = None
     if text_model is not None:
-        writing = Writing(text_model, instruction or DEFAULT_INSTRUCTION, draws, keep, temperature)
+        asked = DEFAULT_INSTRUCTION if instruction is None else instruction
+        writing = Writing(text_model, asked, draws, keep, temperature)
     elif instruction is not None:
         raise ConfigError("--instruction is given without --text-model", hint="name the model that is to follow it")
     made = make_prompt_set(

@@ -160,7 +160,8 @@ def _write(
         for number, label in enumerate(file.labels):
             meaning = meanings.get(label)
             definition = meaning.sense.short_definition if meaning else ""
-            asked = writing.instruction.replace("{label}", f"{label} ({definition})" if definition else label)
+            name = label.replace("_", " ")  # a model that copies an underscore writes what the filter drops
+            asked = writing.instruction.replace("{label}", f"{name} ({definition})" if definition else name)
             drawn = model.draw(
                 asked,
                 writing.draws,

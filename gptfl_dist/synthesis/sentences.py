@@ -42,8 +42,9 @@ class TextModel:
         except GeneratorError:
             raise
         except Exception as error:  # the loaders of models and tokenizers raise nearly every type there is
+            hub = "" if folder.is_dir() else " Check the connection; a gated model also needs `hf auth login`."
             raise GeneratorError(
-                f"the text model {source} cannot be loaded: {first_line(error)}", hint=_HINT
+                f"the text model {source} cannot be loaded: {first_line(error)}", hint=_HINT + hub
             ) from error
         commit = getattr(self._model.config, "_commit_hash", None)
         self.description = (
