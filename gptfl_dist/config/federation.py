@@ -7,12 +7,23 @@ relative to the file. Sections appear in the order in which the run uses them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from gptfl_dist.config.base import Address, Name, Section
 from gptfl_dist.config.units import Duration, Size
+
+_FILLED_IN = ("templates", "styles")
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -60,10 +71,25 @@ class Model(Section):
 
 
 class Prompts(Section):
-    """How labels become prompts: every template with every style, `{label}` and `{style}` filled in."""
+    """How labels become prompts: every template with every style, `{label}` and `{style}` filled in.
+
+    Or a prompt set in `file`, a YAML file of `label: [prompt, ...]` that `gptfl prompts` makes and people edit.
+    """
 
     templates: list[str] = Field(default=["a photo of a {label}"], min_length=1)
     styles: list[str] = Field(default=[])
+    file: Path | None = None
+
+    @model_validator(mode="after")
+    def _file_stands_alone(self) -> Self:
+        given = [name for name in _FILLED_IN if name in self.model_fields_set]
+        if self.file is not None and given:
+            raise ValueError(f"file holds the prompts themselves: give it without {' and '.join(given)}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_file_replaces(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in whole(self).items() if self.file is None or name not in _FILLED_IN}
 
     @model_validator(mode="after")
     def _placeholders(self) -> Self:

@@ -26,7 +26,7 @@ from gptfl_dist.synthesis.source import files_digest
 
 EMBEDDED = Path(__file__).parent / "glyphs"
 EMBEDDED_LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SOURCES = "Give generator.source as `embedded`, a folder that holds model_index.json, or a hub id such as owner/name."
 
 
@@ -58,7 +58,7 @@ def find_generator(settings: Generator) -> GeneratorFolder:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return GeneratorFolder(source, folder, _folder_digest(folder, source))
-    if not _HUB_ID.fullmatch(source) or folder.exists():
+    if not HUB_ID.fullmatch(source) or folder.exists():
         what = "is a file" if folder.exists() else "does not exist"
         raise GeneratorError(f"generator.source is {source}, which {what}; expected a folder", hint=_SOURCES)
     folder = _download(source)

@@ -120,6 +120,10 @@ def test_a_mistake_is_named_at_its_place(tmp_path: Path, added: str, expected: s
         ("model:\n  name: transformers", "f.yaml:6:9: model.name: model.name is transformers, so model.source must"),
         ("exchange: {key: k.pem}", "f.yaml:5:17: exchange.key: key given without authority, certificate"),
         ("task: {mean: [0.1, 0.2]}", "f.yaml:5:14: task.mean: mean has 2 values, expected 1"),
+        (
+            "synthesis:\n  prompts: {file: p.yaml, styles: []}",
+            "synthesis.prompts.file: file holds the prompts themselves: give it without styles",
+        ),
         ("synthesis:\n  prompts:\n    templates: [a cat]", "synthesis.prompts: the template 'a cat' has no {label}"),
         ("arms: [gptfl, gptfl]", "f.yaml:5:7: arms: arms names gptfl twice"),
     ],
@@ -204,6 +208,7 @@ model: {name: transformers, source: ./resnet}
 synthesis:
   folder: /absolute/synthetic
   generator: {source: ../pipeline}
+  prompts: {file: prompts/set.yaml}
 exchange: {authority: a.pem, certificate: c.pem, key: k.pem}
 test_data: test
 silos:
@@ -216,6 +221,7 @@ silos:
     assert loaded.run_folder == tmp_path / "out/run"
     assert loaded.synthesis.folder == Path("/absolute/synthetic")
     assert loaded.model.source == str(tmp_path / "resnet")
+    assert loaded.synthesis.prompts.file == tmp_path / "prompts/set.yaml"
     assert loaded.synthesis.generator.source == str(tmp_path / "../pipeline")
     assert loaded.exchange.authority == tmp_path / "a.pem"
     assert loaded.test_data == tmp_path / "test"

@@ -18,6 +18,7 @@ from gptfl_dist.config import (
     LocalTraining,
     Model,
     Plan,
+    Prompts,
     SiloEntry,
     SiloFile,
     Synthesis,
@@ -57,7 +58,7 @@ def federation_files(draw: st.DrawFn) -> FederationFile:
             channels=channels, size=draw(positive), std=draw(st.lists(rates, min_size=channels, max_size=channels))
         ),
         model=draw(st.sampled_from([Model(), Model(name="transformers", source="owner/model", pretrained=True)])),
-        synthesis=Synthesis(folder=draw(paths)),
+        synthesis=Synthesis(folder=draw(paths), prompts=draw(st.just(Prompts()) | st.builds(Prompts, file=paths))),
         training=Training(
             learning_rate=draw(rates | st.lists(rates, min_size=1, max_size=3)),
             schedule=draw(st.sampled_from(["constant", "cosine"])),

@@ -49,6 +49,7 @@ def check_federation(checks: Checklist, path: Path, file: FederationFile) -> Non
     checks.run("device", lambda: _federation_devices(file))
     checks.run("model", lambda: _model(path, file))
     if _synthesises(file):
+        checks.run("prompts", lambda: _prompts(file))
         checks.run("generator", lambda: _generator(file.synthesis.generator, file.labels))
         settings = file.synthesis.filter
         if settings is not None:
@@ -114,6 +115,14 @@ def _model(path: Path, file: FederationFile) -> str:
             hint="make task and training.batch_size fit the model",
         ) from error
     return f"{file.model.name} with {layout.parameters:,} parameters ({size(layout.nbytes)}) took a batch of {count}"
+
+
+def _prompts(file: FederationFile) -> str:
+    from gptfl_dist.synthesis.prompts import build_prompts
+
+    counts = [len(prompts) for prompts in build_prompts(file.synthesis.prompts, file.labels).values()]
+    source = file.synthesis.prompts.file or "templates and styles"
+    return f"{min(counts)} to {max(counts)} a label, from {source}"
 
 
 def _generator(settings: Generator, labels: Sequence[str]) -> str:
