@@ -91,13 +91,14 @@ def test_a_classifier_that_never_agrees(judge: Path, tmp_path: Path) -> None:
 
 
 def test_the_pre_flight_loads_the_judge(judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
     def found(folder: str, **filtered: object) -> Finding:
         path = judged_federation(tmp_path / folder, **filtered)
         return next(finding for finding in check_file(path) if finding.checked == "filter")
 
     assert found("cross").status == "ok"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    fetched = found("fetched", judge="encoder", source="nobody/no-such-judge")
+    assert (fetched.exit_code, "gptfl generate would fail to download it" in fetched.found) == (4, True)
     good = found("classifier", judge="classifier", source=str(judge))
     assert (good.status, good.found) == ("ok", f"the classifier {judge} loads and judges by 3 labels")
     absent = found("absent", judge="encoder", source="./nowhere")

@@ -42,7 +42,7 @@ def test_pretrained_weights_are_reused_while_they_are_whole(tmp_path: Path) -> N
         assert weights.read_bytes() == whole
 
 
-def test_only_what_the_filter_keeps_is_trained_on(tmp_path: Path) -> None:
+def test_only_what_the_filter_keeps_is_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape_set(tmp_path / "synthetic", per_label=8)
     everything = pretrain(load_federation(shape_federation(tmp_path, 8)), tmp_path)
 
@@ -53,6 +53,7 @@ def test_only_what_the_filter_keeps_is_trained_on(tmp_path: Path) -> None:
     selection = filter_images(file, tmp_path)
     assert selection is not None
     assert selection.kept == [5, 5, 5]
+    assert "filter: done" in capsys.readouterr().err
     part = pretrain(file, tmp_path)
     assert part["request"]["selection"] == selection.digest
     assert part["digest"] != everything["digest"]
@@ -68,6 +69,7 @@ def test_only_what_the_filter_keeps_is_trained_on(tmp_path: Path) -> None:
     larger = filter_images(more, tmp_path)
     assert larger is not None
     assert larger.answers == selection.answers
+    assert "filter" not in capsys.readouterr().err
     assert pretrain(more, tmp_path)["digest"] not in (part["digest"], everything["digest"])
 
 
