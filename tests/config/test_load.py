@@ -261,3 +261,32 @@ def test_silo_file_without_data(tmp_path: Path) -> None:
         load_silo(write(tmp_path, "name: hospital\n"))
     with pytest.raises(ConfigError, match=r"f\.yaml:3:7: code: code is empty: give"):
         load_silo(write(tmp_path, "name: hospital\ndata: {path: x}\ncode: {}\n"))
+
+
+def test_paths_in_candidates_are_relative_to_the_file_and_what_they_leave_out_is_shared(tmp_path: Path) -> None:
+    text = (
+        MINIMAL
+        + """\
+synthesis:
+  images_per_label: 7
+  prompts: {file: shared.yaml}
+  candidates:
+    own: {prompts: {file: own.yaml}, generator: {source: ./pipe}}
+    strict: {filter: {judge: encoder, source: ./clip}}
+"""
+    )
+    synthesis = load_federation(write(tmp_path, text)).synthesis
+    own, strict = synthesis.of_candidate("own"), synthesis.of_candidate("strict")
+    assert (own.prompts.file, own.generator.source) == (tmp_path / "own.yaml", str(tmp_path / "pipe"))
+    assert (strict.prompts.file, strict.generator.source) == (tmp_path / "shared.yaml", "embedded")
+    assert strict.filter is not None
+    assert strict.filter.source == str(tmp_path / "clip")
+    assert (own.folder, strict.folder) == (tmp_path / "synthetic" / "own", tmp_path / "synthetic" / "strict")
+    assert own.images_per_label == strict.images_per_label == 7
+
+
+def test_a_choice_needs_two_candidates_and_someone_to_choose(tmp_path: Path) -> None:
+    one = errors_of(tmp_path, MINIMAL + "synthesis: {candidates: {calm: {}}}\n")
+    assert "expected two or more" in one
+    nobody = errors_of(tmp_path, MINIMAL + "arms: [synthetic_only]\nsynthesis: {candidates: {calm: {}, free: {}}}\n")
+    assert "choose by synthetic" in nobody

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 import torch
 from shapes import SHAPES, SIZE, shape_classifier, shapes
+from spelling import spelling_tokenizer
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
     CLIPConfig,
     CLIPModel,
-    CLIPTokenizer,
     ResNetConfig,
     ResNetModel,
 )
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from gptfl_dist.errors import ModelError
@@ -43,12 +42,10 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained CLIP for pictures of 12x12 in colour."""
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
-    letters = sorted(bytes_to_unicode().values())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={token: at for at, token in enumerate(tokens)}, merges=[], model_max_length=16)
+    tokenizer = spelling_tokenizer()
     narrow = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = {**narrow, **ends, "vocab_size": len(tokens), "max_position_embeddings": 16}
+    text = {**narrow, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
     config = CLIPConfig(
         text_config=text, vision_config={**narrow, "image_size": SIZE, "patch_size": 4}, projection_dim=8
     )
@@ -118,9 +115,16 @@ def test_an_encoder_compares_images_with_the_labels_prompts(encoder: Path) -> No
     assert not np.allclose(more.probabilities(pictures, quiet), answers, atol=1e-3)
 
 
-def test_folders_that_are_no_judge(classifier: Path, encoder: Path, tmp_path: Path) -> None:
+def test_folders_that_are_no_judge(
+    classifier: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ModelError, match=r"synthesis\.filter\.source is .*nowhere, but no such folder"):
         find_model(str(tmp_path / "nowhere"), SETTING)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ModelError, match="nobody/no-such-judge: there is no such folder, and the hub gave no such model"
+    ):
+        find_model("nobody/no-such-judge", SETTING)
     with pytest.raises(ModelError, match=r"without config\.json"):
         find_model(str(tmp_path), SETTING)
     with pytest.raises(ModelError, match="compares no images with texts"):

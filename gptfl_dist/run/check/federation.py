@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptfl_dist.aggregation.server import moment_names
 from gptfl_dist.config.federation import FederationFile, Filter, Generator, SiloEntry
 from gptfl_dist.config.load import load_silo
 from gptfl_dist.config.plan import LocalTraining, Plan
@@ -25,6 +26,7 @@ from gptfl_dist.federation.orders import Order
 from gptfl_dist.federation.silo import PolicyGuard
 from gptfl_dist.observe.wording import size
 from gptfl_dist.run.addresses import host_of, port_of, try_listening
+from gptfl_dist.run.candidates import candidate_files
 from gptfl_dist.run.check.common import (
     check_credentials,
     code_beside,
@@ -49,11 +51,8 @@ def check_federation(checks: Checklist, path: Path, file: FederationFile) -> Non
     checks.run("device", lambda: _federation_devices(file))
     checks.run("model", lambda: _model(path, file))
     if _synthesises(file):
-        checks.run("prompts", lambda: _prompts(file))
-        checks.run("generator", lambda: _generator(file.synthesis.generator, file.labels))
-        settings = file.synthesis.filter
-        if settings is not None:
-            checks.run("filter", lambda: _filter(file, settings))
+        for name, candidate in (candidate_files(file) or {"": file}).items():
+            _synthesis(checks, candidate, f" of {name}" if name else "")
     checks.run("run folder", lambda: writable(file.run_folder))
     if _synthesises(file):
         checks.run("synthesis.folder", lambda: writable(file.synthesis.folder))
@@ -68,6 +67,15 @@ def check_federation(checks: Checklist, path: Path, file: FederationFile) -> Non
     checks.run("credentials", lambda: _coordinator_credentials(file))
     checks.run("exchange.listen", lambda: _listen(file.exchange.listen))
     checks.run("MPI", _mpi)
+
+
+def _synthesis(checks: Checklist, file: FederationFile, whose: str) -> None:
+    """Prompts, generator and filter of a file, or of one of its candidates."""
+    checks.run(f"prompts{whose}", lambda: _prompts(file))
+    checks.run(f"generator{whose}", lambda: _generator(file.synthesis.generator, file.labels))
+    settings = file.synthesis.filter
+    if settings is not None:
+        checks.run(f"filter{whose}", lambda: _filter(file, settings))
 
 
 def _synthesises(file: FederationFile) -> bool:
@@ -198,13 +206,15 @@ def _space(path: Path, file: FederationFile) -> str:
     rates = len(file.training.learning_rates)
     arms = len(federated_arms(file))
     kept = 3 * arms * (1 + (rates if rates > 1 else 0)) + 1  # start, best, newest of each; the next being written
-    named = 2 * arms + 2  # models/ARM, models/ARM-final; random and pretrained weights
+    kept *= 1 + len(moment_names(file.strategy))  # with the strategy's state
+    sets = len(file.synthesis.candidates) or 1
+    named = 2 * arms + 2 + 2 * sets  # models/ARM, models/ARM-final; random, pretrained; each candidate's and its start
     spools = len(file.silos)
     silos = 2 * sum(entry.file is not None for entry in file.silos)  # received weights and update of silos run here
     wanted = {file.run_folder: model * (kept + named + spools + silos)}
     if _synthesises(file):
         image = file.task.size**2 * file.task.channels
-        wanted[file.synthesis.folder] = file.synthesis.images_per_label * len(file.labels) * image
+        wanted[file.synthesis.folder] = sets * file.synthesis.images_per_label * len(file.labels) * image
     by_disk: dict[int, tuple[Path, int]] = {}
     for folder, most in wanted.items():
         there = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
