@@ -21,7 +21,7 @@ def load_credentials(authority: Path, certificate: Path, key: Path) -> tuple[Cre
     """The credentials in these files and the identity in the certificate.
 
     Raises IdentityError where a file is missing, unreadable or open to others, where key and certificate do not
-    belong together, where the authority did not sign the certificate, or where it is not valid now.
+    belong together, where the authority did not sign the certificate, or where one of the two is not valid now.
     """
     pem = {path: _read(path) for path in (authority, certificate, key)}
     mode = stat.S_IMODE(key.stat().st_mode)
@@ -49,14 +49,21 @@ def load_credentials(authority: Path, certificate: Path, key: Path) -> tuple[Cre
             f"{certificate} was not issued by {authority}", hint="ask the coordinator's operator for a matching set"
         ) from None
     check_dates(pem[certificate], str(certificate))
+    check_dates(pem[authority], str(authority))
+    return Credentials(pem[authority], pem[certificate], pem[key]), identity_in(pem[certificate], str(certificate))
+
+
+def identity_in(certificate: bytes, name: str) -> Identity:
+    """The identity in a PEM certificate; `name` is what the message of an IdentityError calls it."""
     try:
-        names = own.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        extensions = x509.load_pem_x509_certificate(certificate).extensions
+        names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
         uris = []
     if len(uris) != 1:
-        raise IdentityError(f"{certificate}: carries {len(uris)} URIs, expected exactly one", hint=_HINT)
-    return Credentials(pem[authority], pem[certificate], pem[key]), Identity.from_uri(uris[0])
+        raise IdentityError(f"{name}: carries {len(uris)} URIs, expected exactly one", hint=_HINT)
+    return Identity.from_uri(uris[0])
 
 
 def check_dates(certificate: bytes, name: str) -> None:

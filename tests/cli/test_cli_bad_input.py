@@ -209,7 +209,7 @@ def foreign_set(folder: Path) -> tuple[str, ...]:
     make_credentials(folder.parent / "waiting.yaml", ["127.0.0.1"], folder.parent / "foreign", 90)
     shutil.rmtree(folder)
     shutil.copytree(folder.parent / "foreign" / "silo-1", folder)
-    return "no TLS connection with the coordinator", "coordinator.authority"
+    return "the certificate of 127.0.0.1:", "is not one to trust: ", "coordinator.authority"
 
 
 def certificate_of_another_authority(folder: Path) -> tuple[str, ...]:

@@ -214,7 +214,7 @@ def test_a_silo_whose_coordinator_is_not_the_one_it_trusts(tmp_path: Path) -> No
         (stranger.issue_coordinator(["127.0.0.1"]), stranger.certificate, "127.0.0.1", "not one to trust"),
         (own, authority.certificate, "localhost", "not one to trust: Hostname mismatch"),
         (own, stranger.certificate, "127.0.0.1", "certificate"),  # it takes only certificates of another authority
-        (None, b"", "127.0.0.1", "no TLS 1.3 connection"),
+        (None, b"", "127.0.0.1", "speaks no TLS"),
     ]
     for credentials, clients, host, part in cases:
         with serving(credentials, clients) as port:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptfl_dist.config.base import host_of, port_of
 from gptfl_dist.config.federation import FederationFile, Generator, SiloEntry
 from gptfl_dist.config.load import load_silo
 from gptfl_dist.config.plan import LocalTraining, Plan
@@ -24,7 +25,7 @@ from gptfl_dist.errors import (
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.federation.silo import PolicyGuard
 from gptfl_dist.observe.wording import size
-from gptfl_dist.run.addresses import host_of, port_of, try_listening
+from gptfl_dist.run.addresses import try_listening
 from gptfl_dist.run.check.common import (
     check_credentials,
     code_beside,
