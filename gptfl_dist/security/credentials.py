@@ -17,13 +17,18 @@ from gptfl_dist.security.identity import Identity
 _HINT = "`gptfl credentials` makes a set for every side"
 
 
-def load_credentials(authority: Path, certificate: Path, key: Path) -> tuple[Credentials, Identity]:
+def load_credentials(
+    authority: Path, certificate: Path, key: Path, *, section: str | None = None
+) -> tuple[Credentials, Identity]:
     """The credentials in these files and the identity in the certificate.
+
+    `section` is that of the federation or silo file which names them, None where they were found another way.
 
     Raises IdentityError where a file is missing, unreadable or open to others, where key and certificate do not
     belong together, where the authority did not sign the certificate, or where one of the two is not valid now.
     """
-    pem = {path: _read(path) for path in (authority, certificate, key)}
+    named = {"authority": authority, "certificate": certificate, "key": key}
+    pem = {path: _read(path, f"{section}.{name}: " if section else "") for name, path in named.items()}
     mode = stat.S_IMODE(key.stat().st_mode)
     if mode & 0o077:
         raise IdentityError(f"{key}: others may read this private key (mode {mode:04o})", hint=f"chmod 600 {key}")
@@ -78,10 +83,10 @@ def check_dates(certificate: bytes, name: str) -> None:
         )
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, setting: str) -> bytes:
     try:
         if path.stat().st_size > 1 << 20:
-            raise IdentityError(f"{path}: too large for a PEM file", hint=_HINT)
+            raise IdentityError(f"{setting}{path}: too large for a PEM file", hint=_HINT)
         return path.read_bytes()
     except OSError as error:
-        raise IdentityError(f"{path}: {error.strerror}", hint=_HINT) from None
+        raise IdentityError(f"{setting}{path}: {error.strerror}", hint=_HINT) from None

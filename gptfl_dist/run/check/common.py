@@ -66,7 +66,8 @@ def check_credentials(
 
     from gptfl_dist.security.credentials import load_credentials
 
-    credentials, identity = load_credentials(authority, certificate, key)
+    section = "exchange" if role == "coordinator" else "coordinator"
+    credentials, identity = load_credentials(authority, certificate, key, section=section)
     if identity.role != role or name not in (None, identity.name) or federation not in (None, identity.federation):
         whose = f"{role} {name}" if name else role
         raise IdentityError(

@@ -13,7 +13,7 @@ from gptfl_dist.run.check.common import (
     valid_until,
     writable,
 )
-from gptfl_dist.run.check.findings import Checklist
+from gptfl_dist.run.check.findings import Checklist, Doubt
 
 
 def check_silo(checks: Checklist, path: Path, silo: SiloFile) -> None:
@@ -27,8 +27,8 @@ def check_silo(checks: Checklist, path: Path, silo: SiloFile) -> None:
     if side is None:
         checks.run("coordinator", lambda: "none named: this silo runs under gptfl run or mpiexec alone")
         return
-    checks.run("credentials", lambda: _silo_credentials(silo, side))
-    checks.run("coordinator", lambda: _reach(side))
+    usable = checks.run("credentials", lambda: _silo_credentials(silo, side))
+    checks.run("coordinator", lambda: _reach(side) if usable else _not_dialled(side))
 
 
 def _silo_device(silo: SiloFile) -> str:
@@ -67,6 +67,10 @@ def _silo_code(path: Path, silo: SiloFile) -> str:
 def _silo_credentials(silo: SiloFile, side: Coordinator) -> str:
     expiry = check_credentials(side.authority, side.certificate, side.key, "silo", silo.name, None)
     return valid_until(expiry, f"those of {silo.name}")
+
+
+def _not_dialled(side: Coordinator) -> str:
+    raise Doubt(f"{side.address} was not dialled: that needs the credentials", "mend them, then check again")
 
 
 def _reach(side: Coordinator) -> str:
