@@ -21,7 +21,8 @@ from gptfl_dist.errors import ConfigError
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 20
-HINT = "`gptfl init` prints a commented file with every setting, its default and its unit."
+HINT = "`gptfl init` prints a commented federation file with every setting, its default and its unit."
+SILO_HINT = "`gptfl init silo` prints a commented silo file with every setting, its default and its unit."
 
 Value = None | bool | int | float | str | list["Value"] | dict[str, "Value"]
 Keys = tuple[str | int, ...]
@@ -99,6 +100,7 @@ class Document:
 
     file: Path
     root: yaml.Node
+    hint: str
     value: Value = None
     problems: list[Problem] = field(default_factory=list)
 
@@ -108,14 +110,14 @@ class Document:
 
     def error(self) -> ConfigError:
         """All problems in one exception, in the order of the file."""
-        return config_error(self.file, self.problems)
+        return config_error(self.file, self.problems, self.hint)
 
 
-def read_document(file: Path) -> Document:
-    """Read a YAML file. Raises ConfigError where it cannot be read or is not YAML."""
-    text = _read_text(file)
-    root = _compose(file, text)
-    document = Document(file, root)
+def read_document(file: Path, hint: str = f"{HINT} {SILO_HINT}") -> Document:
+    """Read a YAML file. Raises ConfigError, with `hint`, where it cannot be read or is not YAML."""
+    text = _read_text(file, hint)
+    root = _compose(file, text, hint)
+    document = Document(file, root, hint)
     document.value = _convert(document, root, ())
     return document
 
@@ -143,15 +145,15 @@ def describe(node: yaml.Node) -> str:
             return f'"{text}" (text)'
 
 
-def config_error(file: Path, problems: list[Problem]) -> ConfigError:
+def config_error(file: Path, problems: list[Problem], hint: str) -> ConfigError:
     """One exception for all problems of a file, each with its place and setting."""
     lines = []
     for problem in sorted(set(problems), key=lambda p: (p.line, p.column, p.text)):
         setting = dotted(problem.keys)
         lines.append(f"{file}:{problem.line}:{problem.column}: {setting + ': ' if setting else ''}{problem.text}")
     if len(lines) == 1:
-        return ConfigError(lines[0], hint=HINT)
-    return ConfigError("\n  ".join([f"{file} has {len(lines)} errors:", *lines]), hint=HINT)
+        return ConfigError(lines[0], hint=hint)
+    return ConfigError("\n  ".join([f"{file} has {len(lines)} errors:", *lines]), hint=hint)
 
 
 def dotted(keys: Keys) -> str:
@@ -166,12 +168,12 @@ def mapping_items(node: yaml.MappingNode) -> Iterator[tuple[yaml.ScalarNode, yam
             yield key, value
 
 
-def _read_text(file: Path) -> str:
+def _read_text(file: Path, hint: str) -> str:
     try:
         with file.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(f"{file}: there is no such file", hint=f"Check the path. {HINT}") from None
+        raise ConfigError(f"{file}: there is no such file", hint=f"Check the path. {hint}") from None
     except IsADirectoryError:
         raise ConfigError(f"{file}: found a folder, expected a YAML file", hint="Name the file in it.") from None
     except OSError as error:
@@ -179,17 +181,17 @@ def _read_text(file: Path) -> str:
     except ValueError as error:  # a path with a NUL character
         raise ConfigError(f"{str(file)!r}: no file can have this name: {error}") from None
     if len(raw) > MAX_BYTES:
-        raise ConfigError(f"{file}: found more than {MAX_BYTES} bytes, expected at most 1 MiB", hint=HINT)
+        raise ConfigError(f"{file}: found more than {MAX_BYTES} bytes, expected at most 1 MiB", hint=hint)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = raw[: error.start]
         line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
         text = f"found the byte 0x{raw[error.start]:02x}, expected text in UTF-8"
-        raise config_error(file, [Problem(line, column, (), text)]) from None
+        raise config_error(file, [Problem(line, column, (), text)], hint) from None
 
 
-def _compose(file: Path, text: str) -> yaml.Node:
+def _compose(file: Path, text: str, hint: str) -> yaml.Node:
     loader: Any = None
     try:
         loader = _Loader(text)
@@ -198,23 +200,23 @@ def _compose(file: Path, text: str) -> yaml.Node:
         before = text[: error.position]
         line, column = before.count("\n") + 1, error.position - before.rfind("\n")
         found = f"found the character U+{ord(text[error.position]):04X}, which YAML does not allow"
-        raise config_error(file, [Problem(line, column, (), found)]) from None
+        raise config_error(file, [Problem(line, column, (), found)], hint) from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
         why = error.problem or "not valid YAML"
         if not isinstance(error, _Refused):
             why = f"not valid YAML: {error.context + ', ' if error.context else ''}{why}"
-        raise config_error(file, [Problem(line, column, (), why)]) from None
+        raise config_error(file, [Problem(line, column, (), why)], hint) from None
     except (ValueError, OverflowError):  # PyYAML's own, for an escape beyond Unicode such as "\UFFFFFFFF"
         mark = loader.get_mark()
         why = "found an escape that is no character"
-        raise config_error(file, [Problem(mark.line + 1, mark.column + 1, (), why)]) from None
+        raise config_error(file, [Problem(mark.line + 1, mark.column + 1, (), why)], hint) from None
     if root is None or (isinstance(root, yaml.ScalarNode) and root.tag == _TAG + "null"):
-        raise ConfigError(f"{file}: the file is empty, expected settings", hint=HINT)
+        raise ConfigError(f"{file}: the file is empty, expected settings", hint=hint)
     if not isinstance(root, yaml.MappingNode):
         why = f"found {describe(root)}, expected settings as `key: value` lines"
-        raise config_error(file, [Problem(root.start_mark.line + 1, root.start_mark.column + 1, (), why)])
+        raise config_error(file, [Problem(root.start_mark.line + 1, root.start_mark.column + 1, (), why)], hint)
     return root
 
 

@@ -255,3 +255,32 @@ def test_silo_file_without_data(tmp_path: Path) -> None:
         load_silo(write(tmp_path, "name: hospital\n"))
     with pytest.raises(ConfigError, match=r"f\.yaml:3:7: code: code is empty: give"):
         load_silo(write(tmp_path, "name: hospital\ndata: {path: x}\ncode: {}\n"))
+
+
+@pytest.mark.parametrize("text", ["name: hospital\ndata: {pathh: x}\n", "name: [\n", "", "- 1\n", b"\xff"])
+def test_a_mistake_in_a_silo_file_leads_to_the_silo_file_that_init_prints(tmp_path: Path, text: str | bytes) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_silo(write(tmp_path, text))
+    assert "`gptfl init silo` prints" in caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["name: trial\nlabels: [cat, 3]\n", "name: [\n", "", "- 1\n", b"\xff"])
+def test_a_mistake_in_a_federation_file_leads_to_the_federation_file(tmp_path: Path, text: str | bytes) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_federation(write(tmp_path, text))
+    assert "`gptfl init` prints" in caught.value.hint
+
+
+def test_a_file_of_the_other_kind_is_known_by_its_keys(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_federation(write(tmp_path, "name: hospital\ndata: {path: x}\ndevice: cpu\n"))
+    assert caught.value.message == f"{tmp_path / 'f.yaml'} looks like a silo file, expected a federation file"
+    assert "`gptfl silo`" in caught.value.hint
+    with pytest.raises(ConfigError) as caught:
+        load_silo(write(tmp_path, MINIMAL))
+    assert caught.value.message == f"{tmp_path / 'f.yaml'} looks like a federation file, expected a silo file"
+    for command in ("run", "coordinator", "generate", "pretrain", "credentials"):
+        assert f"`gptfl {command}`" in caught.value.hint
+    # One foreign key more than its own would make it the other kind; as many do not.
+    with pytest.raises(ConfigError, match="unknown key"):
+        load_federation(write(tmp_path, "name: trial\nlabels: [a, b]\ndata: {path: x}\n"))

@@ -126,6 +126,7 @@ def test_a_file_that_is_neither_or_wrong(text: str, part: str, tmp_path: Path) -
     (only,) = check_file(tmp_path / "file.yaml")
     assert (only.checked, only.status, only.exit_code) == ("file", "failed", 2)
     assert part in only.found
+    assert "`gptfl init" in only.hint
 
 
 # Credentials of the coordinator
