@@ -21,7 +21,7 @@ from gptfl_dist.errors import ConfigError
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 20
-HINT = "`gptfl init` prints a commented federation file with every setting, its default and its unit."
+HINT = "`gptfl init` prints a commented file with every setting, its default and its unit."
 SILO_HINT = "`gptfl init silo` prints a commented silo file with every setting, its default and its unit."
 
 Value = None | bool | int | float | str | list["Value"] | dict[str, "Value"]
@@ -113,18 +113,17 @@ class Document:
         return config_error(self.file, self.problems, self.hint)
 
 
-def read_document(file: Path, hint: str = f"{HINT} {SILO_HINT}") -> Document:
+def read_document(file: Path, *, max_bytes: int = MAX_BYTES, hint: str = HINT) -> Document:
     """Read a YAML file. Raises ConfigError, with `hint`, where it cannot be read or is not YAML."""
-    text = _read_text(file, hint)
-    root = _compose(file, text, hint)
+    root = _compose(file, _read_text(file, max_bytes, hint), hint)
     document = Document(file, root, hint)
     document.value = _convert(document, root, ())
     return document
 
 
-def dump_yaml(value: object) -> str:
-    """Plain values as a YAML text that `read_document` reads back equal."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+def dump_yaml(value: object, *, width: float = 110) -> str:
+    """Plain values as a YAML text that `read_document` reads back equal, in lines of about `width` characters."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width)
 
 
 def describe(node: yaml.Node) -> str:
@@ -168,10 +167,10 @@ def mapping_items(node: yaml.MappingNode) -> Iterator[tuple[yaml.ScalarNode, yam
             yield key, value
 
 
-def _read_text(file: Path, hint: str) -> str:
+def _read_text(file: Path, max_bytes: int, hint: str) -> str:
     try:
         with file.open("rb") as stream:
-            raw = stream.read(MAX_BYTES + 1)
+            raw = stream.read(max_bytes + 1)
     except FileNotFoundError:
         raise ConfigError(f"{file}: there is no such file", hint=f"Check the path. {hint}") from None
     except IsADirectoryError:
@@ -180,8 +179,10 @@ def _read_text(file: Path, hint: str) -> str:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}", hint="Check the path and its rights.") from None
     except ValueError as error:  # a path with a NUL character
         raise ConfigError(f"{str(file)!r}: no file can have this name: {error}") from None
-    if len(raw) > MAX_BYTES:
-        raise ConfigError(f"{file}: found more than {MAX_BYTES} bytes, expected at most 1 MiB", hint=hint)
+    if len(raw) > max_bytes:
+        raise ConfigError(
+            f"{file}: found more than {max_bytes} bytes, expected at most {max_bytes >> 20} MiB", hint=hint
+        )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -84,7 +84,7 @@ def to_yaml(file: FederationFile | SiloFile) -> str:
 
 
 def _load(path: Path, kind: type[_S]) -> _S:
-    document = read_document(path, SILO_HINT if kind is SiloFile else HINT)
+    document = read_document(path, hint=SILO_HINT if kind is SiloFile else HINT)
     try:
         # Through JSON, because strict validation takes a path written as text only from there; strict, because a
         # quoted "3" is no number and the text yes is no truth value.

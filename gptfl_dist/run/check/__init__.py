@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gptfl_dist.config.document import read_document
+from gptfl_dist.config.document import HINT, SILO_HINT, read_document
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import kind_of, load_federation, load_silo
 from gptfl_dist.config.silo import SiloFile
@@ -39,12 +39,12 @@ def check_file(path: Path) -> list[Finding]:
 
 def _load(path: Path) -> FederationFile | SiloFile:
     """The file, of the kind that more of its keys belong to. Raises ConfigError."""
-    value = read_document(path).value
+    value = read_document(path, hint=f"{HINT} {SILO_HINT}").value
     kind = kind_of(value)
     if kind is None:
         keys = sorted(value) if isinstance(value, dict) else []
         raise ConfigError(
             f"{path} has the keys {', '.join(keys) or '(none)'}: neither a federation file nor a silo file",
-            hint="a federation file has labels and silos (`gptfl init` prints one), a silo file data (`gptfl init silo`)",
+            hint="a federation file has labels and silos (see `gptfl init`), a silo file has data (`gptfl init silo`)",
         )
     return load_federation(path) if kind is FederationFile else load_silo(path)
