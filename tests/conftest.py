@@ -1,4 +1,4 @@
-"""Fixtures for tests that start real `gptfl` commands."""
+"""Fixtures for tests that start real `gptfl` commands, and the profile of the property tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from support import Commands, Federation
+
+# A slow machine makes no test fail.
+settings.register_profile("gptfl", deadline=None)
+settings.load_profile("gptfl")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ bitwise the same whatever the order of arrival, and memory is a few blocks whate
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -28,14 +28,16 @@ def weighted_mean(
     base: FlatReader,
     updates: Mapping[str, FlatReader],
     samples: Mapping[str, int],
-    server_learning_rate: float,
+    step: Callable[[int, NDArray[np.float64]], NDArray[np.float64]],
 ) -> Iterator[bytes]:
     """The next weights as consecutive blocks of the flat buffer.
 
-    Floating tensors: w + eta * sum_k (n_k / n) d_k, with d_k the update of silo k and n_k its sample count (FedAvg,
-    arXiv:1602.05629, algorithm 1, with the server's learning rate eta of arXiv:2003.00295). Integers count something
-    (batches seen): the largest increase of any silo is added. Booleans are kept as they are.
+    Floating tensors: w + step(sum_k (n_k / n) d_k), with d_k the update of silo k and n_k its sample count (FedAvg,
+    arXiv:1602.05629, algorithm 1). `step(place, mean)` is given the mean update of a block, float64 (n,), and how many
+    floating elements lie before it; it returns what is added to the weights. Integers count something (batches seen):
+    the largest increase of any silo is added. Booleans are kept as they are.
     """
+    place = 0
     silos = sorted(updates)
     total = sum(samples[silo] for silo in silos)
     shares = {silo: samples[silo] / total for silo in silos}
@@ -49,9 +51,8 @@ def weighted_mean(
                 mean = np.zeros(len(widen(block, segment.dtype)), np.float64)
                 for silo in silos:
                     mean += shares[silo] * widen(updates[silo].read(start, size), segment.dtype)
-                mean *= server_learning_rate
-                mean += widen(block, segment.dtype)
-                yield narrow(mean, segment.dtype)
+                yield narrow(widen(block, segment.dtype) + step(place, mean), segment.dtype)
+                place += len(mean)
             else:
                 dtype = np.dtype(_NUMPY[segment.dtype])
                 increase = np.frombuffer(updates[silos[0]].read(start, size), dtype)

@@ -15,6 +15,7 @@ from gptfl_dist.config.base import Address, Name, Section
 from gptfl_dist.config.units import Duration, Size
 
 Share = Annotated[float, Field(gt=0, lt=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 Arm = Literal["synthetic_only", "fedavg_random", "gptfl"]
 Device = Annotated[
     str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="a device: auto, cpu, cuda, cuda:1 or mps")
@@ -113,13 +114,20 @@ class Pretraining(Section):
 
 
 class Training(Section):
-    """A silo's local training in each round. Several learning rates make a grid that `tuning` chooses from."""
+    """A silo's local training in each round. Several learning rates make a grid that `tuning` chooses from.
+
+    `schedule`, `warm_up_rounds` and `head_rounds` count the arm's rounds: they say how one round differs from another.
+    """
 
     epochs: PositiveInt = 1
     batch_size: PositiveInt = 32
     learning_rate: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=1)] = 0.05
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    warm_up_rounds: NonNegativeInt = 0
+    head_rounds: NonNegativeInt = 0
+    momentum: Momentum = 0.0
     weight_decay: NonNegativeFloat = 0.0
+    proximal: NonNegativeFloat = 0.0
     clip_norm: PositiveFloat | None = None
     augmentation: bool = False
     threads: PositiveInt = 1
@@ -144,7 +152,16 @@ class Federation(Section):
     quorum: Literal["all", "majority"] | PositiveInt = "majority"
     deadline: Duration = 600.0
     join_deadline: Duration = 300.0
-    server_learning_rate: PositiveFloat = 1.0
+
+
+class Strategy(Section):
+    """How the mean update becomes the next weights: the server's optimiser (FedOpt, arXiv:2003.00295, algorithm 2)."""
+
+    optimizer: Literal["sgd", "adam", "yogi", "adagrad"] = "sgd"
+    learning_rate: PositiveFloat = 1.0
+    momentum: Momentum = 0.0
+    second_momentum: Momentum = 0.99
+    adaptivity: PositiveFloat = 1e-3
 
 
 class Exchange(Section):
@@ -191,6 +208,7 @@ class FederationFile(Section):
     training: Training = Training()
     tuning: Tuning = Tuning()
     federation: Federation = Federation()
+    strategy: Strategy = Strategy()
     exchange: Exchange = Exchange()
     test_data: Path | None = None
     silos: list[SiloEntry] = Field(min_length=1)

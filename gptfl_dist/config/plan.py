@@ -5,12 +5,13 @@ Both travel as JSON and are validated again on arrival, by the same types as the
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from gptfl_dist.config.base import Name, Section
-from gptfl_dist.config.federation import FederationFile, Model, Task
+from gptfl_dist.config.federation import FederationFile, Model, Momentum, Task, Training
 
 
 class Plan(Section):
@@ -29,18 +30,42 @@ class Plan(Section):
 
 
 class LocalTraining(Section):
-    """One round's local training at a silo: `training` of the federation file with the learning rate decided."""
+    """One round's local training at a silo: `training` of the federation file as it stands in that round."""
 
     epochs: PositiveInt
     batch_size: PositiveInt
     learning_rate: PositiveFloat
-    momentum: Annotated[float, Field(ge=0, lt=1)]
+    momentum: Momentum
     weight_decay: NonNegativeFloat
+    proximal: NonNegativeFloat = 0.0
     clip_norm: PositiveFloat | None = None
     augmentation: bool
     threads: PositiveInt
+    trained: Literal["all", "head"] = "all"
 
     @classmethod
-    def of(cls, file: FederationFile, learning_rate: float) -> LocalTraining:
-        """The local training that a federation file asks for, at one learning rate of its grid."""
-        return cls(**{**file.training.model_dump(), "learning_rate": learning_rate})
+    def of(cls, file: FederationFile, learning_rate: float, round_: int) -> LocalTraining:
+        """The local training that a federation file asks for in a round (from 1), at one learning rate of its grid."""
+        training = file.training
+        shared = cls.model_fields.keys() & Training.model_fields.keys()
+        return cls(
+            **{
+                **training.model_dump(include=shared),
+                "learning_rate": learning_rate * rate_factor(training, round_, file.federation.rounds),
+                "trained": "head" if round_ <= training.head_rounds else "all",
+            }
+        )
+
+
+def rate_factor(training: Training, round_: int, rounds: int) -> float:
+    """What the learning rate is multiplied by in a round from 1 to `rounds`: above 0, at most 1.
+
+    The rate climbs linearly over the warm-up rounds; with `cosine` it falls along half a wave over all rounds (SGDR
+    without restarts, arXiv:1608.03983, equation 5, counted in rounds), and the last round still trains. Rounds beyond
+    `rounds`, as of a longer trial, train at the last round's rate.
+    """
+    climb = min(1.0, round_ / (training.warm_up_rounds + 1))
+    if training.schedule == "constant":
+        return climb
+    left = rounds - min(round_, rounds) + 1
+    return climb * math.sin(0.5 * math.pi * left / rounds) ** 2  # = (1 + cos(pi * (round - 1) / rounds)) / 2, never 0

@@ -1,6 +1,7 @@
-"""A silo's local training in one round: plain SGD from the weights it was given.
+"""A silo's local training in one round: SGD from the weights it was given.
 
-Nothing outlives the call but the weights: a new optimiser each time, every draw from the seed.
+Nothing outlives the call but the weights: a new optimiser each time, every draw from the seed. With
+`settings.trained` at `head`, the last layer alone is trained and the rest runs as in evaluation.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from gptfl_dist.errors import DataError, TrainerError
 from gptfl_dist.learning.augment import augment
 from gptfl_dist.learning.data import ImageSet
 from gptfl_dist.learning.device import resolve_device
-from gptfl_dist.learning.models import logits
+from gptfl_dist.learning.models import head_of, logits
 from gptfl_dist.learning.preprocess import normalise
 from gptfl_dist.learning.seeding import derive_seed, deterministic
 
@@ -45,9 +46,14 @@ def train(
     started = time.monotonic()
     deterministic(seed, settings.threads)
     target = resolve_device(device)
-    model.to(target).train()
+    model.to(target)
+    trained = model if settings.trained == "all" else head_of(model)
+    model.eval()
+    trained.train()
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    received = [parameter.detach().clone() for parameter in parameters] if settings.proximal else []
     optimiser = torch.optim.SGD(
-        model.parameters(),
+        parameters,
         lr=settings.learning_rate,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
@@ -71,9 +77,11 @@ def train(
                     "if the loss is not finite in the first batch, the received weights are at fault",
                 )
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
+            if settings.proximal:
+                _pull_back(parameters, received, settings.proximal)
             if settings.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+                torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             optimiser.step()
             epoch_loss += value * len(chosen)
             done += 1
@@ -83,6 +91,13 @@ def train(
         "samples": float(len(data)),
         "seconds": time.monotonic() - started,
     }
+
+
+def _pull_back(parameters: list[nn.Parameter], received: list[torch.Tensor], strength: float) -> None:
+    """Adds the gradient of mu / 2 * ||w - w_received||^2 (FedProx, arXiv:1812.06127, equation 2)."""
+    for parameter, anchor in zip(parameters, received, strict=True):
+        pull = (parameter.detach() - anchor) * strength
+        parameter.grad = pull if parameter.grad is None else parameter.grad + pull
 
 
 def batch_count(samples: int, batch_size: int) -> int:

@@ -49,6 +49,21 @@ def logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return scores
 
 
+def head_of(model: nn.Module) -> nn.Module:
+    """The last layer: what a `transformers` model has behind its backbone, else the last module with parameters.
+
+    Raises ModelError where the model has no parameters.
+    """
+    children = dict(model.named_children())
+    backbone = getattr(model, "base_model_prefix", None)
+    if backbone in children:
+        return nn.ModuleList(child for name, child in children.items() if name != backbone)
+    layers = [layer for layer in model.modules() if next(layer.parameters(recurse=False), None) is not None]
+    if not layers:
+        raise ModelError("the model has no parameters to train", hint="give a network with at least one layer")
+    return layers[-1]
+
+
 def _cnn(task: Task, label_count: int) -> nn.Module:
     """Two convolutions and two linear layers, for small images on a CPU. Average pooling costs half of max pooling."""
     side = task.size // 4

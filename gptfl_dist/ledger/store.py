@@ -135,7 +135,7 @@ class Ledger:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "weights").mkdir(exist_ok=True, mode=0o700)
                 undo.enter_context(locked(folder))
-                for where in (folder, folder / "weights", folder / "models"):
+                for where in (folder, folder / "weights", folder / "strategy", folder / "models"):
                     for part in where.glob(".*.part"):
                         part.unlink()  # of a process that was killed while it wrote
                 self._database = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
@@ -282,10 +282,27 @@ class Ledger:
         incoming.replace(self.weights_path(digest))  # found again by the row that names it, or written anew
         return digest
 
+    @property
+    def incoming_state(self) -> Path:
+        """Where the strategy's state of a round is written, before `keep_state`."""
+        return self.folder / "strategy" / "incoming.safetensors"
+
+    def state_path(self, digest: str) -> Path:
+        """Where the strategy's state lies that belongs to the weights of this digest."""
+        return self.folder / "strategy" / f"{digest}.safetensors"
+
+    def keep_state(self, digest: str) -> None:
+        """Puts the state that was written, if there is one, beside the weights of this digest."""
+        with self._storing(), contextlib.suppress(FileNotFoundError):
+            self.incoming_state.replace(self.state_path(digest))
+
     def drop_weights_except(self, digests: Iterable[str]) -> None:
-        """Deletes the weights that nothing needs any more."""
+        """Deletes the weights that nothing needs any more, with their strategy's state."""
         keep = {self.weights_path(digest).name for digest in digests}
-        for path in (self.folder / "weights").glob("*.safetensors"):
+        for path in [
+            *(self.folder / "weights").glob("*.safetensors"),
+            *(self.folder / "strategy").glob("*.safetensors"),
+        ]:
             if path.name not in keep:
                 path.unlink(missing_ok=True)
 

@@ -69,7 +69,7 @@ class ArmRun:
         self._weights: WeightsFile | None = None
         self._began: tuple[float, int, int] | None = None  # time and traffic; None once the round is closed
         self._seconds = rules.deadline
-        self._training = LocalTraining.of(file, plan.learning_rate)
+        self._file = file
 
     @property
     def weights(self) -> WeightsFile:
@@ -88,7 +88,9 @@ class ArmRun:
         self._weights = weights
 
     def order_for(self, silo: str) -> Order:
-        training = self._training if self._kind == "train" else None
+        training = None
+        if self._kind == "train":
+            training = LocalTraining.of(self._file, self.plan.learning_rate, self.round)
         return Order(self._kind, self.nonces[silo], self.plan.name, self.round, self._base, self._seconds, training)
 
     def begin_counting(self, traffic: Traffic) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from gptfl_dist.aggregation.mean import weighted_mean
+from gptfl_dist.aggregation.server import stepping
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.plan import Plan
 from gptfl_dist.errors import FederationError
@@ -291,8 +292,12 @@ class Federator:
     def _aggregate(self, arm: ArmRun, record: RoundRecord, silos: tuple[str, ...]) -> str:
         samples = {order.silo: order.samples for order in record.orders if order.samples is not None}
         updates = self._inbox.updates(silos)
-        rate = self._file.federation.server_learning_rate
-        return self._ledger.add_weights(self._layout, weighted_mean(self._layout, arm.weights, updates, samples, rate))
+        old = self._ledger.state_path(record.base) if record.round > 1 else None
+        with stepping(self._file.strategy, self._layout, old, self._ledger.incoming_state) as optimizer:
+            blocks = weighted_mean(self._layout, arm.weights, updates, samples, optimizer.step)
+            digest = self._ledger.add_weights(self._layout, blocks)
+        self._ledger.keep_state(digest)
+        return digest
 
     def _commit(self, silo: str, order: Order, report: Report, digest: str) -> None:
         self._ledger.commit(order.arm, order.round, silo, report.samples, report.metrics, digest)

@@ -15,7 +15,17 @@ PRIVATE = 0o700
 """The mode of a silo's work folder, which nobody but its owner enters."""
 
 _MADE_BY_A_RUN = (
-    *("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "weights", "spools", "silos", "models", "logs"),
+    *(
+        "ledger.sqlite",
+        "ledger.sqlite-wal",
+        "ledger.sqlite-shm",
+        "weights",
+        "strategy",
+        "spools",
+        "silos",
+        "models",
+        "logs",
+    ),
     *("summary.json", "report.html", "pretrained.safetensors", "pretrained.json", "random.safetensors", CONTACT_SHEET),
 )
 """What `--fresh` deletes: never the federation file, data or a synthetic set that lie in the same folder."""

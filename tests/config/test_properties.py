@@ -28,6 +28,7 @@ from gptfl_dist.config import (
     to_yaml,
 )
 from gptfl_dist.config.document import dump_yaml, read_document
+from gptfl_dist.config.plan import rate_factor
 from gptfl_dist.config.units import format_duration, format_size, parse_duration, parse_size
 from gptfl_dist.errors import ConfigError
 
@@ -57,7 +58,12 @@ def federation_files(draw: st.DrawFn) -> FederationFile:
         ),
         model=draw(st.sampled_from([Model(), Model(name="transformers", source="owner/model", pretrained=True)])),
         synthesis=Synthesis(folder=draw(paths)),
-        training=Training(learning_rate=draw(rates | st.lists(rates, min_size=1, max_size=3))),
+        training=Training(
+            learning_rate=draw(rates | st.lists(rates, min_size=1, max_size=3)),
+            schedule=draw(st.sampled_from(["constant", "cosine"])),
+            warm_up_rounds=draw(st.integers(0, 100)),
+            head_rounds=draw(st.integers(0, 100)),
+        ),
         federation=Federation.model_validate(
             {"cohort": draw(st.just("all") | st.integers(1, len(silos))), "deadline": draw(durations)}
         ),
@@ -114,13 +120,13 @@ def test_a_quantity_beyond_any_number_is_refused() -> None:
         Federation.model_validate({"deadline": "9" * 400 + "h"})
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(federation_files())
 def test_a_federation_file_dumped_loads_back_equal(load_text: Callable[..., object], file: FederationFile) -> None:
     assert load_text(to_yaml(file), load_federation) == file
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(names, paths, st.dictionaries(labels, labels, max_size=4), sizes)
 def test_a_silo_file_dumped_loads_back_equal(
     load_text: Callable[..., object], name: str, path: Path, renamed: dict[str, str], size: str
@@ -142,7 +148,7 @@ values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.dictionaries(labels, values, min_size=1, max_size=5))
 def test_plain_values_dumped_read_back_equal(load_text: Callable[..., object], value: dict[str, object]) -> None:
     document = load_text(dump_yaml(value), read_document)
@@ -150,7 +156,7 @@ def test_plain_values_dumped_read_back_equal(load_text: Callable[..., object], v
     assert document.value == value
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.text(max_size=60) | st.binary(max_size=60))
 def test_no_text_raises_anything_but_config_error(load_text: Callable[..., object], text: str | bytes) -> None:
     for loader in (load_federation, load_silo):
@@ -166,7 +172,7 @@ wrong = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.dictionaries(keys, wrong, min_size=1, max_size=6))
 def test_no_settings_raise_anything_but_config_error(load_text: Callable[..., object], value: object) -> None:
     for loader in (load_federation, load_silo):
@@ -174,7 +180,7 @@ def test_no_settings_raise_anything_but_config_error(load_text: Callable[..., ob
             load_text(dump_yaml(value), loader)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(federation_files(), st.data())
 def test_a_damaged_file_raises_nothing_but_config_error(
     load_text: Callable[..., object], file: FederationFile, data: st.DataObject
@@ -187,13 +193,36 @@ def test_a_damaged_file_raises_nothing_but_config_error(
         load_text(damaged, load_federation)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(federation_files())
 def test_plan_and_local_training_survive_the_wire(file: FederationFile) -> None:
     plan = Plan.of(file)
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
     assert (plan.labels, plan.task, plan.model) == (file.labels, file.task, file.model)
     for rate in file.training.learning_rates:
-        local = LocalTraining.of(file, rate)
-        assert local.learning_rate == rate
-        assert LocalTraining.model_validate_json(local.model_dump_json()) == local
+        for round_ in (1, 2, file.federation.rounds):
+            local = LocalTraining.of(file, rate, round_)
+            assert 0 < local.learning_rate <= rate
+            assert LocalTraining.model_validate_json(local.model_dump_json()) == local
+
+
+recipes = st.builds(Training, schedule=st.sampled_from(["constant", "cosine"]), warm_up_rounds=st.integers(0, 20))
+
+
+@given(recipes, st.integers(1, 10**9))
+def test_the_rate_climbs_over_the_warm_up_and_never_after_it(training: Training, rounds: int) -> None:
+    warm_up = training.warm_up_rounds
+    factors = [rate_factor(training, round_, rounds) for round_ in range(1, warm_up + 30)]
+    assert all(0 < factor <= 1 for factor in factors)
+    after = factors[warm_up:]
+    assert after == sorted(after, reverse=True)
+    if training.schedule == "constant":
+        assert after == [1.0] * len(after)
+        assert factors[:warm_up] == sorted(factors[:warm_up])
+    assert 0 < rate_factor(training, rounds, rounds) <= 1
+
+
+def test_a_cosine_halves_the_rate_in_the_middle_of_the_rounds() -> None:
+    training = Training(schedule="cosine")
+    assert [rate_factor(training, round_, 100) for round_ in (1, 51)] == pytest.approx([1.0, 0.5])
+    assert rate_factor(training, 100, 100) < 0.001

@@ -84,7 +84,7 @@ def _rounds(folder: Path, count: int) -> list[Result]:
     spec.loader.exec_module(network)
     weights, update = folder / "weights.safetensors", folder / "update.safetensors"
     FlatModel(network.Network()).save(weights)
-    training = LocalTraining.of(file, 0.05)
+    training = LocalTraining.of(file, 0.05, 1)
 
     async def run() -> list[Result]:
         runner = ProcessRunner(load_silo(folder / "hospital.yaml"), folder, folder / "trainer.log")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gptfl_dist.errors import DataError
 from gptfl_dist.learning.partition import dirichlet_partition
 
 
-@settings(deadline=None)
 @given(
     labels=st.lists(st.integers(0, 9), min_size=60, max_size=400).map(np.array),
     silos=st.integers(1, 6),

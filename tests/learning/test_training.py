@@ -79,6 +79,51 @@ def test_a_clipped_gradient_makes_steps_of_bounded_length(
     assert 0 < moved <= clipped.learning_rate * 0.01 * steps * 1.001
 
 
+def test_the_head_alone_is_trained_and_the_rest_runs_as_in_evaluation(
+    digits: ImageSet, settings: LocalTraining, tmp_path: Path
+) -> None:
+    from transformers import ResNetConfig
+
+    ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_channels=1
+    ).save_pretrained(tmp_path)
+    data = digits.subset(range(0, 1500, 10))
+    head_only = settings.model_copy(update={"trained": "head"})
+    task = Task(size=32)
+    for description in (Model(name="transformers", source=str(tmp_path)), Model(), Model(name="convnet")):
+        model = build_model(description, task, 10, seed=0)
+        before = copy.deepcopy(model.state_dict())
+        train(model, data, head_only, task, seed=1, device="cpu", progress=quiet)
+        changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+        last = list(before)[-1].removesuffix("bias")
+        assert changed == {f"{last}weight", f"{last}bias"}
+        # The next round trains everything again.
+        train(model, data, settings, task, seed=1, device="cpu", progress=quiet)
+        assert all(
+            not torch.equal(tensor, before[name]) for name, tensor in model.named_parameters() if tensor.ndim > 1
+        )
+
+
+def test_the_proximal_term_is_that_of_fedprox(digits: ImageSet, task: Task, settings: LocalTraining) -> None:
+    """Two full-batch steps against the formula; the first one does not feel the term yet."""
+    data = digits.subset(range(0, 1500, 100))
+    rate, strength = 0.05, 3.0
+    model = build_model(Model(), task, 10, seed=0)
+    reference, received = copy.deepcopy(model), copy.deepcopy(model)
+    chosen = settings.model_copy(update={"epochs": 2, "learning_rate": rate, "proximal": strength})
+    train(model, data, chosen, task, seed=1, device="cpu", progress=quiet)
+    for _ in range(2):
+        pairs = zip(reference.parameters(), received.parameters(), strict=True)
+        distance = sum((parameter - anchor.detach()).square().sum() for parameter, anchor in pairs)
+        loss = F.cross_entropy(reference(normalise(data.images, task)), data.labels) + strength / 2 * distance
+        gradients = torch.autograd.grad(loss, list(reference.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(reference.parameters(), gradients, strict=True):
+                parameter.sub_(rate * gradient)
+    for mine, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
 def test_no_state_between_rounds(digits: ImageSet, task: Task, settings: LocalTraining) -> None:
     data = digits.subset(range(0, 1500, 15))
     chosen = settings.model_copy(update={"momentum": 0.9, "learning_rate": 0.02})

@@ -99,6 +99,7 @@ class World:
         released: list[str] | None = None,
         rates: list[float] | None = None,
         tuning: int = 1,
+        strategy: Mapping[str, object] | None = None,
         **rules: Any,
     ) -> None:
         """`script` gives a silo's metrics or raises TrainerError; `released` are the metrics that may leave a silo."""
@@ -114,6 +115,7 @@ class World:
                 "arms": [ARM],
                 "training": {"learning_rate": rates or 0.25},
                 "tuning": {"rounds": tuning},
+                "strategy": strategy or {},
                 "federation": {
                     "rounds": 3,
                     "quorum": "all",

@@ -27,6 +27,7 @@ from federated import (
     value_of,
 )
 
+from gptfl_dist.config.federation import Training
 from gptfl_dist.errors import FederationError, StorageError, TrainerError
 from gptfl_dist.exchange import inbox as inbox_module
 from gptfl_dist.exchange.base import Goodbye, Recalled, UpdateHeader
@@ -70,7 +71,7 @@ def answered(record: ArmRecord, round_: int) -> set[str]:
 @pytest.mark.parametrize("rate", [1.0, 0.5])
 @in_loop
 async def test_the_weights_have_the_closed_form_of_federated_averaging(tmp_path: Path, rate: float) -> None:
-    async with World(tmp_path, server_learning_rate=rate) as world:
+    async with World(tmp_path, strategy={"learning_rate": rate}) as world:
         record = await world.federate()
     assert world.value() == START + ROUNDS * rate * mean_step(SAMPLES)
     assert [value_of(world.model())] == [START + ROUNDS * rate * (1 * 105 + 3 * -210 + 4 * 420) / 8]
@@ -79,6 +80,42 @@ async def test_the_weights_have_the_closed_form_of_federated_averaging(tmp_path:
     assert [r.kind for r in record.rounds] == ["train"] * ROUNDS + ["evaluate"]
     assert world.notes.closed == [(ARM, r) for r in range(1, ROUNDS + 1)]
     assert world.trained("a") == [(ARM, r) for r in range(1, ROUNDS + 1)]
+
+
+@in_loop
+async def test_the_strategy_s_momentum_goes_from_round_to_round_and_from_arm_to_arm_starts_anew(tmp_path: Path) -> None:
+    async with World(tmp_path, rates=[0.25, 0.5], strategy={"momentum": 0.5}) as world:
+        await world.federate()
+    step = mean_step(SAMPLES)
+    assert world.value() == START + step + 1.5 * step + 1.75 * step
+    # No state of a model that is no longer kept stays behind.
+    kept = {path.name for path in (world.file.run_folder / "weights").iterdir()}
+    assert {path.name for path in (world.file.run_folder / "strategy").iterdir()} <= kept
+
+
+@in_loop
+async def test_a_strategy_whose_state_was_lost_says_so(tmp_path: Path) -> None:
+    async with World(tmp_path, rounds=2, strategy={"optimizer": "adam", "learning_rate": 0.1}) as world:
+        late = world.network.hold("c", "upload", round=2, arm=ARM)
+        run = asyncio.create_task(world.federate())
+        await late.reached.wait()
+        for state in (world.file.run_folder / "strategy").iterdir():
+            state.unlink()
+        late.release()
+        with pytest.raises(StorageError, match="state is lost"):
+            await run
+
+
+@in_loop
+async def test_each_round_is_ordered_as_the_recipe_says(tmp_path: Path) -> None:
+    async with World(tmp_path, rounds=4) as world:
+        recipe = {"learning_rate": 0.5, "schedule": "cosine", "warm_up_rounds": 1, "head_rounds": 2}
+        world.file = world.file.model_copy(update={"training": Training.model_validate(recipe)})
+        await world.federate()
+    told = [order.training for order in world.trainers["a"].orders if order.training is not None]
+    assert [training.trained for training in told] == ["head", "head", "all", "all"]
+    falls = [0.5, 1 / 2 + 2**0.5 / 4, 0.5, 1 / 2 - 2**0.5 / 4]  # half of it in the warm-up, then along the cosine
+    assert [training.learning_rate for training in told] == pytest.approx([0.5 * fall for fall in [0.5, *falls[1:]]])
 
 
 @in_loop
@@ -347,7 +384,8 @@ WRITES = [
     name
     for name in vars(Ledger)
     if not name.startswith("_")
-    and name not in ("folder", "close", "fact", "seconds", "arm", "arms", "weights_path", "add_seconds")
+    and name not in ("folder", "close", "fact", "seconds", "arm", "arms", "add_seconds")
+    and name not in ("weights_path", "state_path", "incoming_state")
 ]
 for _name in WRITES:
     setattr(MortalLedger, _name, _mortal(_name))
@@ -401,7 +439,10 @@ async def live(world: World, asked_twice: list[Order], instant: str = "", count:
 
 def disturbed(folder: Path) -> World:
     """A federation in which one silo fails in the first round."""
-    return World(folder, rounds=2, quorum="majority", script=failing("b", 1))
+    return World(folder, rounds=2, quorum="majority", script=failing("b", 1), strategy={"momentum": 0.5})
+
+
+DISTURBED = START + mean_step("ac") + (0.5 * mean_step("ac") + mean_step("abc"))
 
 
 @in_loop
@@ -411,7 +452,7 @@ async def test_a_coordinator_that_is_killed_at_any_step_comes_to_the_same_weight
         whole = await live(world, [])
         undisturbed = world.record()
     times = Counter(whole.instants)
-    steps = ("add_weights", "begin_arm", "open_round", "publish", "send", "commit", "fail", "close_round")
+    steps = ("add_weights", "begin_arm", "open_round", "publish", "send", "commit", "fail", "keep_state", "close_round")
     assert {f"before {step}" for step in steps} <= set(times)
     for instant, count in sorted({(name, count) for name in times for count in (1, times[name])}):
         asked_twice: list[Order] = []
@@ -427,7 +468,7 @@ async def test_a_coordinator_that_is_killed_at_any_step_comes_to_the_same_weight
         assert (record.final, record.best_round) == (undisturbed.final, undisturbed.best_round), where
         assert [r.cohort for r in record.rounds] == [r.cohort for r in undisturbed.rounds], where
         assert [answered(record, r) for r in (1, 2)] == [{"a", "c"}, {"a", "b", "c"}], where
-        assert world.value() == START + mean_step("ac") + mean_step("abc"), where
+        assert world.value() == DISTURBED, where
         assert [world.trained(silo) for silo in "ac"] == [[(ARM, 1), (ARM, 2)]] * 2, where
 
 
@@ -445,7 +486,7 @@ async def test_a_coordinator_that_is_killed_again_and_again_comes_to_the_same_we
             assert lives < 50
     assert lives > 2
     assert asked_twice == []
-    assert world.value() == START + mean_step("ac") + mean_step("abc")
+    assert world.value() == DISTURBED
 
 
 @in_loop

@@ -219,7 +219,7 @@ def _silo_file(path: Path, file: FederationFile, entry: SiloEntry, silo_path: Pa
         raise ConfigError(
             f"{silo_path}: name is {silo.name}, {path} expects {entry.name}", hint="make the two names the same"
         )
-    training = LocalTraining.of(file, file.training.learning_rates[0])
+    training = LocalTraining.of(file, file.training.learning_rates[0], 1)
     PolicyGuard(silo.policy).check(Order("train", "", file.arms[0], 1, "", file.federation.deadline, training))
     from gptfl_dist.run.arm import rounds_planned
 
