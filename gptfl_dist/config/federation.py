@@ -7,7 +7,7 @@ relative to the file. Sections appear in the order in which the run uses them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -62,7 +62,7 @@ class Model(Section):
 class Prompts(Section):
     """How labels become prompts: every template with every style, `{label}` and `{style}` filled in."""
 
-    templates: list[str] = Field(default=["a photo of a {label}"], min_length=1)
+    templates: list[str] = Field(default=["a handwritten digit {label}"], min_length=1)
     styles: list[str] = Field(default=[])
 
     @model_validator(mode="after")
@@ -97,6 +97,18 @@ class Synthesis(Section):
     shard_size: PositiveInt = 100
     folder: Path = Path("synthetic")
     threads: NonNegativeInt = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _templates_of_the_generator(cls, settings: Any) -> Any:
+        """Templates that are left out fit the generator: the embedded one knows but one kind of prompt."""
+        if not isinstance(settings, dict):
+            return settings
+        generator, prompts = settings.get("generator"), settings.get("prompts", {})
+        own = isinstance(generator, dict) and generator.get("source", "embedded") != "embedded"
+        if not own or not isinstance(prompts, dict) or {"templates", "file"} & prompts.keys():
+            return settings
+        return {**settings, "prompts": {"templates": ["a photo of a {label}"], **prompts}}
 
 
 class Pretraining(Section):

@@ -284,3 +284,15 @@ def test_a_file_of_the_other_kind_is_known_by_its_keys(tmp_path: Path) -> None:
     # One foreign key more than its own would make it the other kind; as many do not.
     with pytest.raises(ConfigError, match="unknown key"):
         load_federation(write(tmp_path, "name: trial\nlabels: [a, b]\ndata: {path: x}\n"))
+
+
+def test_prompts_that_are_left_out_fit_the_generator(tmp_path: Path) -> None:
+    def templates(synthesis: str) -> list[str]:
+        return load_federation(write(tmp_path, MINIMAL + f"synthesis: {synthesis}\n")).synthesis.prompts.templates
+
+    digits, photos = ["a handwritten digit {label}"], ["a photo of a {label}"]
+    assert load_federation(write(tmp_path, MINIMAL)).synthesis.prompts.templates == digits
+    assert templates("{generator: {steps: 3}}") == templates("{generator: {source: embedded}}") == digits
+    assert templates("{generator: {source: ./sd}}") == photos
+    assert templates("{generator: {source: owner/name}, prompts: {styles: [old]}}") == photos
+    assert templates('{generator: {source: ./sd}, prompts: {templates: ["{label}"]}}') == ["{label}"]
