@@ -298,7 +298,7 @@ def init(kind: Annotated[Kind, typer.Argument()] = Kind.federation, format_: For
 
     \b
     gptfl init > federation.yaml
-    gptfl init silo > silo.yaml
+    gptfl init silo > silo-1.yaml
     """
     from importlib import resources
 

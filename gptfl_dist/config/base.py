@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -21,6 +22,19 @@ Address = Annotated[
     ),
     Field(description="a host and a port of at most 65535 as host:port"),
 ]
+
+
+def host_of(address: str) -> str:
+    """The host of host:port, an IPv6 address without its brackets and in its one spelling."""
+    host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return host
+
+
+def port_of(address: str) -> int:
+    return int(address.rpartition(":")[2])
 
 
 class Section(BaseModel):

@@ -76,7 +76,7 @@ class Prompts(Section):
     Or a prompt set in `file`, a YAML file of `label: [prompt, ...]` that `gptfl prompts` makes and people edit.
     """
 
-    templates: list[str] = Field(default=["a photo of a {label}"], min_length=1)
+    templates: list[str] = Field(default=["a handwritten digit {label}"], min_length=1)
     styles: list[str] = Field(default=[])
     file: Path | None = None
 
@@ -170,6 +170,18 @@ class Synthesis(Section):
                 "folder": self.folder / name,
             }
         )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _templates_of_the_generator(cls, settings: Any) -> Any:
+        """Templates that are left out fit the generator: the embedded one knows but one kind of prompt."""
+        if not isinstance(settings, dict):
+            return settings
+        generator, prompts = settings.get("generator"), settings.get("prompts", {})
+        own = isinstance(generator, dict) and generator.get("source", "embedded") != "embedded"
+        if not own or not isinstance(prompts, dict) or {"templates", "file"} & prompts.keys():
+            return settings
+        return {**settings, "prompts": {"templates": ["a photo of a {label}"], **prompts}}
 
 
 class Pretraining(Section):

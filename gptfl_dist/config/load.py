@@ -17,9 +17,19 @@ import yaml
 from pydantic import ValidationError
 
 from gptfl_dist.config.base import Section
-from gptfl_dist.config.document import Document, Keys, describe, dump_yaml, mapping_items, read_document
+from gptfl_dist.config.document import (
+    HINT,
+    SILO_HINT,
+    Document,
+    Keys,
+    describe,
+    dump_yaml,
+    mapping_items,
+    read_document,
+)
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.silo import SiloFile
+from gptfl_dist.errors import ConfigError
 
 _S = TypeVar("_S", bound=Section)
 
@@ -41,6 +51,13 @@ _EXPECTED = {
 }
 
 
+_TAKEN_BY = {
+    "federation": "`gptfl run`, `gptfl coordinator`, `gptfl generate`, `gptfl pretrain`, `gptfl credentials` and "
+    "`gptfl check`",
+    "silo": "`gptfl silo` and `gptfl check`, and for `file` of an entry under silos in the federation file",
+}
+
+
 def load_federation(path: Path) -> FederationFile:
     """The federation file at `path`, its paths resolved against its folder. Raises ConfigError."""
     return _load(path, FederationFile)
@@ -51,18 +68,34 @@ def load_silo(path: Path) -> SiloFile:
     return _load(path, SiloFile)
 
 
+def kind_of(value: object) -> type[FederationFile] | type[SiloFile] | None:
+    """The kind of file that more of the keys of these settings belong to; None where no key belongs to one alone."""
+    keys = set(value) if isinstance(value, dict) else set()
+    federation, silo = set(FederationFile.model_fields), set(SiloFile.model_fields)
+    of_federation, of_silo = len(keys & (federation - silo)), len(keys & (silo - federation))
+    if of_federation == of_silo == 0:
+        return None
+    return FederationFile if of_federation >= of_silo else SiloFile
+
+
 def to_yaml(file: FederationFile | SiloFile) -> str:
     """The text of a file that loads back equal (relative paths: when it is written into the same folder)."""
     return dump_yaml(file.model_dump(mode="json"))
 
 
 def _load(path: Path, kind: type[_S]) -> _S:
-    document = read_document(path)
+    document = read_document(path, hint=SILO_HINT if kind is SiloFile else HINT)
     try:
         # Through JSON, because strict validation takes a path written as text only from there; strict, because a
         # quoted "3" is no number and the text yes is no truth value.
         file = kind.model_validate_json(json.dumps(document.value, allow_nan=False), strict=True)
     except ValidationError as error:
+        if (found := kind_of(document.value)) not in (None, kind):
+            wrong, right = ("federation", "silo") if found is FederationFile else ("silo", "federation")
+            raise ConfigError(
+                f"{path} looks like a {wrong} file, expected a {right} file",
+                hint=f"{wrong} files are for {_TAKEN_BY[wrong]}",
+            ) from None
         _report(document, kind, error)
         raise document.error() from None
     if document.problems:

@@ -216,6 +216,12 @@ class Coordinator:
             return set()
         return set(self._cohort) - self._delivered - self._failed.keys()
 
+    @property
+    def missing(self) -> set[str]:
+        """The silos that are not connected and are waited for."""
+        wanted = set(self._rules.silos) if self.state == "gather" else self.awaited
+        return wanted - self._connected
+
     def _next_round(self) -> list[Command]:
         self.round += 1
         self.state = "gather"

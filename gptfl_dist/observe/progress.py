@@ -12,7 +12,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
@@ -29,6 +29,7 @@ INTERVAL = 10.0
 """Seconds between two plain lines of one stage, at least."""
 
 _RECENT_ROUNDS = 5
+_SHOWN_AT_WORK = 3  # silos, those furthest behind
 
 
 class Progress(ABC):
@@ -156,6 +157,8 @@ class RoundTable:
         self._stream = stream or sys.stderr
         self._bar = _bar(_console()) if _on_terminal(self._stream) else None
         self._header_due = True
+        self._at_work: dict[str, int] = {}  # how far each silo's training is, per cent
+        self._missing = ""
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -198,12 +201,32 @@ class RoundTable:
             )
         )
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, left=_left(self.seconds_left))
+            self._bar.update(self._task, completed=self._done)
+        self._show()
 
-    def working(self, note: str) -> None:
-        """A short word on what goes on in the round; seen on a terminal alone."""
-        if self._bar is not None:
-            self._bar.update(self._task, note=note)
+    def working(self, silo: str, done: int, total: int) -> None:
+        """How far a silo's training is; seen on a terminal alone, as are the next two."""
+        self._at_work[silo] = 100 * done // max(1, total)
+        self._show()
+
+    def silo_done(self, silo: str) -> None:
+        """A silo is at work no more."""
+        self._at_work.pop(silo, None)
+        self._show()
+
+    def waiting_for(self, silos: Sequence[str]) -> None:
+        """The silos that are missing stand in place of the time left, which nobody knows until they are here."""
+        self._missing = ", ".join(silos)
+        self._show()
+
+    def _show(self) -> None:
+        if self._bar is None:
+            return
+        left = f"waiting for {self._missing}" if self._missing else _left(self.seconds_left)
+        last = sorted(self._at_work.items(), key=lambda silo: silo[1])
+        note = ", ".join(f"{silo} {share} %" for silo, share in last[:_SHOWN_AT_WORK])
+        more = len(last) - _SHOWN_AT_WORK
+        self._bar.update(self._task, left=left, note=f"{note}, and {more} more" if more > 0 else note)
 
     def _print(self, line: str) -> None:
         if self._bar is None:

@@ -1,33 +1,18 @@
-"""Addresses as the files name them, host:port, and whether one can be listened on."""
+"""Whether an address of a file, host:port, can be listened on."""
 
 from __future__ import annotations
 
 import errno
-import ipaddress
 import socket
 
+from gptfl_dist.config.base import host_of, port_of
 from gptfl_dist.errors import LaunchError
-
-__all__ = ["host_of", "port_of", "try_listening"]
 
 _REASONS = {
     errno.EADDRINUSE: "the port is in use",
     errno.EADDRNOTAVAIL: "the address is not this machine's",
     errno.EACCES: "this user may not open the port",
 }
-
-
-def host_of(address: str) -> str:
-    """The host of host:port, an IPv6 address without its brackets and in its one spelling."""
-    host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
-    try:
-        return str(ipaddress.ip_address(host))
-    except ValueError:
-        return host
-
-
-def port_of(address: str) -> int:
-    return int(address.rpartition(":")[2])
 
 
 def try_listening(address: str) -> None:

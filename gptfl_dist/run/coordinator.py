@@ -56,7 +56,13 @@ class Terminal:
         _log.info("%s: round %d of %d closed, %d of %d silos", arm, record.round, rounds, delivered, len(record.cohort))
 
     def silo_progress(self, silo: str, done: int, total: int) -> None:
-        self.table.working(f"{silo} {100 * done // max(1, total)} %")
+        self.table.working(silo, done, total)
+
+    def silo_done(self, silo: str) -> None:
+        self.table.silo_done(silo)
+
+    def waiting_for(self, silos: tuple[str, ...]) -> None:
+        self.table.waiting_for(silos)
 
     def note(self, text: str) -> None:
         _log.info(text)

@@ -62,6 +62,12 @@ class Watcher(Protocol):
     def silo_progress(self, silo: str, done: int, total: int) -> None:
         """How many batches of its local training a silo has behind it."""
 
+    def silo_done(self, silo: str) -> None:
+        """Of this silo no more progress is to be expected: it delivered, failed, was recalled or left."""
+
+    def waiting_for(self, silos: tuple[str, ...]) -> None:
+        """The silos that are missing, without which it does not go on; none where it does."""
+
     def note(self, text: str) -> None:
         """Something that the operator should read."""
 
@@ -87,6 +93,8 @@ class Federator:
         )
         self.exchange = make_exchange(self._inbox)
         self._connected: set[str] = set()
+        self._news: list[str] = []  # who came and went since the operator was told last
+        self._missing: tuple[str, ...] = ()  # as the operator was told
         self._assembled = False  # whether all silos were waited for, once in this process
         self._queue: asyncio.Queue[ExchangeEvent | machine.Event | BaseException] = asyncio.Queue()
         self._pump: asyncio.Task[None] | None = None
@@ -226,6 +234,7 @@ class Federator:
             while True:
                 for command in commands:
                     await self._do(arm, command)
+                self._tell_who_is_here(arm)
                 if arm.machine.state == "done":
                     break
                 commands = []
@@ -283,6 +292,7 @@ class Federator:
         elif isinstance(command, machine.Recall):
             ledger.fail(plan.name, command.round, command.silo, command.reason)
             self._watcher.note(f"{plan.name}, round {command.round}: {command.silo} recalled: {command.reason}")
+            self._watcher.silo_done(command.silo)
             await self.exchange.recall(command.silo, arm.nonces[command.silo], command.reason)
         elif isinstance(command, machine.SetDeadline):
             event = machine.DeadlinePassed(command.round, command.state)
@@ -333,11 +343,12 @@ class Federator:
             raise event.error
         if isinstance(event, SiloJoined):
             self._connected.add(event.silo)
-            self._watcher.note(f"{event.silo} joined: {len(self._connected)} of {len(self._silos)} silos are here")
+            self._news.append(f"{event.silo} joined")
             return [machine.Joined(event.silo)]
         if isinstance(event, SiloLeft):
             self._connected.discard(event.silo)
-            _log.warning("silo %s left", event.silo)
+            self._news.append(f"{event.silo} left")
+            self._watcher.silo_done(event.silo)
             return [machine.Left(event.silo)]
         if isinstance(event, Answered | OrderFailed | SiloProgress):
             return self._answer(arm, event) if arm.nonces.get(event.silo) == event.nonce else []
@@ -351,12 +362,25 @@ class Federator:
         if isinstance(event, SiloProgress):
             self._watcher.silo_progress(event.silo, event.done, event.total)
             return []
+        self._watcher.silo_done(event.silo)
         if isinstance(event, Answered):
             self._note_spent(arm)
             return [machine.Delivered(event.silo, arm.round)]
         self._ledger.fail(arm.plan.name, arm.round, event.silo, event.reason)
         self._watcher.note(f"{arm.plan.name}, round {arm.round}: {event.silo} failed: {event.reason}")
         return [machine.Failed(event.silo, arm.round, event.reason)]
+
+    def _tell_who_is_here(self, arm: ArmRun) -> None:
+        """One line where a silo came or went, or where others are waited for than before."""
+        missing = tuple(sorted(arm.machine.missing))
+        if missing != self._missing:
+            self._missing = missing
+            self._watcher.waiting_for(missing)
+            if missing:
+                self._news.append(f"waiting for {', '.join(missing)}")
+        if self._news:
+            self._watcher.note(f"{', '.join(self._news)} ({len(self._connected)} of {len(self._silos)} are here)")
+            self._news.clear()
 
     async def _pump_events(self) -> None:
         while True:

@@ -33,7 +33,7 @@ async def run_coordinator(path: Path, say: Callable[[str], None]) -> Summary:
             hint="make them with: gptfl credentials FEDERATION_FILE --host NAME, and name them in the file",
         )
     try_listening(settings.listen)  # gRPC would find out only after hours of synthesis
-    credentials, identity = load_credentials(settings.authority, settings.certificate, settings.key)
+    credentials, identity = load_credentials(settings.authority, settings.certificate, settings.key, section="exchange")
     if identity.role != "coordinator":
         raise IdentityError(f"{settings.certificate} is the certificate of {identity.uri}, expected the coordinator's")
 
@@ -73,7 +73,8 @@ async def run_silo(
         files = [side.authority, side.certificate, side.key]
     else:
         raise ConfigError("--coordinator without --credentials", hint="give both, or name them in the silo file")
-    credentials, identity = load_credentials(*files)
+    section = "coordinator" if credentials_folder is None else None
+    credentials, identity = load_credentials(*files, section=section)
     if identity.role != "silo" or identity.name != silo.name:
         raise IdentityError(
             f"{files[1]} is the certificate of {identity.uri}, but {path} is the file of the silo {silo.name}",

@@ -153,6 +153,7 @@ class Silo:
         self._welcome: Welcome | None = None
         self._work: asyncio.Task[None] | None = None
         self._pause = FIRST_PAUSE  # grows until an answer gets through: to be connected alone is not enough
+        self._said = ""  # why there is no connection, as the operator was told
         self._order: Order | None = None  # the order that is worked on, or was answered last
         self._result: Result | None = None  # its result, once there is one
         try:
@@ -170,15 +171,20 @@ class Silo:
                     welcome = await self._exchange.connect()
                     await self._prepare(welcome)
                     await self._exchange.ready()
+                    if self._said:
+                        _log.info("connected again")
+                        self._said = ""
                     goodbye = await self._listen()
                     await self._runner.finish()
                     return goodbye
                 except Disconnected as broken:
+                    if str(broken) != self._said:
+                        self._said = str(broken)
+                        pauses = f"with pauses of up to {LONGEST_PAUSE:g} s"
+                        _log.warning("not connected: %s; trying again until it succeeds, %s", broken, pauses)
                     # Jitter keeps the silos of a restarted coordinator from coming back all at once.
-                    wait = self._pause * random.uniform(0.5, 1.0)
-                    _log.warning("not connected (%s); trying again in %.1f s", broken, wait)
+                    await asyncio.sleep(self._pause * random.uniform(0.5, 1.0))
                     self._pause = min(2 * self._pause, LONGEST_PAUSE)
-                    await asyncio.sleep(wait)
         finally:
             await self._drop_work()
             await self._runner.stop()

@@ -17,13 +17,18 @@ from gptfl_dist.security.identity import Identity
 _HINT = "`gptfl credentials` makes a set for every side"
 
 
-def load_credentials(authority: Path, certificate: Path, key: Path) -> tuple[Credentials, Identity]:
+def load_credentials(
+    authority: Path, certificate: Path, key: Path, *, section: str | None = None
+) -> tuple[Credentials, Identity]:
     """The credentials in these files and the identity in the certificate.
 
+    `section` is that of the federation or silo file which names them, None where they were found another way.
+
     Raises IdentityError where a file is missing, unreadable or open to others, where key and certificate do not
-    belong together, where the authority did not sign the certificate, or where it is not valid now.
+    belong together, where the authority did not sign the certificate, or where one of the two is not valid now.
     """
-    pem = {path: _read(path) for path in (authority, certificate, key)}
+    named = {"authority": authority, "certificate": certificate, "key": key}
+    pem = {path: _read(path, f"{section}.{name}: " if section else "") for name, path in named.items()}
     mode = stat.S_IMODE(key.stat().st_mode)
     if mode & 0o077:
         raise IdentityError(f"{key}: others may read this private key (mode {mode:04o})", hint=f"chmod 600 {key}")
@@ -49,14 +54,21 @@ def load_credentials(authority: Path, certificate: Path, key: Path) -> tuple[Cre
             f"{certificate} was not issued by {authority}", hint="ask the coordinator's operator for a matching set"
         ) from None
     check_dates(pem[certificate], str(certificate))
+    check_dates(pem[authority], str(authority))
+    return Credentials(pem[authority], pem[certificate], pem[key]), identity_in(pem[certificate], str(certificate))
+
+
+def identity_in(certificate: bytes, name: str) -> Identity:
+    """The identity in a PEM certificate; `name` is what the message of an IdentityError calls it."""
     try:
-        names = own.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        extensions = x509.load_pem_x509_certificate(certificate).extensions
+        names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
         uris = []
     if len(uris) != 1:
-        raise IdentityError(f"{certificate}: carries {len(uris)} URIs, expected exactly one", hint=_HINT)
-    return Credentials(pem[authority], pem[certificate], pem[key]), Identity.from_uri(uris[0])
+        raise IdentityError(f"{name}: carries {len(uris)} URIs, expected exactly one", hint=_HINT)
+    return Identity.from_uri(uris[0])
 
 
 def check_dates(certificate: bytes, name: str) -> None:
@@ -71,10 +83,10 @@ def check_dates(certificate: bytes, name: str) -> None:
         )
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, setting: str) -> bytes:
     try:
         if path.stat().st_size > 1 << 20:
-            raise IdentityError(f"{path}: too large for a PEM file", hint=_HINT)
+            raise IdentityError(f"{setting}{path}: too large for a PEM file", hint=_HINT)
         return path.read_bytes()
     except OSError as error:
-        raise IdentityError(f"{path}: {error.strerror}", hint=_HINT) from None
+        raise IdentityError(f"{setting}{path}: {error.strerror}", hint=_HINT) from None

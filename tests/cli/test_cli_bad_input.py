@@ -186,6 +186,18 @@ def test_a_coordinator_with_the_certificate_of_a_silo(gptfl: Commands, tmp_path:
     assert "expected the coordinator's" in message
 
 
+def test_a_missing_key_is_said_with_the_setting_that_names_it(gptfl: Commands, tmp_path: Path) -> None:
+    file = institution(tmp_path, 0)
+    own = ", ".join(f"{name}: credentials/silo-1/{name}.pem" for name in ("authority", "certificate", "key"))
+    (tmp_path / "silo-1.yaml").open("a").write(f"coordinator: {{address: '127.0.0.1:1', {own}}}\n")
+    for path in tmp_path.glob("credentials/*/key.pem"):
+        path.unlink()
+    message = refused(gptfl.start("coordinator", file, "--format", "json"), 6)
+    assert f"exchange.key: {tmp_path / 'credentials' / 'coordinator' / 'key.pem'}: No such file" in message
+    message = refused(gptfl.start("silo", tmp_path / "silo-1.yaml", "--format", "json"), 6)
+    assert f"coordinator.key: {tmp_path / 'credentials' / 'silo-1' / 'key.pem'}: No such file" in message
+
+
 @pytest.fixture(scope="module")
 def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """The folder and address of a coordinator that waits for its silos; it must survive them all and stop cleanly."""
@@ -209,7 +221,7 @@ def foreign_set(folder: Path) -> tuple[str, ...]:
     make_credentials(folder.parent / "waiting.yaml", ["127.0.0.1"], folder.parent / "foreign", 90)
     shutil.rmtree(folder)
     shutil.copytree(folder.parent / "foreign" / "silo-1", folder)
-    return "no TLS connection with the coordinator", "coordinator.authority"
+    return "the certificate of 127.0.0.1:", "is not one to trust: ", "coordinator.authority"
 
 
 def certificate_of_another_authority(folder: Path) -> tuple[str, ...]:

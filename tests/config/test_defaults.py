@@ -23,6 +23,7 @@ from gptfl_dist.config import (
     silo_schema,
 )
 from gptfl_dist.config.document import read_document
+from gptfl_dist.synthesis.generator import EMBEDDED_LABELS
 
 FILES = {"federation.yaml": FederationFile, "silo.yaml": SiloFile}
 # A setting that is commented out: "# key: value" in the place where it would stand.
@@ -59,7 +60,7 @@ def at(value: Any, keys: tuple[str, ...]) -> Any:
 
 
 def test_the_default_files_load_as_they_stand() -> None:
-    assert load_federation(default_file("federation.yaml")).labels == ["cat", "dog"]
+    assert tuple(load_federation(default_file("federation.yaml")).labels) == EMBEDDED_LABELS
     assert load_silo(default_file("silo.yaml")).name == "silo-1"
 
 
@@ -72,6 +73,8 @@ def test_every_setting_stands_in_the_file_with_its_default(name: str, tmp_path: 
     assert uncommented.problems == []
     for keys, field in settings_of(FILES[name]):
         assert at(uncommented.value, keys) is not None, keys
+        if keys == ("silos", "file"):
+            continue  # part of the example that the file gives of a silo
         if field.default is None and next(sections(field.annotation), None) is None:
             with pytest.raises(KeyError):  # a setting that may be left out is commented out
                 at(plain, keys)

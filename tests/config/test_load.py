@@ -290,3 +290,44 @@ def test_a_choice_needs_two_candidates_and_someone_to_choose(tmp_path: Path) -> 
     assert "expected two or more" in one
     nobody = errors_of(tmp_path, MINIMAL + "arms: [synthetic_only]\nsynthesis: {candidates: {calm: {}, free: {}}}\n")
     assert "choose by synthetic" in nobody
+
+
+@pytest.mark.parametrize("text", ["name: hospital\ndata: {pathh: x}\n", "name: [\n", "", "- 1\n", b"\xff"])
+def test_a_mistake_in_a_silo_file_leads_to_the_silo_file_that_init_prints(tmp_path: Path, text: str | bytes) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_silo(write(tmp_path, text))
+    assert "`gptfl init silo` prints" in caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["name: trial\nlabels: [cat, 3]\n", "name: [\n", "", "- 1\n", b"\xff"])
+def test_a_mistake_in_a_federation_file_leads_to_the_federation_file(tmp_path: Path, text: str | bytes) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_federation(write(tmp_path, text))
+    assert "`gptfl init` prints" in caught.value.hint
+
+
+def test_a_file_of_the_other_kind_is_known_by_its_keys(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_federation(write(tmp_path, "name: hospital\ndata: {path: x}\ndevice: cpu\n"))
+    assert caught.value.message == f"{tmp_path / 'f.yaml'} looks like a silo file, expected a federation file"
+    assert "`gptfl silo`" in caught.value.hint
+    with pytest.raises(ConfigError) as caught:
+        load_silo(write(tmp_path, MINIMAL))
+    assert caught.value.message == f"{tmp_path / 'f.yaml'} looks like a federation file, expected a silo file"
+    for command in ("run", "coordinator", "generate", "pretrain", "credentials"):
+        assert f"`gptfl {command}`" in caught.value.hint
+    # One foreign key more than its own would make it the other kind; as many do not.
+    with pytest.raises(ConfigError, match="unknown key"):
+        load_federation(write(tmp_path, "name: trial\nlabels: [a, b]\ndata: {path: x}\n"))
+
+
+def test_prompts_that_are_left_out_fit_the_generator(tmp_path: Path) -> None:
+    def templates(synthesis: str) -> list[str]:
+        return load_federation(write(tmp_path, MINIMAL + f"synthesis: {synthesis}\n")).synthesis.prompts.templates
+
+    digits, photos = ["a handwritten digit {label}"], ["a photo of a {label}"]
+    assert load_federation(write(tmp_path, MINIMAL)).synthesis.prompts.templates == digits
+    assert templates("{generator: {steps: 3}}") == templates("{generator: {source: embedded}}") == digits
+    assert templates("{generator: {source: ./sd}}") == photos
+    assert templates("{generator: {source: owner/name}, prompts: {styles: [old]}}") == photos
+    assert templates('{generator: {source: ./sd}, prompts: {templates: ["{label}"]}}') == ["{label}"]

@@ -41,10 +41,10 @@ from gptfl_dist.exchange.base import (
     Welcome,
 )
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
-from gptfl_dist.exchange.grpc.client import _is_loopback
 from gptfl_dist.exchange.grpc.frames import encode_chunk
 from gptfl_dist.exchange.grpc.server import NONCE, SERVICE, GrpcCoordinatorExchange
 from gptfl_dist.federation.orders import Order, Report
+from gptfl_dist.security.handshake import is_loopback
 from gptfl_dist.weights import Layout, WeightsFile, write_weights
 
 LONG = Layout.of([("w", (6 << 20,), "F32")])  # 24 MiB
@@ -93,7 +93,7 @@ async def test_this_machine_is_not_dialled_through_a_proxy(tmp_path, monkeypatch
     ],
 )
 def test_a_proxy_is_left_out_for_this_machine_alone(address, here):
-    assert _is_loopback(address) == here
+    assert is_loopback(address) == here
 
 
 @in_loop

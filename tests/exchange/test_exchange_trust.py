@@ -55,7 +55,7 @@ async def test_a_coordinator_that_our_authority_did_not_sign_ends_the_silo(tmp_p
     async with World(tmp_path) as world:
         error = await refusal(world.server.port, credentials)
         assert type(error) is IdentityError
-        assert "CERTIFICATE_VERIFY_FAILED" in error.message
+        assert error.message.startswith(f"the certificate of {HOST}:{world.server.port} is not one to trust: ")
         assert "coordinator.authority" in error.hint
         assert await world.settled() == []
 
@@ -69,8 +69,9 @@ async def test_a_coordinator_that_our_authority_did_not_sign_ends_the_silo(tmp_p
 async def test_a_certificate_that_the_coordinator_does_not_take_is_no_silo(tmp_path, intruder):
     async with World(tmp_path) as world:
         error = await refusal(world.server.port, Credentials(AUTHORITY.certificate, intruder.certificate, intruder.key))
-        # TLS 1.3 gives the silo no word of it, so it cannot be told from a wire that breaks.
+        # TLS 1.3 gives the silo no word of it, so it cannot be told from a coordinator that stops.
         assert isinstance(error, Disconnected)
+        assert f"{HOST}:{world.server.port} hangs up after the TLS handshake" in str(error)
         assert await world.settled() == []
 
 
@@ -120,7 +121,7 @@ async def test_a_silos_certificate_cannot_serve(tmp_path):
     async with World(tmp_path, credentials=SILOS["bob"]) as world:
         error = await refusal(world.server.port)
         assert type(error) is IdentityError
-        assert "unsupported certificate purpose" in error.message
+        assert "certificate purpose" in error.message
 
 
 @in_loop
@@ -128,8 +129,8 @@ async def test_a_coordinator_of_another_address_ends_the_silo(tmp_path):
     async with World(tmp_path, credentials=AUTHORITY.issue_coordinator(["10.0.0.9", "host.example"])) as world:
         error = await refusal(world.server.port)
         assert type(error) is IdentityError
-        assert "Hostname Verification" in error.message
-        assert "names its address" in error.hint
+        assert "is not one to trust: IP address mismatch" in error.message
+        assert f"gptfl credentials with --host {HOST}" in error.hint
 
 
 @in_loop
@@ -143,7 +144,8 @@ async def test_certificates_that_are_out_of_date_end_the_silo(tmp_path):
     async with World(tmp_path, credentials=late.issue_coordinator([HOST])) as world:
         error = await refusal(world.server.port)
         assert type(error) is IdentityError
-        assert "certificate has expired" in error.message
+        assert "is not one to trust: certificate has expired" in error.message
+        assert "the coordinator's operator" in error.hint
 
 
 @in_loop
@@ -187,22 +189,30 @@ async def test_the_coordinator_speaks_tls_1_3_only(tmp_path):
             await asyncio.to_thread(shake_hands, context, world.server.port)
 
 
+def refuse_two(context: ssl.SSLContext, listener: socket.socket) -> list[str]:
+    """Why the handshakes of gRPC and of the silo's own look for the reason fail, as a server that is none of ours."""
+    errors = []
+    for _ in range(2):
+        connection, _ = listener.accept()
+        with connection, pytest.raises(ssl.SSLError) as error:
+            context.wrap_socket(connection, server_side=True)
+        errors.append(str(error.value).upper())
+    return errors
+
+
 @in_loop
 async def test_a_silo_speaks_tls_1_3_only(tmp_path):
     context = tls(tmp_path, ssl.Purpose.CLIENT_AUTH, COORDINATOR)
     context.maximum_version = ssl.TLSVersion.TLSv1_2
 
-    def serve(listener: socket.socket) -> str:
-        connection, _ = listener.accept()
-        with connection, pytest.raises(ssl.SSLError) as error:
-            context.wrap_socket(connection, server_side=True)
-        return str(error.value)
-
     with socket.create_server((HOST, 0)) as listener:
-        serving = asyncio.create_task(asyncio.to_thread(serve, listener))
+        serving = asyncio.create_task(asyncio.to_thread(refuse_two, context, listener))
         error = await refusal(listener.getsockname()[1])
-        assert "NO_SHARED_CIPHER" in (await serving).upper()
+        ours, theirs = await serving
+    assert "NO_SHARED_CIPHER" in ours
+    assert "UNSUPPORTED_PROTOCOL" in theirs
     assert type(error) is IdentityError
+    assert "no TLS 1.3 connection with" in error.message
 
 
 def test_grpc_loaded_before_tls_1_2_was_shut_out_is_refused():
@@ -228,8 +238,10 @@ async def test_a_wire_that_breaks_or_a_coordinator_that_is_not_there_is_worth_an
     await server.wait_closed()
     error = await refusal(port)
     assert isinstance(error, Disconnected)
-    assert "Connection refused" in str(error)
-    assert isinstance(await refusal(1, host="no-such-host.invalid"), Disconnected)
+    assert str(error).startswith(f"{HOST}:{port} does not answer: Connection refused (check coordinator.address")
+    error = await refusal(1, host="no-such-host.invalid")
+    assert isinstance(error, Disconnected)
+    assert str(error).startswith("no-such-host.invalid cannot be resolved: ")
 
 
 @in_loop
@@ -240,10 +252,83 @@ async def test_what_speaks_no_tls_is_no_coordinator(tmp_path):
         writer.close()
 
     server = await asyncio.start_server(web_server, HOST, 0)
-    error = await refusal(server.sockets[0].getsockname()[1])
+    port = server.sockets[0].getsockname()[1]
+    error = await refusal(port)
     assert type(error) is ConnectionFailed
+    assert error.message == f"what answers at {HOST}:{port} speaks no TLS"
     assert "coordinator.address" in error.hint
     server.close()
+
+
+@contextlib.asynccontextmanager
+async def http_proxy(target: int, answer: bytes = b"HTTP/1.1 200 OK"):
+    """A CONNECT proxy that leads to a port of this machine whatever was asked for; gives its port and the requests."""
+    asked: list[bytes] = []
+    pumps = []
+
+    async def pump(reader, writer):
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 14):
+                writer.write(data)
+        writer.close()
+
+    async def connect(reader, writer):
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(answer + b"\r\n\r\n")
+        if not answer.endswith(b"200 OK"):
+            writer.close()
+            return
+        far_reader, far_writer = await asyncio.open_connection(HOST, target)
+        pumps.extend(asyncio.create_task(pump(*way)) for way in ((reader, far_writer), (far_reader, writer)))
+
+    server = await asyncio.start_server(connect, HOST, 0)
+    try:
+        yield server.sockets[0].getsockname()[1], asked
+    finally:
+        server.close()
+        for task in pumps:
+            task.cancel()
+
+
+@in_loop
+async def test_through_a_proxy_the_reason_is_told_as_well(tmp_path, monkeypatch):
+    for name in ("grpc_proxy", "http_proxy", "no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    host, credentials = "coordinator.example", AUTHORITY.issue_coordinator(["coordinator.example"])
+    async with World(tmp_path, credentials=credentials) as world, http_proxy(world.server.port) as (port, asked):
+        monkeypatch.setenv("https_proxy", f"http://ward:s%2Fo@{HOST}:{port}")
+        silo = dial(1, SILOS["alice"], host)
+        await silo.connect()
+        await silo.close()
+        error = await refusal(1, FORGED.issue_silo("alice"), host)
+        assert type(error) is IdentityError
+        assert f"the certificate of {host}:1 is not one to trust" in error.message
+        ours, theirs = (request.decode().lower() for request in asked[-2:])
+        login = "proxy-authorization: basic d2fyzdpzl28="  # ward:s/o
+        assert all(part.startswith(f"connect {host}:1 http/1.1\r\n") and login in part for part in (ours, theirs))
+        async with http_proxy(world.server.port, b"HTTP/1.1 403 Forbidden") as (port, _):
+            monkeypatch.setenv("https_proxy", f"http://{HOST}:{port}")
+            error = await refusal(1, host=host)
+            assert isinstance(error, Disconnected)
+            assert f"the proxy {HOST} gives no way to {host}:1: HTTP/1.1 403 Forbidden" in str(error)
+        error = await refusal(1, host=host)
+        assert isinstance(error, Disconnected)
+        assert f"the proxy {HOST} does not answer: Connection refused" in str(error)
+
+
+@in_loop
+async def test_a_certificate_that_is_refused_aloud_ends_the_silo(tmp_path):
+    context = tls(tmp_path, ssl.Purpose.CLIENT_AUTH, COORDINATOR)
+    context.verify_mode = ssl.CERT_REQUIRED
+
+    intruder = FORGED.issue_silo("alice")
+    credentials = Credentials(AUTHORITY.certificate, intruder.certificate, intruder.key)
+    with socket.create_server((HOST, 0)) as listener:
+        serving = asyncio.create_task(asyncio.to_thread(refuse_two, context, listener))
+        error = await refusal(listener.getsockname()[1], credentials)
+        await serving
+    assert type(error) is IdentityError
+    assert "does not take this silo's certificate: " in error.message
 
 
 @pytest.mark.parametrize("version", [0, 2, 7])

@@ -102,20 +102,12 @@ def test_the_time_left_is_for_all_planned_rounds_at_the_median_of_the_last_ones(
     assert table.seconds_left == 14 * 2.0
 
 
-def test_on_a_terminal_there_are_bars_and_lines_and_text_in_brackets_is_shown_as_it_is() -> None:
-    script = """
-        from gptfl_dist.observe.progress import RoundTable, progress
-        from gptfl_dist.observe.summary import RoundRecord
-        with progress("synthetic data", 2, "images") as shown:
-            shown.update(1, "label [/b]")
-            shown.update(2, "label [/b]")
-        with RoundTable(2) as table, progress("evaluation", 1, "batches") as inner:
-            inner.update(1)
-            table.add("gptfl", 2, RoundRecord(1, 2.0, 10, 10, None, 0.5), silos=1, cohort=1)
-    """
+def on_a_terminal(script: str) -> tuple[str, list[str]]:
+    """What a script shows on a terminal that is its stderr, and the lines of its stdout."""
     ours, theirs = os.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "140"}
-    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stderr=theirs, env=environment)
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=environment, text=True)
     os.close(theirs)
     shown = b""
     while True:
@@ -127,8 +119,61 @@ def test_on_a_terminal_there_are_bars_and_lines_and_text_in_brackets_is_shown_as
             break
         shown += part
     os.close(ours)
-    assert child.wait() == 0, shown.decode()
-    text = shown.decode()
+    out, _ = child.communicate()
+    assert child.returncode == 0, shown.decode()
+    return shown.decode(), out.splitlines()
+
+
+def test_the_bar_names_the_silos_at_work_and_forgets_them_when_they_are_done() -> None:
+    script = """
+        import sys
+        from gptfl_dist.observe.progress import RoundTable
+        from gptfl_dist.observe.summary import RoundRecord
+        with RoundTable(4) as table:
+            def show():
+                fields = table._bar.tasks[0].fields
+                print(fields["left"], fields["note"], sep="|", file=sys.__stdout__)  # rich takes stdout too
+            table.add("gptfl", 4, RoundRecord(1, 2.0, 10, 10, None, 0.5), silos=2, cohort=2)
+            table.working("north", 7, 100)
+            table.working("south", 4, 100)
+            show()
+            table.silo_done("south")
+            show()
+            table.waiting_for(("south",))
+            show()
+            table.add("gptfl", 4, RoundRecord(2, 2.0, 10, 10, None, 0.5), silos=2, cohort=2)
+            show()
+            table.waiting_for(())
+            table.silo_done("north")
+            table.silo_done("nobody")
+            show()
+            for number in range(5):
+                table.working(f"silo-{number}", number, 10)
+            show()
+    """
+    _, lines = on_a_terminal(script)
+    assert lines == [
+        "about 6.0 s left|south 4 %, north 7 %",
+        "about 6.0 s left|north 7 %",
+        "waiting for south|north 7 %",
+        "waiting for south|north 7 %",
+        "about 4.0 s left|",
+        "about 4.0 s left|silo-0 0 %, silo-1 10 %, silo-2 20 %, and 2 more",
+    ]
+
+
+def test_on_a_terminal_there_are_bars_and_lines_and_text_in_brackets_is_shown_as_it_is() -> None:
+    script = """
+        from gptfl_dist.observe.progress import RoundTable, progress
+        from gptfl_dist.observe.summary import RoundRecord
+        with progress("synthetic data", 2, "images") as shown:
+            shown.update(1, "label [/b]")
+            shown.update(2, "label [/b]")
+        with RoundTable(2) as table, progress("evaluation", 1, "batches") as inner:
+            inner.update(1)
+            table.add("gptfl", 2, RoundRecord(1, 2.0, 10, 10, None, 0.5), silos=1, cohort=1)
+    """
+    text, _ = on_a_terminal(script)
     assert "2/2 images" in text
     assert "label [/b]" in text
     assert "1/2 rounds" in text

@@ -74,12 +74,20 @@ class Notes:
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.closed: list[tuple[str, int]] = []
+        self.done: list[str] = []  # the silos of which nothing more is expected, one by one
+        self.missing: list[tuple[str, ...]] = []  # each set of silos that was waited for
 
     def round_closed(self, arm: str, rounds: int, record: RoundRecord, test_accuracy: float | None) -> None:
         self.closed.append((arm, record.round))
 
     def silo_progress(self, silo: str, done: int, total: int) -> None:
         pass
+
+    def silo_done(self, silo: str) -> None:
+        self.done.append(silo)
+
+    def waiting_for(self, silos: tuple[str, ...]) -> None:
+        self.missing.append(silos)
 
     def note(self, text: str) -> None:
         self.texts.append(text)

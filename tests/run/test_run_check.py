@@ -131,6 +131,7 @@ def test_a_file_that_is_neither_or_wrong(text: str, part: str, tmp_path: Path) -
     (only,) = check_file(tmp_path / "file.yaml")
     assert (only.checked, only.status, only.exit_code) == ("file", "failed", 2)
     assert part in only.found
+    assert "`gptfl init" in only.hint
 
 
 # Credentials of the coordinator
@@ -155,7 +156,7 @@ def institution(folder: Path, *, hosts: list[str], listen: str = "127.0.0.1:0", 
         ({"hosts": ["localhost"]}, "warning", 0, "not for 127.0.0.1 (exchange.listen)"),
         ({"hosts": ["localhost"], "listen": "0.0.0.0:0"}, "warning", 0, "expire in 2 days"),
         ({"hosts": ["localhost"], "side": "silo-2"}, "failed", 6, "gptfl://tiny/silo/silo-2, expected the coordinator"),
-        ({"hosts": ["localhost"], "side": "nobody"}, "failed", 6, "No such file"),
+        ({"hosts": ["localhost"], "side": "nobody"}, "failed", 6, "exchange.authority: "),
     ],
 )
 def test_the_coordinators_credentials(
@@ -219,7 +220,7 @@ def test_a_silo_whose_coordinator_is_not_the_one_it_trusts(tmp_path: Path) -> No
         (stranger.issue_coordinator(["127.0.0.1"]), stranger.certificate, "127.0.0.1", "not one to trust"),
         (own, authority.certificate, "localhost", "not one to trust: Hostname mismatch"),
         (own, stranger.certificate, "127.0.0.1", "certificate"),  # it takes only certificates of another authority
-        (None, b"", "127.0.0.1", "no TLS 1.3 connection"),
+        (None, b"", "127.0.0.1", "speaks no TLS"),
     ]
     for credentials, clients, host, part in cases:
         with serving(credentials, clients) as port:
@@ -260,12 +261,28 @@ def of_another_silo(folder: Path) -> str:
     return "gptfl://tiny/silo/silo-2, expected the silo silo-1"
 
 
-@pytest.mark.parametrize("mistake", [expired, readable_by_others, of_another_silo])
+def without_a_key(folder: Path) -> str:
+    save(Authority("tiny", valid=timedelta(days=30)), folder)
+    (folder / "set" / "key.pem").unlink()
+    return f"coordinator.key: {folder / 'set' / 'key.pem'}: No such file"
+
+
+def of_two_makings(folder: Path) -> str:
+    save(Authority("tiny", valid=timedelta(days=30)), folder)
+    key = folder / "set" / "key.pem"
+    key.write_bytes(Authority("tiny", valid=timedelta(days=30)).issue_silo("silo-1").key)
+    return f"{key} is not the key of"
+
+
+@pytest.mark.parametrize("mistake", [expired, readable_by_others, of_another_silo, without_a_key, of_two_makings])
 def test_a_silos_credentials(mistake: Callable[[Path], str], tmp_path: Path) -> None:
     part = mistake(tmp_path)
-    found = by_name(check_file(silo_file(tmp_path, "127.0.0.1:1")))["credentials"]
+    findings = check_file(silo_file(tmp_path, "127.0.0.1:1"))
+    found = by_name(findings)["credentials"]
     assert found.exit_code == 6
     assert part in found.found
+    assert [f.checked for f in findings if f.status == "failed"] == ["credentials"]  # said once
+    assert by_name(findings)["coordinator"].found == "127.0.0.1:1 was not dialled: that needs the credentials"
 
 
 def test_data_that_a_silo_cannot_read(tmp_path: Path) -> None:

@@ -322,6 +322,49 @@ async def test_a_recall_that_comes_before_the_commit_wins_wholly(
 
 
 @in_loop
+async def test_who_is_missing_is_said_once_and_again_when_that_changes(tmp_path: Path) -> None:
+    async with World(tmp_path, rounds=1) as world:
+        run = asyncio.create_task(world.federate_with())
+        await world.until(lambda: len(world.notes.texts) == 1)
+        for number, name in enumerate("cab", start=2):
+            world.join(name)
+            await world.until(lambda number=number: len(world.notes.texts) >= number)  # type: ignore[misc]
+        await run
+    assert world.notes.texts[:4] == [
+        "waiting for a, b, c (0 of 3 are here)",
+        "c joined, waiting for a, b (1 of 3 are here)",
+        "a joined, waiting for b (2 of 3 are here)",
+        "b joined (3 of 3 are here)",
+    ]
+    assert not any("waiting" in text for text in world.notes.texts[4:])
+    assert world.notes.missing == [("a", "b", "c"), ("a", "b"), ("b",), ()]
+
+
+@in_loop
+async def test_a_silo_that_leaves_in_mid_round_is_waited_for_by_name(tmp_path: Path) -> None:
+    async with World(tmp_path, rounds=1) as world:
+        world.network.cut("b", "upload", round=1)
+        await world.federate()
+    came_and_went = [text for text in world.notes.texts if text.startswith("b ")]
+    assert came_and_went[1:] == ["b left, waiting for b (2 of 3 are here)", "b joined (3 of 3 are here)"]
+
+
+@in_loop
+async def test_of_a_silo_that_has_answered_nothing_more_is_shown(tmp_path: Path) -> None:
+    async with World(tmp_path, rounds=2, quorum=1, script=failing("b", 2)) as world:
+        late = world.network.hold("c", "upload", round=2)
+        run = asyncio.create_task(world.federate())
+        await late.reached.wait()
+        await world.until(lambda: len(world.notes.done) == 5)
+        assert sorted(world.notes.done[:3]) == ["a", "b", "c"]
+        assert sorted(world.notes.done[3:]) == ["a", "b"]  # one delivered, one failed
+        advance(DEADLINE)
+        await world.until(lambda: world.notes.done[5:6] == ["c"])  # recalled
+        late.release()
+        await run
+
+
+@in_loop
 async def test_too_few_silos_at_the_join_deadline_end_the_run_and_are_named(tmp_path: Path) -> None:
     async with World(tmp_path) as world:
         world.join("a", "c")

@@ -136,6 +136,19 @@ def test_an_expired_certificate_is_refused(tmp_path):
     assert "clock" in error.value.hint
 
 
+def test_an_expired_authority_is_refused_by_its_name(folder):
+    late = Authority("fed", valid=timedelta(seconds=-10))
+    late._key, late._certificate = (
+        AUTHORITY._key,
+        late._builder(AUTHORITY._certificate.subject, AUTHORITY._certificate.subject, AUTHORITY._key.public_key()).sign(
+            AUTHORITY._key, hashes.SHA256()
+        ),
+    )
+    (folder / "authority.pem").write_bytes(late.certificate)
+    with pytest.raises(IdentityError, match=r"authority\.pem: valid .* and now it is"):
+        load(folder)
+
+
 @pytest.mark.parametrize("uris", [[], ["gptfl://fed/silo/alice", "gptfl://fed/silo/bob"], ["https://fed/alice"]])
 def test_a_certificate_without_exactly_one_uri_of_ours_is_refused(tmp_path, uris):
     own = ec.generate_private_key(ec.SECP256R1())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
@@ -32,6 +31,7 @@ from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.files import storage_error
 from gptfl_dist.security.authority import Credentials
 from gptfl_dist.security.credentials import check_dates
+from gptfl_dist.security.handshake import Unreachable, is_loopback, shake_hands
 from gptfl_dist.weights import Layout, WeightsFile
 from gptfl_dist.weights.file import header_of
 
@@ -80,7 +80,7 @@ class GrpcSiloExchange:
                 ("grpc.http2.max_pings_without_data", 0),
                 ("grpc.enable_retries", 0),
                 # A proxy of the environment leads out, and would take this machine's own address for its own.
-                ("grpc.enable_http_proxy", int(not _is_loopback(self._address))),
+                ("grpc.enable_http_proxy", int(not is_loopback(self._address))),
             ],
         )
         work: grpc.aio.StreamStreamMultiCallable[pb.FromSilo, pb.ToSilo] = self._channel.stream_stream(
@@ -93,8 +93,11 @@ class GrpcSiloExchange:
             release=__version__,
             instance=self._instance,
         )
-        await self._say(pb.FromSilo(hello=hello))
-        message = await self._next()
+        try:
+            await self._say(pb.FromSilo(hello=hello))
+            message = await self._next()
+        except Disconnected as broken:
+            raise await self._why(broken) from None
         if message.WhichOneof("message") != "welcome":
             raise ProtocolError("the coordinator's first message is no welcome", hint="install matching releases")
         if message.welcome.version != PROTOCOL_VERSION:
@@ -198,6 +201,16 @@ class GrpcSiloExchange:
         if channel is not None:
             await channel.close()
 
+    async def _why(self, broken: Disconnected) -> Exception:
+        """What keeps a connection from coming about, in better words than gRPC's where a handshake finds them."""
+        try:
+            await shake_hands(self._address, self._credentials)
+        except Unreachable as error:
+            return Disconnected(f"{error.message} ({error.hint})")
+        except ConnectionFailed as error:
+            return error
+        return broken
+
     @property
     def _open_channel(self) -> grpc.aio.Channel:
         if self._channel is None:
@@ -245,28 +258,9 @@ def _translate(error: grpc.aio.AioRpcError) -> Exception:
     kind = _FINAL.get(error.code())
     if kind is not None:
         return kind(f"the coordinator refuses: {details}", hint="ask the coordinator's operator")
-    # All that gRPC tells of a connection that could not be made is in the text.
-    details = details.partition("last error: ")[2] or details
-    if "WRONG_VERSION_NUMBER" in details:
-        return ConnectionFailed(f"what answers there speaks no TLS: {details}", hint="check coordinator.address")
-    if "SSL_ERROR_SSL" in details or "Hostname Verification Check failed" in details:
-        return IdentityError(
-            f"no TLS connection with the coordinator: {details}",
-            hint="check coordinator.authority, certificate and key, and that the certificate names its address",
-        )
-    if "failed to connect" in (error.details() or "") and details.endswith(": Socket closed"):
-        # TLS 1.3: the client is done before the server has judged its certificate.
-        return Disconnected(f"{details} after the TLS handshake; if this lasts, it does not take this certificate")
+    if error.code() is grpc.StatusCode.UNAVAILABLE:  # the words are gRPC's; all others are the coordinator's
+        return Disconnected(f"the connection broke ({details.partition('last error: ')[2] or details})")
     return Disconnected(details)
-
-
-def _is_loopback(address: str) -> bool:
-    """Whether HOST:PORT is this machine, named in a way that never leaves it."""
-    host = address.rpartition(":")[0].strip("[]").lower()
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 @contextmanager

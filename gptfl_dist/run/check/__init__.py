@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gptfl_dist.config.document import read_document
+from gptfl_dist.config.document import HINT, SILO_HINT, read_document
 from gptfl_dist.config.federation import FederationFile
-from gptfl_dist.config.load import load_federation, load_silo
+from gptfl_dist.config.load import kind_of, load_federation, load_silo
 from gptfl_dist.config.silo import SiloFile
 from gptfl_dist.errors import ConfigError
 from gptfl_dist.run.check.federation import check_federation
@@ -39,13 +39,12 @@ def check_file(path: Path) -> list[Finding]:
 
 def _load(path: Path) -> FederationFile | SiloFile:
     """The file, of the kind that more of its keys belong to. Raises ConfigError."""
-    value = read_document(path).value
-    keys = set(value) if isinstance(value, dict) else set()
-    federation, silo = set(FederationFile.model_fields), set(SiloFile.model_fields)
-    of_federation, of_silo = len(keys & (federation - silo)), len(keys & (silo - federation))
-    if of_federation == of_silo == 0:
+    value = read_document(path, hint=f"{HINT} {SILO_HINT}").value
+    kind = kind_of(value)
+    if kind is None:
+        keys = sorted(value) if isinstance(value, dict) else []
         raise ConfigError(
-            f"{path} has the keys {', '.join(sorted(keys)) or '(none)'}: neither a federation file nor a silo file",
-            hint="a federation file has labels and silos, a silo file has data; `gptfl init` prints either",
+            f"{path} has the keys {', '.join(keys) or '(none)'}: neither a federation file nor a silo file",
+            hint="a federation file has labels and silos (see `gptfl init`), a silo file has data (`gptfl init silo`)",
         )
-    return load_federation(path) if of_federation >= of_silo else load_silo(path)
+    return load_federation(path) if kind is FederationFile else load_silo(path)

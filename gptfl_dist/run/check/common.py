@@ -64,10 +64,10 @@ def check_credentials(
     """Checks one side's three files; `name` and `federation` where they are known. Returns when they expire."""
     from cryptography import x509
 
-    from gptfl_dist.security.credentials import check_dates, load_credentials
+    from gptfl_dist.security.credentials import load_credentials
 
-    credentials, identity = load_credentials(authority, certificate, key)
-    check_dates(credentials.authority, str(authority))
+    section = "exchange" if role == "coordinator" else "coordinator"
+    credentials, identity = load_credentials(authority, certificate, key, section=section)
     if identity.role != role or name not in (None, identity.name) or federation not in (None, identity.federation):
         whose = f"{role} {name}" if name else role
         raise IdentityError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptfl_dist.aggregation.server import moment_names
+from gptfl_dist.config.base import host_of, port_of
 from gptfl_dist.config.federation import FederationFile, Filter, Generator, SiloEntry
 from gptfl_dist.config.load import load_silo
 from gptfl_dist.config.plan import LocalTraining, Plan
@@ -25,7 +26,7 @@ from gptfl_dist.errors import (
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.federation.silo import PolicyGuard
 from gptfl_dist.observe.wording import size
-from gptfl_dist.run.addresses import host_of, port_of, try_listening
+from gptfl_dist.run.addresses import try_listening
 from gptfl_dist.run.candidates import candidate_files
 from gptfl_dist.run.check.common import (
     check_credentials,

@@ -47,8 +47,11 @@ class Checklist:
     def __init__(self) -> None:
         self.findings: list[Finding] = []
 
-    def run(self, checked: str, check: Callable[[], str]) -> None:
-        """Notes what `check` returns, the Doubt or the GptflError that it raises, or what nobody foresaw."""
+    def run(self, checked: str, check: Callable[[], str]) -> bool:
+        """Notes what `check` returns, the Doubt or the GptflError that it raises, or what nobody foresaw.
+
+        False where it failed.
+        """
         try:
             finding = Finding(checked, "ok", check())
         except Doubt as doubt:
@@ -58,3 +61,4 @@ class Checklist:
         except Exception as error:  # of a library or of the user's code: the other checks shall still be made
             finding = Finding(checked, "failed", f"{type(error).__name__}: {error}", "", GptflError.exit_code)
         self.findings.append(finding)
+        return finding.status != "failed"
