@@ -206,14 +206,14 @@ class Training(Section):
 
     epochs: PositiveInt = 1
     batch_size: PositiveInt = 32
-    learning_rate: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=1)] = 0.05
+    learning_rate: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=1)] = 0.2
     schedule: Literal["constant", "cosine"] = "constant"
-    warm_up_rounds: NonNegativeInt = 0
+    warm_up_rounds: NonNegativeInt = 3
     head_rounds: NonNegativeInt = 0
     momentum: Momentum = 0.0
     weight_decay: NonNegativeFloat = 0.0
     proximal: NonNegativeFloat = 0.0
-    clip_norm: PositiveFloat | None = None
+    clip_norm: PositiveFloat | None = 1.0
     augmentation: bool = False
     threads: PositiveInt = 1
 

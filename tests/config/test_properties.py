@@ -224,6 +224,6 @@ def test_the_rate_climbs_over_the_warm_up_and_never_after_it(training: Training,
 
 
 def test_a_cosine_halves_the_rate_in_the_middle_of_the_rounds() -> None:
-    training = Training(schedule="cosine")
+    training = Training(schedule="cosine", warm_up_rounds=0)
     assert [rate_factor(training, round_, 100) for round_ in (1, 51)] == pytest.approx([1.0, 0.5])
     assert rate_factor(training, 100, 100) < 0.001
