@@ -82,7 +82,7 @@ def _write(folder: Path, manifest: Manifest, path: Path, rows: Sequence[_Row]) -
     name_font, font = ImageFont.load_default(size=_NAME_SIZE), ImageFont.load_default(size=_CAPTION_SIZE)
     names = [_fitted(row.name, name_font, _NAME_WIDTH) for row in rows]
     captions = [text for row in rows for text in row.pictures.values()]
-    left = int(max(name_font.getlength(name) for name in names)) + 3 * _GAP
+    left = int(max(name_font.getlength(name) for name in names)) + 4 * _GAP
     across = max([cell, *(int(font.getlength(text)) + _GAP for text in captions)]) + _GAP
     down = cell + _GAP + (_CAPTION_SIZE + _GAP if any(captions) else 0)
     columns = max(len(row.pictures) for row in rows)
