@@ -67,7 +67,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 def demo(
     folder: Annotated[Path, typer.Option(help="where everything goes")] = Path("runs/demo"),
     silos: Annotated[int, typer.Option(min=2, max=20, help="how many silos share the data")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, help="rounds of each federated arm")] = 30,
+    rounds: Annotated[int, typer.Option(min=1, help="rounds of each federated arm; at most 5 for each rate tried")] = 30,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     fresh: FreshOption = False,
     format_: FormatOption = Format.text,
