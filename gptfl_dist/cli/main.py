@@ -179,8 +179,8 @@ def credentials(
     \b
     gptfl credentials federation.yaml --host coordinator.example.org
 
-    The authority's key is forgotten: to admit another silo, make all sets anew. Bring each silo its folder by a
-    trusted way, and nobody else's.
+    The authority's key is forgotten: to admit another silo, or before they expire, make all sets anew. Bring each silo
+    its folder by a trusted way, and nobody else's.
     """
     from gptfl_dist.run.institution import make_credentials
 
