@@ -69,7 +69,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 def demo(
     folder: Annotated[Path, typer.Option(help="where everything goes")] = Path("runs/demo"),
     silos: Annotated[int, typer.Option(min=2, max=20, help="how many silos share the data")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, help="rounds of each federated arm")] = 30,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="rounds of each federated arm; a rate is tried for 5 at most")
+    ] = 30,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     fresh: FreshOption = False,
     format_: FormatOption = Format.text,
@@ -256,8 +258,8 @@ def credentials(
     \b
     gptfl credentials federation.yaml --host coordinator.example.org
 
-    The authority's key is forgotten: to admit another silo, make all sets anew. Bring each silo its folder by a
-    trusted way, and nobody else's.
+    The authority's key is forgotten: to admit another silo, or before they expire, make all sets anew. Bring each silo
+    its folder by a trusted way, and nobody else's.
     """
     from gptfl_dist.run.institution import make_credentials
 
@@ -393,7 +395,13 @@ def _show(summary: Summary, file: Path, format_: Format) -> None:
         typer.echo((folder / FILE_NAME).read_text(encoding="utf-8"))
         return
     print_table(summary)
-    typer.echo(f"\n{os.path.relpath(folder / 'report.html')}")
+    typer.echo(f"\n{where(folder / 'report.html')}")
+
+
+def where(path: Path) -> str:
+    """A path as people find it: relative below the current folder, absolute outside of it."""
+    path = Path(os.path.normpath(path.absolute()))
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import time
 from datetime import UTC, datetime
 from json import dumps
 from pathlib import Path
@@ -58,6 +59,18 @@ class _File(logging.FileHandler):
         elif not self._told:
             self._told = True
             print(f"{storage_error(error, Path(self.baseFilename)).message}: the log has gaps", file=sys.stderr)
+
+
+def to_stderr() -> None:
+    """For a process whose stderr is a log file of its own: what the package logs there, as lines of text."""
+    lines = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    lines.converter = time.gmtime
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(lines)
+    package = logging.getLogger("gptfl_dist")
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    package.propagate = False  # the loggers above it are those of the user's code in this process
 
 
 _installed: list[logging.Handler] = []

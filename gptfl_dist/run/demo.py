@@ -27,6 +27,7 @@ LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 ALPHA = 0.1
 _TEST_PER_LABEL = 100
 _SMALLEST_SILO = 50
+_TUNING_ROUNDS = 5  # a rate; fewer in a demo of fewer rounds
 _PAD = ((0, 0), (2, 2), (2, 2))
 
 _FEDERATION = Template("""\
@@ -53,7 +54,7 @@ synthesis:
 
 # One recipe and one grid for both arms; each arm's rate is chosen on the silos' validation data.
 training: {epochs: 1, batch_size: 32, clip_norm: 1.0, warm_up_rounds: 3, learning_rate: [0.1, 0.2, 0.4, 0.8, 1.6, 3.2]}
-tuning: {rounds: 5}
+tuning: {rounds: $tuning}
 federation: {rounds: $rounds, cohort: all, deadline: 10m}
 
 test_data: data/test.npz
@@ -84,7 +85,8 @@ def prepare(folder: Path, *, silos: int, rounds: int, seed: int, fresh: bool) ->
         for name, mine in chosen.items()
     )
     path = folder / "federation.yaml"
-    text = _FEDERATION.substitute(seed=seed, rounds=rounds, labels=", ".join(LABELS), silos=entries)
+    tuning = min(rounds, _TUNING_ROUNDS)
+    text = _FEDERATION.substitute(seed=seed, rounds=rounds, tuning=tuning, labels=", ".join(LABELS), silos=entries)
     if path.exists():
         if path.read_text(encoding="utf-8") == text:
             return path  # it is written last: all of it is there

@@ -8,6 +8,7 @@ directly. Nothing but the weights goes from one round to the next.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,8 +26,11 @@ from gptfl_dist.learning.evaluate import evaluate
 from gptfl_dist.learning.local import train
 from gptfl_dist.learning.models import build_model
 from gptfl_dist.learning.seeding import derive_seed, deterministic
+from gptfl_dist.observe.logs import to_stderr
 from gptfl_dist.weights import Layout
 from gptfl_dist.weights.flat import FlatModel
+
+_log = logging.getLogger("gptfl_dist.run.trainer")  # of which __name__ is __main__ in its own process
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,10 @@ class Trainer:
         self._training, self._validation = split(data, silo.data.validation_share, seed)
         model = build_model(_model_of(plan, silo), plan.task, len(plan.labels), plan.seed)
         self._flat = FlatModel(model.to(self._device))
+        _log.info(
+            "%s: device %s, %d samples to train on, %d to validate, %s parameters",
+            *(silo.name, self._device, self.samples, len(self._validation), f"{self.layout.parameters:,}"),
+        )
 
     @property
     def layout(self) -> Layout:
@@ -91,6 +99,9 @@ class Trainer:
 
         Seeded by (run seed, round, silo).
         """
+        _log.info(
+            "round %d: %d epochs on %d samples, threads %d", round_, settings.epochs, self.samples, settings.threads
+        )
         received = self.evaluate(weights, settings.threads)
         seed = derive_seed(self._plan.seed, "train", round_, self._name)
         metrics = self._train(
@@ -163,7 +174,8 @@ def _check_folder(source: str) -> None:
 
 
 def main() -> None:
-    """Serves a Trainer until the federation is over or the agent is gone."""
+    """Serves a Trainer until the federation is over or the agent is gone. What it logs is the silo's `trainer.log`."""
+    to_stderr()
     channel = TrainerEnd()
     trainer: Trainer | None = None
     while True:
@@ -197,6 +209,7 @@ def main() -> None:
                 }
             )
         except GptflError as error:
+            _log.error("%s: %s", type(error).__name__, error)
             channel.send(error_to_message(error))
 
 

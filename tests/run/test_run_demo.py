@@ -38,6 +38,11 @@ def test_the_files_of_a_demo_are_valid_and_the_same_demo_keeps_them(tmp_path: Pa
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize(("rounds", "tuning"), [(1, 1), (2, 2), (5, 5), (30, 5)])
+def test_a_short_demo_tunes_in_short(rounds: int, tuning: int, tmp_path: Path) -> None:
+    assert load_federation(demo(tmp_path, rounds=rounds)).tuning.rounds == tuning
+
+
 def test_another_demo_in_the_folder_is_refused_and_nothing_of_it_overwritten(tmp_path: Path) -> None:
     demo(tmp_path)
     leave_a_run(tmp_path)

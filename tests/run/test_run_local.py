@@ -201,6 +201,16 @@ def test_no_key_of_the_authority_is_left_and_no_unfinished_file(watched: Watched
     assert [path.parent.parent.name for path in sorted(keys)] == ["silo-1", "silo-2"]
 
 
+def test_the_logs_say_what_trainer_and_evaluator_work_with(watched: Watched) -> None:
+    folder = watched.federation.run_folder
+    first, *rounds = (folder / "silos" / "silo-1" / "trainer.log").read_text().splitlines()
+    assert first.endswith("INFO silo-1: device cpu, 150 samples to train on, 50 to validate, 13,186 parameters")
+    told = [line.partition(" INFO ")[2] for line in rounds]
+    assert told == [f"round {number}: 40 epochs on 150 samples, threads 1" for number in (1, 2, 3)]
+    (line,) = (folder / "logs" / "evaluator.log").read_text().splitlines()
+    assert line.endswith("INFO tests on 16 samples: device cpu, threads 1")
+
+
 def test_a_second_call_returns_what_was_found_as_json_and_fresh_makes_it_anew(watched: Watched) -> None:
     federation = watched.federation
     before = federation.summary()
@@ -242,6 +252,10 @@ def test_a_silo_with_unreadable_data_ends_the_run_with_its_message(
     assert command.wait() == 3
     assert "silo silo-2 ended with exit code 3" in command.stderr
     assert str(broken.folder / "silo-2.npz") in command.stderr
+    assert (
+        f"ERROR DataError: {broken.folder / 'silo-2.npz'}"
+        in (broken.run_folder / "silos" / "silo-2" / "trainer.log").read_text()
+    )
     assert command.alive() == {}
 
 

@@ -27,20 +27,23 @@ class Sides:
     def __init__(self, federation: Federation, gptfl: Commands) -> None:
         self.federation = federation
         self._gptfl = gptfl
-        folder = federation.folder
-        gptfl.run("credentials", federation.path, "--host", "localhost", "--out", folder / "credentials")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-            address = f"localhost:{self.port}"
+        # The silos' own files do not stand in the federation file: the coordinator never sees them.
+        _change(federation.path, silos=[{"name": name} for name in federation.silos])
+        self.issue("credentials")
+
+    def issue(self, sets: str) -> None:
+        """Makes certificates in the folder `sets` and names them in the files."""
+        folder, address = self.federation.folder, f"localhost:{self.port}"
+        self._gptfl.run("credentials", self.federation.path, "--host", "localhost", "--out", folder / sets)
 
         def set_of(name: str) -> dict[str, str]:
-            return {part: f"credentials/{name}/{part}.pem" for part in ("authority", "certificate", "key")}
+            return {part: f"{sets}/{name}/{part}.pem" for part in ("authority", "certificate", "key")}
 
-        # The silos' own files do not stand in the federation file: the coordinator never sees them.
-        silos = [{"name": name} for name in federation.silos]
-        _change(federation.path, exchange={"listen": address, **set_of("coordinator")}, silos=silos)
-        for name in federation.silos:
+        _change(self.federation.path, exchange={"listen": address, **set_of("coordinator")})
+        for name in self.federation.silos:
             _change(folder / f"{name}.yaml", coordinator={"address": address, **set_of(name)})
 
     def coordinator(self) -> Command:
@@ -91,6 +94,21 @@ def test_a_killed_coordinator_goes_on_in_its_round_and_silos_come_back(sides: Si
     for name in sides.federation.silos:
         assert _log(sides, name).count("round 1 of fedavg_random: update delivered") == 1
         assert "connected again" in _log(sides, name)
+
+
+def test_a_run_goes_on_with_new_certificates(sides: Sides, undisturbed: Federation) -> None:
+    coordinator = sides.coordinator()
+    silos = [sides.silo(name) for name in sides.federation.silos]
+    wait_for(lambda: sides.federation.owed(2))
+    coordinator.process.send_signal(signal.SIGTERM)
+    assert coordinator.wait() == 130
+    sides.issue("new-credentials")
+    again = sides.coordinator()
+    for silo in silos:  # with the old set
+        assert silo.wait() == 6
+        assert "is not one to trust" in silo.stderr
+    _finish(again, *(sides.silo(name) for name in sides.federation.silos))
+    assert sides.federation.result() == undisturbed.result()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -84,7 +84,7 @@ def valid_until(expiry: datetime, whose: str) -> str:
     if left < _EXPIRES_SOON:
         raise Doubt(
             f"{whose}, expire in {left.days} days and {left.seconds // 3600} hours ({expiry:%F %T} UTC)",
-            "make new sets in time: gptfl credentials FEDERATION_FILE",
+            "make new sets in time: gptfl credentials FEDERATION_FILE --host NAME --out NEW_FOLDER",
         )
     return f"{whose}, valid until {expiry:%F}"
 
