@@ -33,6 +33,8 @@ from gptfl_dist.run.demo import LABELS, prepare
 ARMS = ("fedavg_random", "gptfl")
 DATA = ("mnist", "digits")
 SILOS = 4
+# What each changes in the demo's file, whose rate is otherwise the same in every round.
+PLAIN = {"training": {"warm_up_rounds": 0}}
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "constant": {},
     "cosine": {"training": {"schedule": "cosine"}},
@@ -98,8 +100,9 @@ def run(base: Path, recipe: str, data: str, seed: int) -> list[dict[str, Any]]:
     settings = yaml.safe_load(base.read_text())
     folder = base.parent / recipe.replace(" ", "-").replace(",", "")
     settings["run_folder"] = folder.name
-    for section, changes in RECIPES[recipe].items():
-        settings[section] = {**settings.get(section, {}), **changes}
+    for changes in (PLAIN, RECIPES[recipe]):
+        for section, values in changes.items():
+            settings[section] = {**settings.get(section, {}), **values}
     for silo in settings["silos"]:
         del silo["max_samples"]  # those of MNIST
     share_pretraining(base.parent, folder)

@@ -172,8 +172,6 @@ def train_denoiser(
     averaged_unet, averaged_encoder = build_unet(), build_text_encoder(tokenizer)
     tokens = tokenise(tokenizer, renders.captions(seed))
     empty = tokenise(tokenizer, [""])
-    alphas = build_scheduler().alphas_cumprod.sqrt()
-    sigmas = (1 - build_scheduler().alphas_cumprod).sqrt()
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     average = EMAModel(parameters, decay=plan.ema_decay, use_ema_warmup=True, power=0.8, foreach=True)
     loop = Loop(
@@ -187,16 +185,11 @@ def train_denoiser(
     )
     for generator in loop:
         chosen = torch.randint(len(latents), (plan.batch,), generator=generator)
-        clean = latents[chosen]
-        noise = torch.randn(clean.shape, generator=generator)
-        # One time from each of as many equal stretches as the batch has pictures: a calmer loss than free draws give.
-        spread = torch.arange(plan.batch) + torch.rand(plan.batch, generator=generator)
-        times = (spread * TRAIN_TIMES / plan.batch).long()
-        alpha, sigma = alphas[times, None, None, None], sigmas[times, None, None, None]
+        noisy, times, velocity = noised(latents[chosen], generator)
         unconditional = torch.rand(plan.batch, 1, generator=generator) < EMPTY_CAPTIONS
         states = text_encoder(torch.where(unconditional, empty, tokens[chosen])).last_hidden_state
-        velocity = unet(alpha * clean + sigma * noise, times, encoder_hidden_states=states).sample
-        loop.descend(functional.mse_loss(velocity, alpha * noise - sigma * clean))
+        told = unet(noisy, times, encoder_hidden_states=states).sample
+        loop.descend(functional.mse_loss(told, velocity))
         average.step(parameters)
         if loop.step % export_every == 0 or loop.step == plan.steps:
             averaged_unet.load_state_dict(unet.state_dict())
@@ -207,6 +200,20 @@ def train_denoiser(
             save_pipeline(folder, vae, averaged_unet, averaged_encoder, tokenizer)
     average.copy_to(parameters)
     save_pipeline(out, vae, unet, text_encoder, tokenizer)
+
+
+def noised(clean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents (N, C, H, W) with noise, the time of each (N,), and the velocity that is to be predicted.
+
+    One time from each of N equal stretches: a calmer loss than free draws give.
+    """
+    count = len(clean)
+    noise = torch.randn(clean.shape, generator=generator)
+    spread = torch.arange(count) + torch.rand(count, generator=generator)
+    times = (spread * TRAIN_TIMES / count).long()
+    kept = build_scheduler().alphas_cumprod[times, None, None, None]
+    alpha, sigma = kept.sqrt(), (1 - kept).sqrt()
+    return alpha * clean + sigma * noise, times, alpha * noise - sigma * clean
 
 
 class Loop:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -103,19 +105,90 @@ def run(
 
 
 @app.command()
+def prompts(
+    file: FederationPath,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            show_default="synthesis.prompts.file, else prompts.yaml beside FEDERATION_FILE", help="the file to write"
+        ),
+    ] = None,
+    wordnet: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="add other names and definitions from this WordNet database")
+    ] = None,
+    sense: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LABEL=NUMBER", help="the sense of a label; the file lists them; repeatable"),
+    ] = None,
+    text_model: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="add sentences of this language model of transformers: folder or hub id"),
+    ] = None,
+    instruction: Annotated[
+        str | None, typer.Option(show_default="a caption of one sentence", help="what it is asked, with {label}")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="sentences drawn a label")] = 250,
+    keep: Annotated[int, typer.Option(min=1, help="sentences kept a label, at most")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.01, help="of the draws; higher is more varied")] = 1.0,
+    force: Annotated[bool, typer.Option("--force", help="overwrite the file")] = False,
+    format_: FormatOption = Format.text,
+) -> None:
+    """Write a prompt set: the prompts of every label in a file to read and edit before images are made from them.
+
+    \b
+    gptfl prompts federation.yaml                                        what templates and styles give
+    gptfl prompts federation.yaml --wordnet /usr/share/wordnet           other names and definitions as well
+    gptfl prompts federation.yaml --wordnet /usr/share/wordnet --sense crane=5 --force
+    gptfl prompts federation.yaml --text-model ./model                   sentences as well
+    gptfl prompts federation.yaml --text-model owner/name --instruction "Describe an X-ray image of a {label}."
+
+    Sentences that repeat one another, do not name the label, are cut off or too long are dropped, and counted.
+    Then name the file in the federation file: synthesis: {prompts: {file: prompts.yaml}}
+    """
+    from gptfl_dist.run.prompts import DEFAULT_INSTRUCTION, Writing, make_prompt_set
+
+    writing = None
+    if text_model is not None:
+        asked = DEFAULT_INSTRUCTION if instruction is None else instruction
+        writing = Writing(text_model, asked, draws, keep, temperature)
+    elif instruction is not None:
+        raise ConfigError("--instruction is given without --text-model", hint="name the model that is to follow it")
+    made = make_prompt_set(
+        file,
+        out,
+        writing=writing,
+        wordnet=wordnet,
+        senses=sense or [],
+        force=force,
+        command=shlex.join(["gptfl", *sys.argv[1:]]),
+        say=_say,
+    )
+    if format_ is Format.json:
+        typer.echo(json.dumps({**asdict(made), "file": str(made.file)}))
+        return
+    typer.echo(f"{made.file}: {sum(made.prompts.values())} prompts for {len(made.prompts)} labels")
+    for reason, count in made.dropped.items():
+        typer.echo(f"  {count} sentences dropped: {reason}")
+    typer.echo(made.next)
+
+
+@app.command()
 def generate(file: FederationPath, quiet: QuietOption = False, format_: FormatOption = Format.text) -> None:
-    """Make the synthetic data set of a federation file. Stopped and started again, it goes on."""
+    """Make the synthetic data set of a federation file, and filter it. Stopped and started again, it goes on."""
     from gptfl_dist.config.load import load_federation
     from gptfl_dist.run import stages
+    from gptfl_dist.run.candidates import CANDIDATES, CONTACT_SHEET
 
     federation = load_federation(file)
-    count = stages.generate(federation)
-    sheet = federation.run_folder / stages.CONTACT_SHEET
+    made = stages.generate(federation, file.parent)
+    sheet = federation.run_folder / (CANDIDATES if federation.synthesis.candidates else CONTACT_SHEET)
+    if made.filter is not None:
+        _say(f"filter: {made.filter}")
     if format_ is Format.json:
-        told = {"images": count, "folder": str(federation.synthesis.folder), "contact_sheet": str(sheet)}
+        told = {**asdict(made), "folder": str(federation.synthesis.folder), "contact_sheet": str(sheet)}
         typer.echo(json.dumps(told))
     elif not quiet:
-        typer.echo(f"{count} images in {federation.synthesis.folder}; {sheet}")
+        typer.echo(f"{made.images} images in {federation.synthesis.folder}; {sheet}")
 
 
 @app.command()
@@ -123,17 +196,23 @@ def pretrain(file: FederationPath, quiet: QuietOption = False, format_: FormatOp
     """Train the model of a federation file on its synthetic data set."""
     from gptfl_dist.config.load import load_federation
     from gptfl_dist.run import stages
-    from gptfl_dist.run.federate import PRETRAINED_WEIGHTS
+    from gptfl_dist.run.candidates import CANDIDATES, PRETRAINED_WEIGHTS
 
     federation = load_federation(file)
     facts = stages.pretrain(federation, file.parent)
+    each = facts.get("candidates", {"": facts})
+    weights = federation.run_folder / (CANDIDATES if "candidates" in facts else PRETRAINED_WEIGHTS)
     if format_ is Format.json:
-        typer.echo(json.dumps({**facts, "weights": str(federation.run_folder / PRETRAINED_WEIGHTS)}))
+        typer.echo(json.dumps({**facts, "weights": str(weights)}))
     elif not quiet:
-        typer.echo(
-            f"{100 * facts['validation_accuracy']:.1f} % on held-out synthetic data after epoch {facts['best_epoch']}; "
-            f"{federation.run_folder / PRETRAINED_WEIGHTS}"
-        )
+        for name, known in each.items():
+            typer.echo(
+                f"{name}{': ' if name else ''}{100 * known['validation_accuracy']:.1f} % on held-out synthetic data "
+                f"after epoch {known['best_epoch']}"
+            )
+        if facts.get("choice"):
+            typer.echo(facts["choice"])
+        typer.echo(str(weights))
 
 
 @app.command()

@@ -9,10 +9,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from gptfl_dist.config.base import Address, Name, Section
 from gptfl_dist.config.units import Duration, Size
+
+_FILLED_IN = ("templates", "styles")
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -60,10 +71,25 @@ class Model(Section):
 
 
 class Prompts(Section):
-    """How labels become prompts: every template with every style, `{label}` and `{style}` filled in."""
+    """How labels become prompts: every template with every style, `{label}` and `{style}` filled in.
+
+    Or a prompt set in `file`, a YAML file of `label: [prompt, ...]` that `gptfl prompts` makes and people edit.
+    """
 
     templates: list[str] = Field(default=["a handwritten digit {label}"], min_length=1)
     styles: list[str] = Field(default=[])
+    file: Path | None = None
+
+    @model_validator(mode="after")
+    def _file_stands_alone(self) -> Self:
+        given = [name for name in _FILLED_IN if name in self.model_fields_set]
+        if self.file is not None and given:
+            raise ValueError(f"file holds the prompts themselves: give it without {' and '.join(given)}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_file_replaces(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in whole(self).items() if self.file is None or name not in _FILLED_IN}
 
     @model_validator(mode="after")
     def _placeholders(self) -> Self:
@@ -88,8 +114,33 @@ class Generator(Section):
     size: PositiveInt | None = None
 
 
+class Filter(Section):
+    """Which images are kept to train on: those on whose label a judge agrees, and at most a quota a label."""
+
+    judge: Literal["cross", "classifier", "encoder"] = "cross"
+    source: str | None = None
+    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    keep_per_label: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _source_where_needed(self) -> Self:
+        if self.judge == "cross" and self.source is not None:
+            raise ValueError("filter.judge is cross, which takes no filter.source")
+        if self.judge != "cross" and not self.source:
+            raise ValueError(f"filter.judge is {self.judge}, so filter.source must name a model folder or a hub id")
+        return self
+
+
+class Candidate(Section):
+    """A generator, prompts or a filter that may be the better ones; what it leaves out is as in `synthesis`."""
+
+    generator: Generator | None = None
+    prompts: Prompts | None = None
+    filter: Filter | None = None
+
+
 class Synthesis(Section):
-    """The synthetic data set: which generator, which prompts, how many images, where it is kept."""
+    """The synthetic data set: which generator, which prompts, how many images, where it is kept, which are used."""
 
     generator: Generator = Generator()
     prompts: Prompts = Prompts()
@@ -97,6 +148,28 @@ class Synthesis(Section):
     shard_size: PositiveInt = 100
     folder: Path = Path("synthetic")
     threads: NonNegativeInt = 0
+    filter: Filter | None = None
+    candidates: dict[Name, Candidate] = Field(default={})
+    choose_by: Literal["silos", "synthetic"] = "silos"
+
+    @model_validator(mode="after")
+    def _a_choice_of_several(self) -> Self:
+        if len(self.candidates) == 1:
+            raise ValueError("candidates names one candidate, expected two or more (or none)")
+        return self
+
+    def of_candidate(self, name: str) -> Synthesis:
+        """The settings of one candidate, whose set is kept in a folder of its own."""
+        candidate = self.candidates[name]
+        return self.model_copy(
+            update={
+                "generator": candidate.generator or self.generator,
+                "prompts": candidate.prompts or self.prompts,
+                "filter": candidate.filter or self.filter,
+                "candidates": {},
+                "folder": self.folder / name,
+            }
+        )
 
     @model_validator(mode="before")
     @classmethod
@@ -133,14 +206,14 @@ class Training(Section):
 
     epochs: PositiveInt = 1
     batch_size: PositiveInt = 32
-    learning_rate: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=1)] = 0.05
+    learning_rate: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=1)] = 0.2
     schedule: Literal["constant", "cosine"] = "constant"
-    warm_up_rounds: NonNegativeInt = 0
+    warm_up_rounds: NonNegativeInt = 3
     head_rounds: NonNegativeInt = 0
     momentum: Momentum = 0.0
     weight_decay: NonNegativeFloat = 0.0
     proximal: NonNegativeFloat = 0.0
-    clip_norm: PositiveFloat | None = None
+    clip_norm: PositiveFloat | None = 1.0
     augmentation: bool = False
     threads: PositiveInt = 1
 
@@ -233,6 +306,11 @@ class FederationFile(Section):
             twice = sorted({value for value in values if values.count(value) > 1})
             if twice:
                 raise ValueError(f"{what} names {', '.join(twice)} twice")
+        if self.synthesis.candidates and self.synthesis.choose_by == "silos" and "gptfl" not in self.arms:
+            raise ValueError(
+                "synthesis.choose_by is silos, who are asked before the arm gptfl, which arms does not name: "
+                "add it, or choose by synthetic"
+            )
         cohort = len(self.silos) if self.federation.cohort == "all" else self.federation.cohort
         if cohort > len(self.silos):
             raise ValueError(f"federation.cohort is {cohort}, but there are only {len(self.silos)} silos")

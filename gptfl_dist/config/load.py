@@ -119,6 +119,8 @@ def _resolve(name: str, value: Any, folder: Path) -> Any:
         return _resolved(value, folder)
     if isinstance(value, list):
         return [_resolve(name, item, folder) for item in value]
+    if isinstance(value, dict):
+        return {key: _resolve(name, item, folder) for key, item in value.items()}
     if name.endswith("source") and isinstance(value, str) and value.startswith(("./", "../")):
         return str(folder / value)
     return value

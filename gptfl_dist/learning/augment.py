@@ -1,50 +1,45 @@
-"""Random affine and elastic warps of a batch, the same in every arm.
+"""Random affine and elastic warps of a batch, the same in every arm, by kornia.
 
-Each image gets its own rotation, scale, shear and shift, and a smooth displacement that is drawn on a coarse grid and
-interpolated to full size. All of it is one sampling grid and one `grid_sample`. There are no flips: a mirrored 2 is
-no 2. Draws are made on the CPU by the caller's generator, so they are the same whatever the device.
+Each image gets its own rotation, scale, shear and shift, and a smooth displacement. There are no flips: a mirrored 2 is
+no 2. kornia draws from torch's global generator, on the CPU whatever the images' device; here it is seeded for every
+batch by the caller's generator, and left as it was.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 
-ROTATION = math.radians(20.0)
-SCALE = 0.25
-SHEAR = 0.3
+ROTATION = 20.0  # degrees
+SCALE = (0.78, 1.28)  # width and height apart
+SHEAR = 17.0  # degrees
 SHIFT = 0.08  # of the image's side
-ELASTIC = 0.1  # standard deviation at the coarse grid's points, in units of half the image's side
-ELASTIC_POINTS = 5
+SMOOTHNESS = 1 / 8  # standard deviation of the blur that smooths the displacements, of the image's side
+ELASTIC = 0.1  # standard deviation of the displacements, in units of half the image's side
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Warped copies of float32 images (N, C, H, W), of the same shape. What comes in from outside repeats the edge."""
-    count, _, height, width = images.shape
-    draws = torch.rand(count, 6, generator=generator) * 2 - 1
-    angle, shear = draws[:, 0] * ROTATION, draws[:, 1] * SHEAR
-    scale_x, scale_y = torch.exp(draws[:, 2] * SCALE), torch.exp(draws[:, 3] * SCALE)
-    cos, sin = torch.cos(angle), torch.sin(angle)
-    # Rows of scale x rotation x shear; grids reach from -1 to 1, so a shift of the side's share counts twice.
-    affine = torch.stack(
-        [
-            torch.stack([scale_x * cos, scale_x * (shear * cos - sin), draws[:, 4] * SHIFT * 2], dim=1),
-            torch.stack([scale_y * sin, scale_y * (shear * sin + cos), draws[:, 5] * SHIFT * 2], dim=1),
-        ],
-        dim=1,
+    """Warped copies of float32 images (N, C, H, H), of the same shape. What comes in from outside repeats the edge."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        warped: torch.Tensor = _warps(images.shape[-1])(images)
+    return warped
+
+
+@functools.lru_cache
+def _warps(side: int) -> nn.Module:
+    """The warps for images of `side` pixels."""
+    from kornia.augmentation import RandomAffine, RandomElasticTransform
+
+    sigma = side * SMOOTHNESS
+    kernel = 2 * math.ceil(2 * sigma) + 1
+    # kornia blurs noise from -1 to 1, of variance 1/3. A Gaussian of sigma s leaves 1 / (4 pi s^2) of the variance.
+    alpha = ELASTIC * math.sqrt(3 * 4 * math.pi) * sigma
+    return nn.Sequential(
+        RandomAffine(ROTATION, (SHIFT, SHIFT), (*SCALE, *SCALE), (-SHEAR, SHEAR), padding_mode="border", p=1.0),
+        RandomElasticTransform((kernel, kernel), (sigma, sigma), (alpha, alpha), padding_mode="border", p=1.0),
     )
-    coarse = torch.randn(count, 2, ELASTIC_POINTS, ELASTIC_POINTS, generator=generator) * ELASTIC
-    # Separable cubic interpolation as two small matrix products: far cheaper here than F.interpolate.
-    rows, columns = _interpolation(height), _interpolation(width)
-    elastic = torch.einsum("hi,ncij,wj->nhwc", rows, coarse, columns)
-    grid = F.affine_grid(affine, [count, 1, height, width], align_corners=False) + elastic
-    return F.grid_sample(images, grid.to(images.device), padding_mode="border", align_corners=False)
-
-
-def _interpolation(size: int) -> torch.Tensor:
-    """The (size, ELASTIC_POINTS) matrix that interpolates coarse values to `size` points, smoothly."""
-    identity = torch.eye(ELASTIC_POINTS)[None, None]
-    wide = F.interpolate(identity, (size, ELASTIC_POINTS), mode="bicubic", align_corners=True)
-    return wide[0, 0]

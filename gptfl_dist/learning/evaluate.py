@@ -33,20 +33,29 @@ def evaluate(model: nn.Module, data: ImageSet, task: Task, *, device: str) -> Ev
     """Runs the model in evaluation mode over `data`. The model stays on the device, its mode is put back."""
     if len(data) == 0:
         raise DataError("there is no sample to evaluate on", hint="give a data set with at least one image")
+    labels = len(data.label_names)
+    loss = 0.0
+    confusion = torch.zeros(labels * labels, dtype=torch.int64)
+    batches = torch.split(scores(model, data.images, task, device=device), BATCH_SIZE)
+    for found, truth in zip(batches, torch.split(data.labels, BATCH_SIZE), strict=True):
+        loss += float(F.cross_entropy(found, truth, reduction="sum"))
+        confusion += torch.bincount(truth * labels + found.argmax(dim=1), minlength=labels * labels)
+    matrix = confusion.view(labels, labels).numpy()
+    return Evaluation(float(matrix.trace() / len(data)), loss / len(data), len(data), matrix)
+
+
+def scores(model: nn.Module, images: torch.Tensor, task: Task, *, device: str) -> torch.Tensor:
+    """The model's logits for uint8 images (N, C, H, W): float32 (N, L) on the CPU.
+
+    The model runs in evaluation mode and stays on the device; its mode is put back.
+    """
     target = resolve_device(device)
     model.to(target)
     training = model.training
     model.eval()
-    labels = len(data.label_names)
-    loss = 0.0
-    confusion = torch.zeros(labels * labels, dtype=torch.int64)
     with torch.inference_mode():
-        for images, truth in zip(
-            torch.split(data.images, BATCH_SIZE), torch.split(data.labels, BATCH_SIZE), strict=True
-        ):
-            scores = logits(model, normalise(images.to(target), task)).float().cpu()
-            loss += float(F.cross_entropy(scores, truth, reduction="sum"))
-            confusion += torch.bincount(truth * labels + scores.argmax(dim=1), minlength=labels * labels)
+        parts = [
+            logits(model, normalise(batch.to(target), task)).float().cpu() for batch in torch.split(images, BATCH_SIZE)
+        ]
     model.train(training)
-    matrix = confusion.view(labels, labels).numpy()
-    return Evaluation(float(matrix.trace() / len(data)), loss / len(data), len(data), matrix)
+    return torch.cat(parts)

@@ -64,6 +64,14 @@ def head_of(model: nn.Module) -> nn.Module:
     return layers[-1]
 
 
+def quiet_transformers() -> None:
+    """Keeps the bars of `transformers` out of ours, and its report of absent weights: ours says it, and is stricter."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
 def _cnn(task: Task, label_count: int) -> nn.Module:
     """Two convolutions and two linear layers, for small images on a CPU. Average pooling costs half of max pooling."""
     side = task.size // 4
@@ -96,12 +104,8 @@ def _convnet(task: Task, label_count: int) -> nn.Module:
 
 def _transformers(source: str, pretrained: bool, task: Task, label_count: int) -> nn.Module:
     from transformers import AutoConfig, AutoModelForImageClassification
-    from transformers.utils import logging
 
-    # Its bar would run into ours, and its report warns of the new head, which is meant; the check below is stricter.
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-
+    quiet_transformers()
     if (Path(source).is_absolute() or source.startswith(".")) and not Path(source).exists():
         raise ModelError(
             f"model.source is {source}, but no such folder exists",

@@ -57,7 +57,7 @@ def pretrain(
     early stopping ends it before `total`. Raises TrainerError where the loss is no longer finite.
     """
     deterministic(seed, settings.threads)
-    training, held_out = split(data, settings.validation_share, derive_seed(seed, "validation"))
+    training, held_out = split_synthetic(data, settings, seed)
     device = resolve_device(settings.device)
     model.to(device)
     optimiser = torch.optim.AdamW(_decayed(model, settings.weight_decay), lr=settings.learning_rate)
@@ -113,6 +113,11 @@ def pretrain(
         validation_loss=best["validation_loss"],
         curve=curve,
     )
+
+
+def split_synthetic(data: ImageSet, settings: Pretraining, seed: int) -> tuple[ImageSet, ImageSet]:
+    """What `pretrain` trains on and what it holds out, for the same three arguments."""
+    return split(data, settings.validation_share, derive_seed(seed, "validation"))
 
 
 def _rate(step: int, total: int) -> float:

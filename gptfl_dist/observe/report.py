@@ -23,6 +23,7 @@ from gptfl_dist.observe.summary import FederatedArm, RoundRecord, Summary
 from gptfl_dist.observe.wording import (
     ARM_NAMES,
     UNKNOWN,
+    choice_text,
     duration,
     headline,
     kept_accuracy,
@@ -56,12 +57,15 @@ class ReportDetails:
     """What the report shows beyond the summary; a part that is None or empty is left out.
 
     `confusion[i][j]` counts samples of label i taken for label j by the kept model; `split[silo][i]` the samples
-    of label i at a silo, training and validation together; `contact_sheet` is a PNG file.
+    of label i at a silo, training and validation together; `contact_sheet` and `dropped_sheet` are PNG files, of the
+    synthetic images that were trained on and of those that the filter dropped; `filter` says how many it kept.
     """
 
     labels: Sequence[str]
     settings_text: str
     contact_sheet: Path | None = None
+    filter: str | None = None
+    dropped_sheet: Path | None = None
     confusion: Sequence[Sequence[int]] | None = None
     rounds: Mapping[str, Sequence[RoundRecord]] = field(default_factory=dict)
     split: Mapping[str, Sequence[int]] | None = None
@@ -73,7 +77,7 @@ def write_report(folder: Path, summary: Summary, details: ReportDetails) -> Path
     parts = [
         _result(summary, details),
         _curves(summary) if summary.arms.federated else "",
-        _contact_sheet(summary, details.contact_sheet) if details.contact_sheet is not None else "",
+        _contact_sheets(summary, details, details.contact_sheet) if details.contact_sheet is not None else "",
         _confusion(summary, details.labels, details.confusion) if details.confusion is not None else "",
         _split(details.labels, details.split) if details.split else "",
         _costs(summary, details.rounds),
@@ -169,11 +173,22 @@ def _curves(summary: Summary) -> str:
     return _section("curves", "Learning curves", _figure("image/svg+xml", learning_curves(summary), alt, caption))
 
 
-def _contact_sheet(summary: Summary, path: Path) -> str:
-    mime, data = _sheet_bytes(path)
+def _contact_sheets(summary: Summary, details: ReportDetails, path: Path) -> str:
     caption = f"A sample of the {summary.synthetic_images:,} synthetic images that the start weights were trained on."
     alt = "Contact sheet of synthetic images, a sample of every label."
-    return _section("synthetic", "Synthetic data", _figure(mime, data, alt, caption))
+    parts = [_figure(*_sheet_bytes(path), alt, caption)]
+    if summary.choice is not None:
+        parts.append(f'<p class="note">{escape(choice_text(summary.choice))}</p>')
+    if details.filter is not None:
+        parts.append(f'<p class="note">Filter: {escape(details.filter)}.</p>')
+    if details.dropped_sheet is not None:
+        caption = (
+            "Images that the filter dropped, from its surest to its least sure: the row says what was asked for, the "
+            "words below an image what the judge saw, with its probability."
+        )
+        alt = "Contact sheet of synthetic images that the filter dropped, by the label that was asked for."
+        parts.append(_figure(*_sheet_bytes(details.dropped_sheet), alt, caption))
+    return _section("synthetic", "Synthetic data", *parts)
 
 
 def _sheet_bytes(path: Path) -> tuple[str, bytes]:

@@ -116,6 +116,14 @@ class WeightDigests(Section):
     best: Digest
 
 
+class Choice(Section):
+    """Which candidate's model was fine-tuned, and the accuracy by which the silos or held-out images chose it."""
+
+    chosen: str
+    by: Literal["silos", "synthetic"]
+    accuracy: dict[str, Accuracy]
+
+
 class Summary(Section):
     """A whole run. `seconds` are by stage, `tuning` holds each rate's accuracy on validation data."""
 
@@ -131,6 +139,7 @@ class Summary(Section):
     model_bytes: NonNegativeInt
     parameters: NonNegativeInt
     synthetic_images: NonNegativeInt
+    choice: Choice | None = None
     started: AwareDatetime
     finished: AwareDatetime
     weights: dict[Arm, WeightDigests] = Field(default={})

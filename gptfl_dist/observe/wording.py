@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gptfl_dist.observe.summary import FederatedArm, Summary, SyntheticArm
+from gptfl_dist.observe.summary import Choice, FederatedArm, Summary, SyntheticArm
 
 ARM_NAMES = {
     "synthetic_only": "Synthetic only",
@@ -53,6 +53,13 @@ def rounds_to_target_text(summary: Summary, arm: FederatedArm) -> str:
     if summary.target_accuracy is None:
         return UNKNOWN
     return "not reached" if arm.rounds_to_target is None else f"{arm.rounds_to_target} of {arm.rounds}"
+
+
+def choice_text(choice: Choice) -> str:
+    """Which candidate was chosen, and why, in one sentence."""
+    where = "the silos' validation data" if choice.by == "silos" else "the held-out images of all candidates"
+    figures = ", ".join(f"{name}: {percent(accuracy)}" for name, accuracy in choice.accuracy.items())
+    return f"Candidate {choice.chosen} was chosen on {where} ({figures})."
 
 
 def headline(summary: Summary) -> str:

@@ -39,6 +39,11 @@ def trial_name(arm: str, rate: float) -> str:
     return f"tuning/{arm}/{rate:g}"
 
 
+def choice_name(candidate: str) -> str:
+    """The name under which the ledger keeps the silos' judgement of a candidate's model."""
+    return f"choice/{candidate}"
+
+
 class ArmRun:
     """What the federator keeps in memory of the arm in progress."""
 

@@ -24,8 +24,9 @@ from gptfl_dist.observe import progress
 from gptfl_dist.observe.summary import FILE_NAME, Summary, read_summary
 from gptfl_dist.observe.summary import RoundRecord as ShownRound
 from gptfl_dist.run.arm import rounds_planned
+from gptfl_dist.run.candidates import PRETRAINED_WEIGHTS
 from gptfl_dist.run.evaluation import Evaluator
-from gptfl_dist.run.federate import PRETRAINED_WEIGHTS, Federator
+from gptfl_dist.run.federate import Federator
 from gptfl_dist.run.result import federated_arms, settings_text, write_results
 from gptfl_dist.run.stages import run_stage
 
@@ -92,7 +93,7 @@ async def coordinate(
             return read_summary(file.run_folder)
         if ledger.fact("started") is None:
             ledger.set_fact("started", datetime.now(UTC).isoformat())
-        await _before_the_federation(path, file, ledger)
+        await _before_the_federation(path, file, ledger, say)
         summary = await _federate(path, file, ledger, make_exchange, opened, say)
         ledger.set_fact("finished", summary.finished.isoformat())
         return summary
@@ -108,17 +109,18 @@ def _request(file: FederationFile) -> str:
     return json.dumps(content, sort_keys=True)
 
 
-async def _before_the_federation(path: Path, file: FederationFile, ledger: Ledger) -> None:
+async def _before_the_federation(path: Path, file: FederationFile, ledger: Ledger, say: Callable[[str], None]) -> None:
     """Synthetic data and pre-training, where an arm of the file needs them."""
     if not {"synthetic_only", "gptfl"} & set(file.arms):
         return
     for stage in ("generate", "pretrain"):
         started = time.monotonic()
         try:
-            await run_stage(stage, path)
+            told = await run_stage(stage, path)
         finally:
             ledger.add_seconds(stage, time.monotonic() - started)
-    ledger.set_fact("synthetic_images", str(file.synthesis.images_per_label * len(file.labels)))
+        if told.get("choice"):
+            say(told["choice"])
 
 
 async def _federate(
@@ -135,10 +137,7 @@ async def _federate(
     evaluator = Evaluator(process, file, file.run_folder)
     try:
         layout = await evaluator.start()
-        synthetic = None
-        if "synthetic_only" in file.arms:
-            synthetic = await evaluator.test(file.run_folder / PRETRAINED_WEIGHTS)
-        confusion = None if synthetic is None else synthetic[1]
+        tested = None
         if federated_arms(file):
             watcher = Terminal(file, ledger, say)
             federator = Federator(
@@ -159,11 +158,21 @@ async def _federate(
             finally:
                 await federator.stop(goodbye)
             tested = await evaluator.test(file.run_folder / "models" / f"{federated_arms(file)[-1]}.safetensors")
-            confusion = None if tested is None else tested[1]
+        synthetic = None
+        if "synthetic_only" in file.arms:
+            # After the arms, for the silos may have had to choose whose model this is.
+            synthetic = await evaluator.test(file.run_folder / PRETRAINED_WEIGHTS)
     finally:
         await evaluator.stop()
-    accuracy = None if synthetic is None else synthetic[0]
-    return write_results(file, ledger, layout, accuracy, confusion, settings_text(path))
+    shown = tested or synthetic
+    return write_results(
+        file,
+        ledger,
+        layout,
+        None if synthetic is None else synthetic[0],
+        None if shown is None else shown[1],
+        settings_text(path),
+    )
 
 
 def silo_files(file: FederationFile) -> dict[str, Path]:

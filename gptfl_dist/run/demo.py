@@ -49,9 +49,11 @@ synthesis:
   images_per_label: 200
   shard_size: 100
   folder: synthetic
+  # Models trained on other parts of the set judge each image; where they read another digit, it is left out.
+  filter: {judge: cross, threshold: 0.5}
 
-# One grid for both arms; each arm's rate is chosen on the silos' validation data.
-training: {epochs: 1, batch_size: 32, clip_norm: 1.0, learning_rate: [0.1, 0.2, 0.4, 0.8, 1.6, 3.2]}
+# One recipe and one grid for both arms; each arm's rate is chosen on the silos' validation data.
+training: {epochs: 1, batch_size: 32, clip_norm: 1.0, warm_up_rounds: 3, learning_rate: [0.1, 0.2, 0.4, 0.8, 1.6, 3.2]}
 tuning: {rounds: $tuning}
 federation: {rounds: $rounds, cohort: all, deadline: 10m}
 

@@ -40,13 +40,13 @@ from gptfl_dist.federation import coordinator as machine
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.files import replacing
 from gptfl_dist.ledger.store import ArmRecord, Ledger, RoundRecord
-from gptfl_dist.run.arm import ArmPlan, ArmRun, best_round, trial_name
+from gptfl_dist.observe.wording import choice_text
+from gptfl_dist.run.arm import ArmPlan, ArmRun, best_round, choice_name, trial_name, validation_of
+from gptfl_dist.run.candidates import PRETRAINED_WEIGHTS, adopt, asks_silos, candidate_files
 from gptfl_dist.run.evaluation import RANDOM_WEIGHTS, Evaluator
 from gptfl_dist.weights import BLOCK, Layout, WeightsFile
 
 _log = logging.getLogger(__name__)
-
-PRETRAINED_WEIGHTS = "pretrained.safetensors"
 
 
 class RoundFailed(FederationError):
@@ -128,8 +128,10 @@ class Federator:
         for arm, file_name in starts.items():
             if arm not in self._file.arms:
                 continue
-            with WeightsFile(self._ledger.folder / file_name) as weights:
-                start = await asyncio.to_thread(self._ledger.add_weights, self._layout, _blocks(weights))
+            if arm == "gptfl" and asks_silos(self._file):
+                with self._timed("choice of the generator"):
+                    await self._choose_candidate()
+            start = await self._start_from(self._ledger.folder / file_name)
             with self._timed(f"tuning {arm}"):
                 rate = await self._choose_rate(arm, start)
             with self._timed(arm):
@@ -147,6 +149,27 @@ class Federator:
             yield
         finally:
             self._ledger.add_seconds(stage, time.monotonic() - started)
+
+    async def _start_from(self, file: Path) -> str:
+        """Puts weights that an arm begins with into the ledger; returns their digest."""
+        with WeightsFile(file) as weights:
+            return await asyncio.to_thread(self._ledger.add_weights, self._layout, _blocks(weights))
+
+    async def _choose_candidate(self) -> None:
+        """Adopts the candidate whose model does best on the silos' validation data, before any federated training."""
+        accuracy: dict[str, float] = {}
+        for name, candidate in candidate_files(self._file).items():
+            start = await self._start_from(candidate.run_folder / PRETRAINED_WEIGHTS)
+            rate = self._file.training.learning_rates[0]  # nobody trains with it: there is no round but the evaluation
+            await self._run_arm(ArmPlan(choice_name(name), start, rate, rounds=0, tested=False))
+            score = validation_of(self._record(choice_name(name)), 0)
+            if score is None:
+                raise FederationError(
+                    "no candidate can be chosen: no silo reported an accuracy on its validation data",
+                    hint="set synthesis.choose_by to synthetic, or let policy.metrics of the silos release accuracy",
+                )
+            accuracy[name] = score[0]
+        self._watcher.note(choice_text(await asyncio.to_thread(adopt, self._file, accuracy)))
 
     async def _choose_rate(self, arm: str, start: str) -> float:
         """The rate of the grid whose short trial ends best on the silos' validation data."""

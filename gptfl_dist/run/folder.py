@@ -9,24 +9,15 @@ from gptfl_dist.config.load import load_federation
 from gptfl_dist.files import storage_error
 from gptfl_dist.ledger.store import locked
 from gptfl_dist.observe.logs import configure
-from gptfl_dist.run.stages import CONTACT_SHEET
+from gptfl_dist.run.candidates import CANDIDATES, CHOICE, CONTACT_SHEET, DROPPED_SHEET
 
 PRIVATE = 0o700
 """The mode of a silo's work folder, which nobody but its owner enters."""
 
 _MADE_BY_A_RUN = (
-    *(
-        "ledger.sqlite",
-        "ledger.sqlite-wal",
-        "ledger.sqlite-shm",
-        "weights",
-        "strategy",
-        "spools",
-        "silos",
-        "models",
-        "logs",
-    ),
-    *("summary.json", "report.html", "pretrained.safetensors", "pretrained.json", "random.safetensors", CONTACT_SHEET),
+    *("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "weights", "strategy", "spools", "silos", "models"),
+    *("logs", "summary.json", "report.html", "pretrained.safetensors", "pretrained.json", "random.safetensors"),
+    *(CONTACT_SHEET, DROPPED_SHEET, CANDIDATES, CHOICE),
 )
 """What `--fresh` deletes: never the federation file, data or a synthetic set that lie in the same folder."""
 

@@ -12,6 +12,7 @@ from gptfl_dist.ledger.store import ArmRecord, Ledger
 from gptfl_dist.observe.report import ReportDetails, write_report
 from gptfl_dist.observe.summary import (
     Arms,
+    Choice,
     FederatedArm,
     RoundRecord,
     Summary,
@@ -22,7 +23,7 @@ from gptfl_dist.observe.summary import (
     write_summary,
 )
 from gptfl_dist.run.arm import trial_name, validation_of
-from gptfl_dist.run.stages import CONTACT_SHEET
+from gptfl_dist.run.candidates import CHOICE, CONTACT_SHEET, DROPPED_SHEET, PRETRAINED_FACTS
 from gptfl_dist.weights import Layout
 
 SPLIT = "split.json"
@@ -71,6 +72,8 @@ def write_results(
     started = ledger.fact("started")
     assert started is not None
     transport = ledger.fact("transport")
+    choice, pretrained = file.run_folder / CHOICE, file.run_folder / PRETRAINED_FACTS
+    facts = json.loads(pretrained.read_text()) if pretrained.exists() else {}
     summary = Summary(
         run=file.name,
         transport=transport or "none",
@@ -82,17 +85,21 @@ def write_results(
         tuning=_tuning(file, ledger),
         model_bytes=layout.nbytes,
         parameters=layout.parameters,
-        synthetic_images=int(ledger.fact("synthetic_images") or 0),
+        synthetic_images=facts.get("images", 0),
+        choice=Choice.model_validate_json(choice.read_bytes()) if choice.exists() else None,
         started=datetime.fromisoformat(started),
         finished=datetime.now(UTC),
         weights=weights,
     )
     summary = with_target(summary)
     contact_sheet, split = file.run_folder / CONTACT_SHEET, file.run_folder / SPLIT
+    dropped_sheet = file.run_folder / DROPPED_SHEET
     details = ReportDetails(
         labels=file.labels,
         settings_text=settings_text,
         contact_sheet=contact_sheet if contact_sheet.exists() else None,
+        filter=facts.get("filter"),
+        dropped_sheet=dropped_sheet if dropped_sheet.exists() else None,
         confusion=confusion,
         rounds=rounds,
         split=json.loads(split.read_text()) if split.exists() else None,

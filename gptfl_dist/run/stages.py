@@ -11,9 +11,9 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.errors import DataError, ModelError, StageFailed, StorageError
@@ -21,16 +21,48 @@ from gptfl_dist.files import storage_error, write_file
 from gptfl_dist.launch.channel import error_from_message
 from gptfl_dist.launch.lifeline import Child
 from gptfl_dist.observe.progress import progress
-from gptfl_dist.run.federate import PRETRAINED_WEIGHTS
+from gptfl_dist.observe.wording import choice_text
+from gptfl_dist.run.candidates import (
+    CONTACT_SHEET,
+    DROPPED_SHEET,
+    PRETRAINED_FACTS,
+    PRETRAINED_WEIGHTS,
+    adopt,
+    asks_silos,
+    candidate_files,
+)
 from gptfl_dist.weights import WeightsFile
 
-CONTACT_SHEET = "synthetic.png"
-_PRETRAINED_FACTS = "pretrained.json"
+if TYPE_CHECKING:
+    from gptfl_dist.learning.data import ImageSet
+    from gptfl_dist.synthesis.selection import Selection
 
 
-def generate(file: FederationFile) -> int:
-    """Makes the synthetic set and its contact sheet; returns how many images it has. Raises GeneratorError."""
-    from gptfl_dist.synthesis.contact_sheet import contact_sheet
+@dataclass(frozen=True)
+class Generated:
+    """How many images the synthetic set has, how many are trained on, and what its filter did, None without one."""
+
+    images: int
+    kept: int
+    filter: str | None
+
+
+def generate(file: FederationFile, folder: Path) -> Generated:
+    """Makes the synthetic set, selects from it where the file has a filter, and draws the contact sheets.
+
+    Does so for every candidate, where the file has some, and returns the sums. `folder` is where the federation file
+    lies. Raises GeneratorError, also where the filter keeps too few of a label.
+    """
+    made = {name: _generate(one, folder, f"generate {name}") for name, one in candidate_files(file).items()}
+    if not made:
+        return _generate(file, folder, "generate")
+    filtered = "; ".join(f"{name}: {one.filter}" for name, one in made.items() if one.filter is not None)
+    return Generated(sum(one.images for one in made.values()), sum(one.kept for one in made.values()), filtered or None)
+
+
+def _generate(file: FederationFile, folder: Path, title: str) -> Generated:
+    from gptfl_dist.run.filter import filter_images
+    from gptfl_dist.synthesis.contact_sheet import contact_sheet, dropped_sheet
     from gptfl_dist.synthesis.synthesize import synthesize
 
     try:
@@ -38,30 +70,50 @@ def generate(file: FederationFile) -> int:
     except OSError as error:
         raise storage_error(error, file.run_folder) from None
     total = file.synthesis.images_per_label * len(file.labels)
-    with progress("generate", total, "images") as bar:
+    with progress(title, total, "images") as bar:
         made = synthesize(file.synthesis, file.task, file.labels, file.seed, file.synthesis.folder, bar.callback)
-    contact_sheet(file.synthesis.folder, file.run_folder / CONTACT_SHEET)
-    return made.count
+    selection = filter_images(file, folder)
+    contact_sheet(file.synthesis.folder, file.run_folder / CONTACT_SHEET, selection)
+    dropped = file.run_folder / DROPPED_SHEET
+    if selection is None or not dropped_sheet(file.synthesis.folder, dropped, selection):
+        dropped.unlink(missing_ok=True)
+    if selection is None:
+        return Generated(made.count, made.count, None)
+    selection.require_every_label(dropped)
+    return Generated(made.count, selection.count, selection.in_words())
 
 
 def pretrain(file: FederationFile, folder: Path) -> dict[str, Any]:
-    """Trains the model on the synthetic set; writes the weights into the run folder and returns how it went.
+    """Trains the model on the synthetic set, of which the file's filter may have kept a part.
 
-    `folder` is where the federation file lies, for a model.source that names a module beside it.
+    Writes the weights into the run folder and returns how it went. Where the file has candidates, a model of each is
+    trained: the answer has `candidates`, by name, and `choice`, a line where held-out images chose (else the silos do
+    later, and it is None). `folder` is where the federation file lies, for a model.source that names a module there.
 
     Reused where the synthetic set, the model and every setting are the same and the weights are whole. Raises
     DataError, ModelError.
     """
-    from gptfl_dist.learning.data import load_images
+    facts = {name: _pretrain(one, folder, f"pretrain {name}") for name, one in candidate_files(file).items()}
+    if not facts:
+        return _pretrain(file, folder, "pretrain")
+    return {"candidates": facts, "choice": None if asks_silos(file) else _choose_on_held_out(file, folder)}
+
+
+def _pretrain(file: FederationFile, folder: Path, title: str) -> dict[str, Any]:
     from gptfl_dist.learning.models import build_model
     from gptfl_dist.learning.pretrain import pretrain as train
-    from gptfl_dist.learning.seeding import derive_seed, usable_cores
+    from gptfl_dist.learning.seeding import usable_cores
+    from gptfl_dist.run.filter import selected_images
     from gptfl_dist.synthesis.store import complete_manifest
     from gptfl_dist.weights.flat import FlatModel
 
     manifest = complete_manifest(file.synthesis.folder)
+    selection = selected_images(file, folder)
+    if selection is not None:
+        selection.require_every_label(file.run_folder / DROPPED_SHEET)
     request = {
         "shards": [shard.digest for shard in manifest.shards],
+        "selection": None if selection is None else selection.digest,
         "model": file.model.model_dump(mode="json"),
         "task": file.task.model_dump(mode="json"),
         "labels": file.labels,
@@ -69,27 +121,64 @@ def pretrain(file: FederationFile, folder: Path) -> dict[str, Any]:
         "pretraining": file.pretraining.model_dump(mode="json"),
         "threads": file.pretraining.threads or usable_cores(),
     }
-    facts, weights = file.run_folder / _PRETRAINED_FACTS, file.run_folder / PRETRAINED_WEIGHTS
+    facts, weights = file.run_folder / PRETRAINED_FACTS, file.run_folder / PRETRAINED_WEIGHTS
     if facts.exists() and weights.exists():
         known: dict[str, Any] = json.loads(facts.read_text())
         if known["request"] == request and known.get("digest") == _digest_of(weights):
             return known
-    data = load_images(_synthetic_data(file.synthesis.folder), file.task, file.labels)
+    data = _images(file, selection)
     sys.path.insert(0, str(folder.absolute()))
     model = build_model(file.model, file.task, len(file.labels), file.seed)
-    with progress("pretrain", 0, "batches") as bar:
-        result = train(
-            model,
-            data,
-            file.pretraining,
-            file.task,
-            seed=derive_seed(file.seed, "pretrain"),
-            progress=bar.callback,
-        )
+    with progress(title, 0, "batches") as bar:
+        result = train(model, data, file.pretraining, file.task, seed=_seed(file), progress=bar.callback)
     digest = FlatModel(model.cpu()).save(weights)
-    known = {"request": request, "digest": digest, **asdict(result)}
+    filtered = None if selection is None else selection.in_words()
+    known = {"request": request, "digest": digest, "images": len(data), "filter": filtered, **asdict(result)}
     write_file(facts, json.dumps(known, indent=1))
     return known
+
+
+def _choose_on_held_out(file: FederationFile, folder: Path) -> str:
+    """Adopts the candidate whose model does best on what every candidate held out, each set counting alike.
+
+    Its own set alone would favour a generator whose images are all alike. Returns a line that says how it was chosen.
+    """
+    from gptfl_dist.learning.evaluate import evaluate
+    from gptfl_dist.learning.models import build_model
+    from gptfl_dist.learning.pretrain import split_synthetic
+    from gptfl_dist.run.filter import selected_images
+    from gptfl_dist.weights.flat import FlatModel
+
+    candidates = candidate_files(file)
+    sys.path.insert(0, str(folder.absolute()))
+    model = FlatModel(build_model(file.model, file.task, len(file.labels), file.seed))
+    held_out = [
+        split_synthetic(_images(candidate, selected_images(candidate, folder)), file.pretraining, _seed(file))[1]
+        for candidate in candidates.values()
+    ]
+    accuracy = {}
+    for name, candidate in candidates.items():
+        model.load(candidate.run_folder / PRETRAINED_WEIGHTS)
+        found = [evaluate(model.model, images, file.task, device="cpu").accuracy for images in held_out]
+        accuracy[name] = sum(found) / len(found)
+    return choice_text(adopt(file, accuracy))
+
+
+def _seed(file: FederationFile) -> int:
+    """The seed of the training on synthetic data."""
+    from gptfl_dist.learning.seeding import derive_seed
+
+    return derive_seed(file.seed, "pretrain")
+
+
+def _images(file: FederationFile, selection: Selection | None) -> ImageSet:
+    """The synthetic images that are trained on."""
+    import numpy as np
+
+    from gptfl_dist.learning.data import load_images
+
+    data = load_images(_synthetic_data(file.synthesis.folder), file.task, file.labels)
+    return data if selection is None else data.subset(np.flatnonzero(selection.keeps))
 
 
 def _digest_of(weights: Path) -> str | None:
@@ -109,8 +198,11 @@ def _synthetic_data(folder: Path) -> Any:
     return Data(path=folder, format="parquet")
 
 
-async def run_stage(stage: Literal["generate", "pretrain"], path: Path) -> None:
-    """Runs a stage of the federation file at `path` in a process of its own. Raises its error, or StageFailed."""
+async def run_stage(stage: Literal["generate", "pretrain"], path: Path) -> dict[str, Any]:
+    """Runs a stage of the federation file at `path` in a process of its own; returns what its command prints as JSON.
+
+    Raises its error, or StageFailed.
+    """
     with tempfile.TemporaryFile() as answer:
         command = [sys.executable, "-m", "gptfl_dist", stage, os.fspath(path), "--quiet", "--format", "json"]
         child = Child(command, output=None, answer=answer)
@@ -118,12 +210,12 @@ async def run_stage(stage: Literal["generate", "pretrain"], path: Path) -> None:
             code = await asyncio.to_thread(child.process.wait)
         finally:
             child.stop()
-        if code == 0:
-            return
         answer.seek(0)
         try:
-            told = json.loads(answer.read())
+            told: dict[str, Any] = json.loads(answer.read())
         except ValueError:  # it met a defect, and printed that itself
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
             raise StageFailed(f"{stage} {how}", hint="the same command goes on from there") from None
+    if code == 0:
+        return told
     raise error_from_message({"kind": told["error"], "message": told["message"], "hint": told["hint"]})

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from blake3 import blake3
 
 from gptfl_dist.config.federation import Generator
 from gptfl_dist.errors import GeneratorError, first_line
 from gptfl_dist.synthesis.samples import Sample
+from gptfl_dist.synthesis.source import files_digest
 
 EMBEDDED = Path(__file__).parent / "glyphs"
 EMBEDDED_LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SOURCES = "Give generator.source as `embedded`, a folder that holds model_index.json, or a hub id such as owner/name."
 
 
@@ -58,7 +58,7 @@ def find_generator(settings: Generator) -> GeneratorFolder:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return GeneratorFolder(source, folder, _folder_digest(folder, source))
-    if not _HUB_ID.fullmatch(source) or folder.exists():
+    if not HUB_ID.fullmatch(source) or folder.exists():
         what = "is a file" if folder.exists() else "does not exist"
         raise GeneratorError(f"generator.source is {source}, which {what}; expected a folder", hint=_SOURCES)
     folder = _download(source)
@@ -275,14 +275,10 @@ def _folder_digest(folder: Path, source: str) -> str:
     except (OSError, ValueError, AttributeError) as error:
         raise GeneratorError(f"{index} cannot be read as JSON: {first_line(error)}", hint=_SOURCES) from error
     files = [index, *(path for name in names for path in sorted((folder / name).rglob("*")) if path.is_file())]
-    hasher = blake3()
     try:
-        for path in files:
-            hasher.update(json.dumps([path.relative_to(folder).as_posix(), path.stat().st_size]).encode())
-            hasher.update_mmap(path)
+        return files_digest(folder, files)
     except OSError as error:
-        raise GeneratorError(f"{path} cannot be read: {first_line(error)}", hint="Check its permissions.") from error
-    return hasher.hexdigest()
+        raise GeneratorError(str(error), hint="Check its permissions.") from error
 
 
 def _download(source: str) -> Path:

@@ -120,6 +120,10 @@ def test_a_mistake_is_named_at_its_place(tmp_path: Path, added: str, expected: s
         ("model:\n  name: transformers", "f.yaml:6:9: model.name: model.name is transformers, so model.source must"),
         ("exchange: {key: k.pem}", "f.yaml:5:17: exchange.key: key given without authority, certificate"),
         ("task: {mean: [0.1, 0.2]}", "f.yaml:5:14: task.mean: mean has 2 values, expected 1"),
+        (
+            "synthesis:\n  prompts: {file: p.yaml, styles: []}",
+            "synthesis.prompts.file: file holds the prompts themselves: give it without styles",
+        ),
         ("synthesis:\n  prompts:\n    templates: [a cat]", "synthesis.prompts: the template 'a cat' has no {label}"),
         ("arms: [gptfl, gptfl]", "f.yaml:5:7: arms: arms names gptfl twice"),
     ],
@@ -204,6 +208,7 @@ model: {name: transformers, source: ./resnet}
 synthesis:
   folder: /absolute/synthetic
   generator: {source: ../pipeline}
+  prompts: {file: prompts/set.yaml}
 exchange: {authority: a.pem, certificate: c.pem, key: k.pem}
 test_data: test
 silos:
@@ -216,6 +221,7 @@ silos:
     assert loaded.run_folder == tmp_path / "out/run"
     assert loaded.synthesis.folder == Path("/absolute/synthetic")
     assert loaded.model.source == str(tmp_path / "resnet")
+    assert loaded.synthesis.prompts.file == tmp_path / "prompts/set.yaml"
     assert loaded.synthesis.generator.source == str(tmp_path / "../pipeline")
     assert loaded.exchange.authority == tmp_path / "a.pem"
     assert loaded.test_data == tmp_path / "test"
@@ -255,6 +261,35 @@ def test_silo_file_without_data(tmp_path: Path) -> None:
         load_silo(write(tmp_path, "name: hospital\n"))
     with pytest.raises(ConfigError, match=r"f\.yaml:3:7: code: code is empty: give"):
         load_silo(write(tmp_path, "name: hospital\ndata: {path: x}\ncode: {}\n"))
+
+
+def test_paths_in_candidates_are_relative_to_the_file_and_what_they_leave_out_is_shared(tmp_path: Path) -> None:
+    text = (
+        MINIMAL
+        + """\
+synthesis:
+  images_per_label: 7
+  prompts: {file: shared.yaml}
+  candidates:
+    own: {prompts: {file: own.yaml}, generator: {source: ./pipe}}
+    strict: {filter: {judge: encoder, source: ./clip}}
+"""
+    )
+    synthesis = load_federation(write(tmp_path, text)).synthesis
+    own, strict = synthesis.of_candidate("own"), synthesis.of_candidate("strict")
+    assert (own.prompts.file, own.generator.source) == (tmp_path / "own.yaml", str(tmp_path / "pipe"))
+    assert (strict.prompts.file, strict.generator.source) == (tmp_path / "shared.yaml", "embedded")
+    assert strict.filter is not None
+    assert strict.filter.source == str(tmp_path / "clip")
+    assert (own.folder, strict.folder) == (tmp_path / "synthetic" / "own", tmp_path / "synthetic" / "strict")
+    assert own.images_per_label == strict.images_per_label == 7
+
+
+def test_a_choice_needs_two_candidates_and_someone_to_choose(tmp_path: Path) -> None:
+    one = errors_of(tmp_path, MINIMAL + "synthesis: {candidates: {calm: {}}}\n")
+    assert "expected two or more" in one
+    nobody = errors_of(tmp_path, MINIMAL + "arms: [synthetic_only]\nsynthesis: {candidates: {calm: {}, free: {}}}\n")
+    assert "choose by synthetic" in nobody
 
 
 @pytest.mark.parametrize("text", ["name: hospital\ndata: {pathh: x}\n", "name: [\n", "", "- 1\n", b"\xff"])

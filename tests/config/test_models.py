@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from gptfl_dist.config import Code, Exchange, FederationFile, Generator, Model, Prompts, SiloFile, Task, Training
+from gptfl_dist.config import (
+    Code,
+    Exchange,
+    FederationFile,
+    Filter,
+    Generator,
+    Model,
+    Prompts,
+    SiloFile,
+    Task,
+    Training,
+)
 
 MINIMAL: dict[str, Any] = {"name": "trial", "labels": ["cat", "dog"], "silos": [{"name": "a"}, {"name": "b"}]}
 
@@ -54,6 +65,9 @@ def test_impossible_federations_are_refused(changes: dict[str, Any], message: st
         (Prompts, {"templates": ["a cat"]}, "has no {label}"),
         (Prompts, {"templates": ["a {style} {label}"]}, "styles is empty"),
         (Generator, {"device": "gpu"}, "pattern"),
+        (Filter, {"judge": "encoder"}, r"filter\.source must name"),
+        (Filter, {"source": "./judge"}, r"judge is cross, which takes no filter\.source"),
+        (Filter, {"threshold": 1.0}, "less than 1"),
         (Training, {"learning_rate": []}, "at least 1"),
         (Training, {"learning_rate": [0.1, 0.0]}, "greater than 0"),
         (Training, {"momentum": 1.0}, "less than 1"),

@@ -18,6 +18,7 @@ from gptfl_dist.config import (
     LocalTraining,
     Model,
     Plan,
+    Prompts,
     SiloEntry,
     SiloFile,
     Synthesis,
@@ -57,7 +58,7 @@ def federation_files(draw: st.DrawFn) -> FederationFile:
             channels=channels, size=draw(positive), std=draw(st.lists(rates, min_size=channels, max_size=channels))
         ),
         model=draw(st.sampled_from([Model(), Model(name="transformers", source="owner/model", pretrained=True)])),
-        synthesis=Synthesis(folder=draw(paths)),
+        synthesis=Synthesis(folder=draw(paths), prompts=draw(st.just(Prompts()) | st.builds(Prompts, file=paths))),
         training=Training(
             learning_rate=draw(rates | st.lists(rates, min_size=1, max_size=3)),
             schedule=draw(st.sampled_from(["constant", "cosine"])),
@@ -223,6 +224,6 @@ def test_the_rate_climbs_over_the_warm_up_and_never_after_it(training: Training,
 
 
 def test_a_cosine_halves_the_rate_in_the_middle_of_the_rounds() -> None:
-    training = Training(schedule="cosine")
+    training = Training(schedule="cosine", warm_up_rounds=0)
     assert [rate_factor(training, round_, 100) for round_ in (1, 51)] == pytest.approx([1.0, 0.5])
     assert rate_factor(training, 100, 100) < 0.001

@@ -173,6 +173,18 @@ def test_a_large_contact_sheet_is_made_small(tmp_path: Path, details: ReportDeta
     assert any(str(image["src"]).startswith("data:image/jpeg") for image in Page(path).images)
 
 
+def test_what_the_filter_dropped_stands_below_what_it_kept(tmp_path: Path, details: ReportDetails) -> None:
+    sheet = tmp_path / "dropped.png"
+    Image.new("L", (30, 20), 90).save(sheet)
+    filtered = replace(details, filter=f"5 of 9 images kept; least: {EVIL} 1", dropped_sheet=sheet)
+    page = Page(write_report(tmp_path, three_arms(), filtered))
+    assert page.sections == SECTIONS
+    assert f"Filter: 5 of 9 images kept; least: {EVIL} 1." in page.text
+    assert "Images that the filter dropped" in page.text
+    assert len([image for image in page.images if "Contact sheet" in str(image["alt"])]) == 2
+    assert "script" not in page.tags
+
+
 @pytest.mark.parametrize("content", [None, b"no picture"])
 def test_a_contact_sheet_that_cannot_be_read_is_named(
     tmp_path: Path, details: ReportDetails, content: bytes | None

@@ -56,7 +56,11 @@ def test_no_mistake_hides_another(tmp_path: Path) -> None:
             silos=6,
             arms=["fedavg_random", "gptfl"],
             exchange={"listen": address},
-            synthesis={"generator": {"source": "./generator"}, "images_per_label": 10**15},
+            synthesis={
+                "generator": {"source": "./generator"},
+                "prompts": {"file": "prompts.yaml"},
+                "images_per_label": 10**15,
+            },
             pretraining={"device": "cuda:77"},
             run_folder="test.npz/run",
         )
@@ -71,6 +75,7 @@ def test_no_mistake_hides_another(tmp_path: Path) -> None:
     found = by_name(findings)
     expected = {
         "device": (2, "cuda:77"),
+        "prompts": (2, f"{tmp_path / 'prompts.yaml'}: there is no such file"),
         "generator": (4, str(tmp_path / "generator")),
         "run folder": (10, f"{tmp_path / 'test.npz'} is a file"),
         "disk space": (10, "the run may need"),

@@ -1,46 +1,34 @@
-"""Pre-training as a stage: its weights are used again only where they are those that it wrote."""
+"""Pre-training as a stage: its weights are used again only where they are those that it wrote, of the same images."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
+import pytest
+from shapes import SHAPES, SIZE, shape_set
 
 from gptfl_dist.config.load import load_federation
+from gptfl_dist.errors import DataError, GeneratorError
+from gptfl_dist.run.filter import filter_images
 from gptfl_dist.run.stages import pretrain
-from gptfl_dist.synthesis import store
-from gptfl_dist.synthesis.samples import plan_samples
-from gptfl_dist.synthesis.store import Environment, GeneratorRequest, Manifest, Request, TaskRequest
-from gptfl_dist.testing.federations import LABELS, tiny_federation
+from gptfl_dist.testing.federations import tiny_federation
 
 
-def synthetic_set(folder: Path) -> None:
-    """Eight pictures of noise a label."""
-    labels, prompts = list(LABELS), {label: [label] for label in LABELS}
-    generator = GeneratorRequest(
-        digest="", guidance=[1.0], steps=1, scheduler=None, dtype="auto", batch_size=1, size=None
+def shape_federation(folder: Path, per_label: int, **synthesis: object) -> Path:
+    """A federation file of shapes, whose one epoch of pre-training takes no time."""
+    return tiny_federation(
+        folder,
+        labels=list(SHAPES),
+        task={"size": SIZE, "channels": 1},
+        arms=["synthetic_only"],
+        pretraining={"epochs": 1, "threads": 1},
+        synthesis={"images_per_label": per_label, **synthesis},
     )
-    request = Request(
-        labels=labels,
-        prompts=prompts,
-        seed=0,
-        images_per_label=8,
-        shard_size=16,
-        task=TaskRequest(size=8, channels=1),
-        generator=generator,
-    )
-    samples = plan_samples(labels, prompts, [1.0], 0, 8)
-    noise = [np.random.default_rng(sample.seed).integers(0, 256, (8, 8, 1), np.uint8) for sample in samples]
-    folder.mkdir()
-    shard = store.write_shard(folder, 0, labels, samples, [store.encode_png(part, 8, 1) for part in noise], True)
-    environment = Environment(device="cpu", dtype="float32", threads=1, libraries={})
-    store.write_manifest(folder, Manifest(generator="none", request=request, environment=environment, shards=(shard,)))
 
 
 def test_pretrained_weights_are_reused_while_they_are_whole(tmp_path: Path) -> None:
-    settings = {"pretraining": {"epochs": 1, "threads": 1}, "synthesis": {"images_per_label": 8}}
-    path = tiny_federation(tmp_path, arms=["synthetic_only"], **settings)
-    synthetic_set(tmp_path / "synthetic")
+    path = shape_federation(tmp_path, 8)
+    shape_set(tmp_path / "synthetic", per_label=8)
     file = load_federation(path)
     first = pretrain(file, tmp_path)
     weights = file.run_folder / "pretrained.safetensors"
@@ -52,3 +40,42 @@ def test_pretrained_weights_are_reused_while_they_are_whole(tmp_path: Path) -> N
         weights.write_bytes(damaged)
         assert pretrain(file, tmp_path) == first
         assert weights.read_bytes() == whole
+
+
+def test_only_what_the_filter_keeps_is_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape_set(tmp_path / "synthetic", per_label=8)
+    everything = pretrain(load_federation(shape_federation(tmp_path, 8)), tmp_path)
+
+    file = load_federation(shape_federation(tmp_path, 8, filter={"threshold": 0.0, "keep_per_label": 5}))
+    with pytest.raises(DataError, match=r"selection\.json: expected the selection of synthesis\.filter") as caught:
+        pretrain(file, tmp_path)
+    assert "gptfl generate" in caught.value.hint
+    selection = filter_images(file, tmp_path)
+    assert selection is not None
+    assert selection.kept == [5, 5, 5]
+    assert "filter: done" in capsys.readouterr().err
+    part = pretrain(file, tmp_path)
+    assert part["request"]["selection"] == selection.digest
+    assert part["digest"] != everything["digest"]
+
+    # A set of just these images gives the same weights.
+    (tmp_path / "part").mkdir()
+    shape_set(tmp_path / "part" / "synthetic", per_label=5)
+    alone = pretrain(load_federation(shape_federation(tmp_path / "part", 5)), tmp_path)
+    assert part["digest"] == alone["digest"]
+
+    # Another quota is decided without asking again, and trained on anew.
+    more = load_federation(shape_federation(tmp_path, 8, filter={"threshold": 0.0, "keep_per_label": 7}))
+    larger = filter_images(more, tmp_path)
+    assert larger is not None
+    assert larger.answers == selection.answers
+    assert "filter" not in capsys.readouterr().err
+    assert pretrain(more, tmp_path)["digest"] not in (part["digest"], everything["digest"])
+
+
+def test_a_label_that_the_filter_leaves_empty_is_not_trained_on(tmp_path: Path) -> None:
+    shape_set(tmp_path / "synthetic", per_label=8)
+    file = load_federation(shape_federation(tmp_path, 8, filter={"threshold": 0.99}))
+    filter_images(file, tmp_path)  # by models that had one epoch
+    with pytest.raises(GeneratorError, match="0 of 8 of disc"):
+        pretrain(file, tmp_path)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from spelling import spelling_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # these tests ask the hub for nothing that exists
 
@@ -27,7 +28,7 @@ def text_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    tokenizer = _tokenizer()
+    tokenizer = spelling_tokenizer()
     text_config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=8,
@@ -116,16 +117,6 @@ def _vae() -> Any:
         norm_num_groups=4,
         sample_size=16,
     )
-
-
-def _tokenizer() -> Any:
-    """A CLIP tokenizer whose words are spelled byte by byte, without merges."""
-    from transformers import CLIPTokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    letters = sorted(bytes_to_unicode().values())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: at for at, token in enumerate(tokens)}, merges=[], model_max_length=16)
 
 
 def _saved(pipeline: Any, folder: Path) -> Path:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptfl_dist.aggregation.server import moment_names
 from gptfl_dist.config.base import host_of, port_of
-from gptfl_dist.config.federation import FederationFile, Generator, SiloEntry
+from gptfl_dist.config.federation import FederationFile, Filter, Generator, SiloEntry
 from gptfl_dist.config.load import load_silo
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.errors import (
@@ -26,6 +27,7 @@ from gptfl_dist.federation.orders import Order
 from gptfl_dist.federation.silo import PolicyGuard
 from gptfl_dist.observe.wording import size
 from gptfl_dist.run.addresses import try_listening
+from gptfl_dist.run.candidates import candidate_files
 from gptfl_dist.run.check.common import (
     check_credentials,
     code_beside,
@@ -36,6 +38,7 @@ from gptfl_dist.run.check.common import (
     writable,
 )
 from gptfl_dist.run.check.findings import Checklist, Doubt
+from gptfl_dist.run.filter import FILTER_SOURCE, load_judge
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,7 +52,8 @@ def check_federation(checks: Checklist, path: Path, file: FederationFile) -> Non
     checks.run("device", lambda: _federation_devices(file))
     checks.run("model", lambda: _model(path, file))
     if _synthesises(file):
-        checks.run("generator", lambda: _generator(file.synthesis.generator, file.labels))
+        for name, candidate in (candidate_files(file) or {"": file}).items():
+            _synthesis(checks, candidate, f" of {name}" if name else "")
     checks.run("run folder", lambda: writable(file.run_folder))
     if _synthesises(file):
         checks.run("synthesis.folder", lambda: writable(file.synthesis.folder))
@@ -64,6 +68,15 @@ def check_federation(checks: Checklist, path: Path, file: FederationFile) -> Non
     checks.run("credentials", lambda: _coordinator_credentials(file))
     checks.run("exchange.listen", lambda: _listen(file.exchange.listen))
     checks.run("MPI", _mpi)
+
+
+def _synthesis(checks: Checklist, file: FederationFile, whose: str) -> None:
+    """Prompts, generator and filter of a file, or of one of its candidates."""
+    checks.run(f"prompts{whose}", lambda: _prompts(file))
+    checks.run(f"generator{whose}", lambda: _generator(file.synthesis.generator, file.labels))
+    settings = file.synthesis.filter
+    if settings is not None:
+        checks.run(f"filter{whose}", lambda: _filter(file, settings))
 
 
 def _synthesises(file: FederationFile) -> bool:
@@ -113,6 +126,14 @@ def _model(path: Path, file: FederationFile) -> str:
     return f"{file.model.name} with {layout.parameters:,} parameters ({size(layout.nbytes)}) took a batch of {count}"
 
 
+def _prompts(file: FederationFile) -> str:
+    from gptfl_dist.synthesis.prompts import build_prompts
+
+    counts = [len(prompts) for prompts in build_prompts(file.synthesis.prompts, file.labels).values()]
+    source = file.synthesis.prompts.file or "templates and styles"
+    return f"{min(counts)} to {max(counts)} a label, from {source}"
+
+
 def _generator(settings: Generator, labels: Sequence[str]) -> str:
     """Loads the generator from its folder. One of the hub is only asked for: it may have many gigabytes."""
     from gptfl_dist.synthesis.generator import load_generator, require_known_labels
@@ -126,7 +147,7 @@ def _generator(settings: Generator, labels: Sequence[str]) -> str:
 
 
 def _hub_generator(settings: Generator) -> str:
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     from gptfl_dist.synthesis.generator import load_generator
 
@@ -134,21 +155,47 @@ def _hub_generator(settings: Generator) -> str:
     if isinstance(cached, str):
         load_generator(settings.model_copy(update={"source": str(Path(cached).parent)}))
         return f"{settings.source} loads from this machine's cache of the hub"
+    return _on_hub(settings.source, "generator.source", "model_index.json", "diffusers pipeline")
+
+
+def _filter(file: FederationFile, settings: Filter) -> str:
+    """Loads the judge from its folder. One of the hub is only asked for, unless it is in this machine's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from gptfl_dist.learning.cross import FOLDS
+    from gptfl_dist.synthesis.source import find_model, is_folder_name
+
+    source = settings.source
+    if source is None:
+        return f"cross: the model is trained {FOLDS} times, to judge the part of the images that it has not seen"
+    if not is_folder_name(source) and not Path(source).is_dir():
+        cached = try_to_load_from_cache(source, "config.json")
+        if not isinstance(cached, str):
+            return _on_hub(source, FILTER_SOURCE, "config.json", "transformers model")
+        source = str(Path(cached).parent)
+    found = find_model(source, FILTER_SOURCE)
+    load_judge(file, settings, {label: [label] for label in file.labels}, found)
+    return f"the {settings.judge} {settings.source} loads and judges by {len(file.labels)} labels"
+
+
+def _on_hub(source: str, setting: str, index: str, kind: str) -> str:
+    """Asks the hub for a model that is known by its file `index`. Raises GeneratorError: generation would end so."""
+    from huggingface_hub import HfApi
+
     try:
-        files = HfApi().model_info(settings.source, timeout=_PATIENCE, files_metadata=True).siblings or []
+        files = HfApi().model_info(source, timeout=_PATIENCE, files_metadata=True).siblings or []
     except Exception as error:  # the hub client and its HTTP library raise unrelated types
         raise GeneratorError(
-            f"generator.source is {settings.source}: there is no such folder, it is not in this machine's cache of the "
+            f"{setting} is {source}: there is no such folder, it is not in this machine's cache of the "
             f"hub, and the hub cannot be asked ({first_line(error)}): gptfl generate would fail to download it",
             hint="check the name and the connection, or download it elsewhere and name its folder",
         ) from error
     total = sum(file.size or 0 for file in files if not file.rfilename.endswith((".bin", ".ckpt", ".msgpack")))
-    if "model_index.json" not in {file.rfilename for file in files}:
+    if index not in {file.rfilename for file in files}:
         raise GeneratorError(
-            f"generator.source is {settings.source}, which the hub has without model_index.json: no diffusers pipeline",
-            hint="name a diffusers pipeline",
+            f"{setting} is {source}, which the hub has without {index}: no {kind}", hint=f"name a {kind}"
         )
-    return f"{settings.source} is on the hub; gptfl generate will download up to {size(total)}"
+    return f"{source} is on the hub; gptfl generate will download up to {size(total)}"
 
 
 def _space(path: Path, file: FederationFile) -> str:
@@ -160,13 +207,15 @@ def _space(path: Path, file: FederationFile) -> str:
     rates = len(file.training.learning_rates)
     arms = len(federated_arms(file))
     kept = 3 * arms * (1 + (rates if rates > 1 else 0)) + 1  # start, best, newest of each; the next being written
-    named = 2 * arms + 2  # models/ARM, models/ARM-final; random and pretrained weights
+    kept *= 1 + len(moment_names(file.strategy))  # with the strategy's state
+    sets = len(file.synthesis.candidates) or 1
+    named = 2 * arms + 2 + 2 * sets  # models/ARM, models/ARM-final; random, pretrained; each candidate's and its start
     spools = len(file.silos)
     silos = 2 * sum(entry.file is not None for entry in file.silos)  # received weights and update of silos run here
     wanted = {file.run_folder: model * (kept + named + spools + silos)}
     if _synthesises(file):
         image = file.task.size**2 * file.task.channels
-        wanted[file.synthesis.folder] = file.synthesis.images_per_label * len(file.labels) * image
+        wanted[file.synthesis.folder] = sets * file.synthesis.images_per_label * len(file.labels) * image
     by_disk: dict[int, tuple[Path, int]] = {}
     for folder, most in wanted.items():
         there = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
