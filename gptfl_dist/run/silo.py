@@ -151,7 +151,7 @@ class Silo:
         self._held = ""  # digest of what lies in `_weights`
         self._layout: Layout | None = None
         self._welcome: Welcome | None = None
-        self._work: asyncio.Task[None] | None = None
+        self._work: asyncio.Task[bool] | None = None
         self._pause = FIRST_PAUSE  # grows until an answer gets through: to be connected alone is not enough
         self._said = ""  # why there is no connection, as the operator was told
         self._order: Order | None = None  # the order that is worked on, or was answered last
@@ -214,6 +214,7 @@ class Silo:
             work, self._work = self._work, None
             with contextlib.suppress(Disconnected):
                 work.result()
+        again = False  # whether the order in work was given once more
         listening = asyncio.create_task(self._exchange.receive())
         try:
             while True:
@@ -227,7 +228,11 @@ class Silo:
                     return word
                 if self._work is not None and self._work.done():
                     work, self._work = self._work, None
-                    work.result()
+                    if not work.result() and again:
+                        # It came too early: a coordinator that was started again did not expect it yet.
+                        assert self._order is not None
+                        self._work = asyncio.create_task(self._carry_out(self._order))
+                    again = False
                 if word is None:
                     continue
                 if isinstance(word, Recalled):
@@ -236,10 +241,12 @@ class Silo:
                         await self._drop_work()
                 elif self._order is None or self._order.nonce != word.nonce:
                     await self._drop_work()
-                    self._order, self._result = word, None
+                    self._order, self._result, again = word, None, False
                     self._work = asyncio.create_task(self._carry_out(word))
                 elif self._work is None:
                     self._work = asyncio.create_task(self._carry_out(word))  # asked again after a reconnection
+                else:
+                    again = True
                 listening = asyncio.create_task(self._exchange.receive())
         finally:
             listening.cancel()
@@ -255,8 +262,11 @@ class Silo:
             await self._runner.stop()
         await _ended(work)
 
-    async def _carry_out(self, order: Order) -> None:
-        """Answers an order with a result or with a failure. Raises only what ends the silo or its connection."""
+    async def _carry_out(self, order: Order) -> bool:
+        """Answers an order with a result or with a failure; False where the result was refused.
+
+        Raises only what ends the silo or its connection.
+        """
         try:
             if self._result is None:
                 self._guard.check(order)
@@ -264,7 +274,7 @@ class Silo:
                 self._result = await asyncio.wait_for(
                     self._runner.run(order, self._weights, self._update, self._progress_of(order)), self._seconds
                 )
-            await self._answer(order, self._result)
+            return await self._answer(order, self._result)
         except TimeoutError:
             await self._runner.stop()
             reason = f"training took longer than policy.max_seconds_per_round ({self._seconds:g} s)"
@@ -275,6 +285,7 @@ class Silo:
         except GptflError as error:
             _log.error("round %d: %s", order.round, error)
             await self._exchange.fail(order.nonce, _told(error))
+        return True
 
     async def _fetch(self, order: Order) -> None:
         if self._held != order.base:
@@ -283,7 +294,8 @@ class Silo:
             await self._exchange.download(order.base, self._layout, self._weights)
             self._held = order.base
 
-    async def _answer(self, order: Order, result: Result) -> None:
+    async def _answer(self, order: Order, result: Result) -> bool:
+        """Whether the answer was taken."""
         metrics = self._guard.release(result.metrics)
         unusable = [name for name, value in metrics.items() if not math.isfinite(value)]
         if unusable:
@@ -292,7 +304,7 @@ class Silo:
         if order.kind == "evaluate":
             await self._exchange.report(report)
             self._pause = FIRST_PAUSE
-            return
+            return True
         assert self._layout is not None
         with WeightsFile(self._update) as update:
             header = UpdateHeader(report, order.base, self._layout.digest, result.digest, update.nbytes)
@@ -302,6 +314,7 @@ class Silo:
             _log.info("round %d of %s: update delivered", order.round, order.arm)
         else:
             _log.error("round %d of %s: update refused: %s", order.round, order.arm, receipt.reason)
+        return receipt.committed
 
     def _progress_of(self, order: Order) -> Callable[[int, int], None]:
         """Passes a training's progress on, at most once a second. A report that cannot be sent is let go."""

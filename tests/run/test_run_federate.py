@@ -560,6 +560,35 @@ async def test_a_silo_that_failed_before_the_restart_is_not_asked_again(tmp_path
 
 
 @in_loop
+async def test_an_update_that_came_before_the_restarted_coordinator_asked_for_it_is_sent_again(tmp_path: Path) -> None:
+    async with World(tmp_path, rounds=2) as world:
+        early = world.network.hold("c", "upload", round=2)
+        world.join(*world.trainers)
+        async with world.coordinator() as federator:
+            run = asyncio.create_task(federator.run())
+            await early.reached.wait()
+            await world.until(lambda: world.committed(2) == {"a", "b"})
+            world.network.drop_coordinator()
+            run.cancel()
+            await asyncio.wait([run])
+        told_late = world.network.hold("c", "refused", round=2)
+        async with world.coordinator() as federator:
+            await world.until(lambda: "c" in federator.exchange._lines)
+            early.release()
+            await told_late.reached.wait()  # the coordinator is there, and expects nothing yet
+            known = len(world.notes.texts)
+            run = asyncio.create_task(federator.run())
+            await world.until(lambda: any("going on in round 2" in text for text in world.notes.texts[known:]))
+            await world.until(lambda: any("(3 of 3 are here)" in text for text in world.notes.texts[known:]))
+            await asyncio.sleep(0.05)  # the order is given again while the silo still waits to be told
+            told_late.release()
+            await world.until(lambda: run.done())
+            await run
+    assert world.trained("c") == [(ARM, 1), (ARM, 2)]
+    assert world.value() == START + 2 * mean_step(SAMPLES)
+
+
+@in_loop
 async def test_the_bytes_of_a_round_are_counted_over_a_restart(tmp_path: Path) -> None:
     async with World(tmp_path, rounds=1) as world:
         held = world.network.hold("c", "upload", round=1)
