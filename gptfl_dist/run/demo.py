@@ -125,7 +125,8 @@ def _synthetic(path: Path) -> Any:
         file = load_federation(path)
     except ConfigError:
         return None
-    return file.seed, file.labels, file.task, file.synthesis.model_copy(update={"folder": None})
+    # A filter chooses from the set without altering it.
+    return file.seed, file.labels, file.task, file.synthesis.model_copy(update={"folder": None, "filter": None})
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:

@@ -68,6 +68,15 @@ def test_fresh_replaces_the_demo_and_its_synthetic_set_only_where_that_changed(
     assert load_federation(tmp_path / "federation.yaml").seed == change.get("seed", 0)
 
 
+def test_fresh_keeps_the_synthetic_set_of_a_demo_that_filtered_it_otherwise(tmp_path: Path) -> None:
+    path = demo(tmp_path)
+    leave_a_run(tmp_path)
+    path.write_text(path.read_text().replace("threshold: 0.5", "threshold: 0.9"))
+    demo(tmp_path, fresh=True)
+    assert load_federation(path).synthesis.filter.threshold == 0.5
+    assert "synthetic/manifest.json" in contents(tmp_path)
+
+
 def test_fresh_deletes_a_run_and_neither_its_data_nor_its_synthetic_set(tmp_path: Path) -> None:
     path = demo(tmp_path)
     written = contents(tmp_path)
