@@ -121,7 +121,7 @@ class World:
                 "run_folder": folder / "run",
                 "labels": ["left", "right"],
                 "arms": [ARM],
-                "training": {"learning_rate": rates or 0.25},
+                "training": {"learning_rate": rates or 0.25, "warm_up_rounds": 0},
                 "tuning": {"rounds": tuning},
                 "strategy": strategy or {},
                 "federation": {
