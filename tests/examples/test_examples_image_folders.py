@@ -26,7 +26,7 @@ def test_it_improves_on_the_synthetic_data_and_pretrains_a_model_beside_the_file
         ("federation.yaml", "shard_size: 10", "shard_size: 20"),
         ("federation.yaml", "{epochs: 30}", "{epochs: 5, threads: 1}"),
         ("federation.yaml", "rounds: 8", "rounds: 4"),
-        ("federation.yaml", "learning_rate: 0.05}", "learning_rate: 0.1, epochs: 2}"),
+        ("federation.yaml", "learning_rate: 0.2}", "learning_rate: 0.2, warm_up_rounds: 1, epochs: 2}"),
     )
     arms = json.loads(gptfl.run("run", folder / "federation.yaml", "--format", "json").stdout)["arms"]
     assert arms["gptfl"]["start_accuracy"] == arms["synthetic_only"]["accuracy"]
