@@ -127,7 +127,7 @@ class Federation:
     """A federation file of rounds of about a second, which can be disturbed, and what a run of it leaves behind."""
 
     def __init__(self, folder: Path, *, silos: int = 2, epochs: int = 15, **settings: Any) -> None:
-        training = {"batch_size": 8, "learning_rate": 0.01, "epochs": epochs}
+        training = {"batch_size": 8, "learning_rate": 0.01, "warm_up_rounds": 0, "epochs": epochs}
         settings = {"training": training, "federation": RULES, **settings}
         self.folder = folder
         self.silos = [f"silo-{number}" for number in range(1, silos + 1)]

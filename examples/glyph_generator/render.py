@@ -17,7 +17,11 @@ from fonts import Face
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates
-from skimage.morphology import skeletonize
+
+try:
+    from skimage.morphology import skeletonize
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: install what README.md of this folder lists, scikit-image among it") from None
 
 SIZE = 32
 BOX = 20.0

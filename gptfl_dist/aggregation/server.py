@@ -29,7 +29,7 @@ def moment_names(strategy: Strategy) -> tuple[str, ...]:
     """What is remembered of each weight: nothing, the `first` moment of the mean updates, or the `second` too."""
     if strategy.optimizer != "sgd":
         return ("first", "second")
-    return ("first",) if strategy.momentum else ()
+    return ("first",) if strategy.first_momentum else ()
 
 
 def first_moments(strategy: Strategy, size: int) -> list[Array]:
@@ -40,13 +40,14 @@ def first_moments(strategy: Strategy, size: int) -> list[Array]:
 
 def advance(strategy: Strategy, mean: Array, moments: list[Array]) -> tuple[Array, list[Array]]:
     """One step on one block: what is added to the weights, and the new moments, each float64 (n,) as `mean` is."""
+    momentum = strategy.first_momentum
     if strategy.optimizer == "sgd":
         if not moments:
-            return strategy.learning_rate * mean, []
-        first = strategy.momentum * moments[0] + mean
-        return strategy.learning_rate * first, [first]
+            return strategy.step * mean, []
+        first = momentum * moments[0] + mean
+        return strategy.step * first, [first]
     first, second = moments
-    first = strategy.momentum * first + (1 - strategy.momentum) * mean
+    first = momentum * first + (1 - momentum) * mean
     square = mean**2
     if strategy.optimizer == "adagrad":
         second = second + square
@@ -54,7 +55,7 @@ def advance(strategy: Strategy, mean: Array, moments: list[Array]) -> tuple[Arra
         second = second - (1 - strategy.second_momentum) * square * np.sign(second - square)
     else:
         second = strategy.second_momentum * second + (1 - strategy.second_momentum) * square
-    return strategy.learning_rate * first / (np.sqrt(second) + strategy.adaptivity), [first, second]
+    return strategy.step * first / (np.sqrt(second) + strategy.adaptivity), [first, second]
 
 
 class ServerOptimizer:

@@ -243,10 +243,24 @@ class Strategy(Section):
     """How the mean update becomes the next weights: the server's optimiser (FedOpt, arXiv:2003.00295, algorithm 2)."""
 
     optimizer: Literal["sgd", "adam", "yogi", "adagrad"] = "sgd"
-    learning_rate: PositiveFloat = 1.0
-    momentum: Momentum = 0.0
+    learning_rate: PositiveFloat | None = None
+    momentum: Momentum | None = None
     second_momentum: Momentum = 0.99
     adaptivity: PositiveFloat = 1e-3
+
+    @property
+    def step(self) -> float:
+        """The learning rate; where it is left out, that of plain averaging, or a small one for adaptive optimisers."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 1.0 if self.optimizer == "sgd" else 0.01
+
+    @property
+    def first_momentum(self) -> float:
+        """The momentum; where it is left out, what is usual with the optimiser."""
+        if self.momentum is not None:
+            return self.momentum
+        return 0.9 if self.optimizer in ("adam", "yogi") else 0.0
 
 
 class Exchange(Section):

@@ -256,11 +256,16 @@ def _named_setting(root: yaml.Node, keys: Keys, text: str) -> _Place | None:
 
 def _section_at(kind: type[Section], keys: Keys) -> type[Section] | None:
     section: type[Section] | None = kind
+    named_by_user = False  # the next key, where it is one of a mapping's own
     for key in keys:
         if isinstance(key, int):
             continue
+        if named_by_user:
+            named_by_user = False
+            continue
         field = section.model_fields.get(key) if section else None
         section = _section_in(field.annotation) if field else None
+        named_by_user = field is not None and get_origin(field.annotation) is dict
     return section
 
 

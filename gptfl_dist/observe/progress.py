@@ -90,7 +90,7 @@ class PlainProgress(Progress):
 
     def __enter__(self) -> Self:
         self._started = self._printed = self._clock()
-        self._line(f"{self.total} {self.unit}")
+        self._line(f"{self.total} {self.unit}" if self.total else self.unit)
         return self
 
     def __exit__(

@@ -28,6 +28,7 @@ ALPHA = 0.1
 _TEST_PER_LABEL = 100
 _SMALLEST_SILO = 50
 _TUNING_ROUNDS = 5  # a rate; fewer in a demo of fewer rounds
+_WARM_UP_ROUNDS = 3
 _PAD = ((0, 0), (2, 2), (2, 2))
 
 _FEDERATION = Template("""\
@@ -50,10 +51,11 @@ synthesis:
   shard_size: 100
   folder: synthetic
   # Models trained on other parts of the set judge each image; where they read another digit, it is left out.
-  filter: {judge: cross, threshold: 0.5}
+  filter: {judge: cross, threshold: 0.7}
 
 # One recipe and one grid for both arms; each arm's rate is chosen on the silos' validation data.
-training: {epochs: 1, batch_size: 32, clip_norm: 1.0, warm_up_rounds: 3, learning_rate: [0.1, 0.2, 0.4, 0.8, 1.6, 3.2]}
+training:
+  {batch_size: 32, clip_norm: 1.0, warm_up_rounds: $warm_up, learning_rate: [0.1, 0.2, 0.4, 0.8, 1.6, 3.2]}
 tuning: {rounds: $tuning}
 federation: {rounds: $rounds, cohort: all, deadline: 10m}
 
@@ -85,8 +87,15 @@ def prepare(folder: Path, *, silos: int, rounds: int, seed: int, fresh: bool) ->
         for name, mine in chosen.items()
     )
     path = folder / "federation.yaml"
-    tuning = min(rounds, _TUNING_ROUNDS)
-    text = _FEDERATION.substitute(seed=seed, rounds=rounds, tuning=tuning, labels=", ".join(LABELS), silos=entries)
+    text = _FEDERATION.substitute(
+        seed=seed,
+        rounds=rounds,
+        # A short demo, of too few rounds to say much, tunes and warms up in short.
+        tuning=min(rounds, _TUNING_ROUNDS),
+        warm_up=min(rounds // 5, _WARM_UP_ROUNDS),
+        labels=", ".join(LABELS),
+        silos=entries,
+    )
     if path.exists():
         if path.read_text(encoding="utf-8") == text:
             return path  # it is written last: all of it is there

@@ -18,6 +18,7 @@ from gptfl_dist.errors import ConfigError, GeneratorError, Interrupted
 from gptfl_dist.files import write_file
 from gptfl_dist.observe.progress import progress
 from gptfl_dist.run.check.common import writable
+from gptfl_dist.synthesis.generator import unknown_words
 from gptfl_dist.synthesis.prompt_set import LabelPrompts, prompt_set_text, wordnet_prompts
 from gptfl_dist.synthesis.prompts import fill_templates
 from gptfl_dist.synthesis.quality import Selection, select
@@ -93,6 +94,12 @@ def make_prompt_set(
         )
         for label in file.labels
     ]
+    unknown = unknown_words(file.synthesis.generator, (text for entry in labels for text in entry.prompts))
+    if unknown:
+        say(
+            f"the embedded generator has never read {', '.join(unknown[:8])}{' ...' if unknown[8:] else ''}: with it "
+            "these prompts give wrong images; name another under synthesis.generator.source"
+        )
     made = [f"Made by gptfl {__version__}: {command}", *_sources(file, wordnet), *told]
     _require_free(target, force)  # once more: a text model may have written for hours
     write_file(target, prompt_set_text(made, labels))

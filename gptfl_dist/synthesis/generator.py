@@ -12,7 +12,7 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from gptfl_dist.synthesis.source import files_digest
 
 EMBEDDED = Path(__file__).parent / "glyphs"
 EMBEDDED_LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+EMBEDDED_WORDS = frozenset(
+    (*EMBEDDED_LABELS, *["a", "handwritten", "digit", "thin", "bold", "slanted", "upright", "leaning", "left"])
+)  # of the captions that it was trained on
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SOURCES = "Give generator.source as `embedded`, a folder that holds model_index.json, or a hub id such as owner/name."
 
@@ -77,6 +80,17 @@ def require_known_labels(settings: Generator, labels: Sequence[str]) -> None:
             f"{', '.join(unknown)}",
             hint="name another pipeline under synthesis.generator.source: a folder or a hub id",
         )
+
+
+def unknown_words(settings: Generator, prompts: Iterable[str]) -> list[str]:
+    """Words of the prompts that the embedded generator has never read: it draws a digit of its own choice for them.
+
+    None for any other generator, of which nobody knows.
+    """
+    if settings.source != "embedded":
+        return []
+    found = dict.fromkeys(word for prompt in prompts for word in re.findall(r"[^\W_]+", prompt))
+    return [word for word in found if word not in EMBEDDED_WORDS]
 
 
 def place(settings: Generator) -> Placement:

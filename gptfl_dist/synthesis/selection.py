@@ -93,12 +93,14 @@ class Selection(Section):
         return sorted(mine, key=lambda at: answers.probability[at])
 
     def in_words(self) -> str:
-        """One line for people, such as: 1,871 of 2,000 images kept (cross, threshold 0.5); least: eight 171."""
+        """One line for people, such as: 1,871 of 2,000 images kept (cross, threshold 0.5); least: eight 171; ..."""
         quota = "" if self.keep_per_label is None else f", at most {self.keep_per_label} a label"
         least = min(range(len(self.labels)), key=lambda label: self.kept[label])
+        agreed = sum(asked == judged for asked, judged in zip(self.answers.asked, self.answers.judged, strict=True))
         return (
             f"{self.count:,} of {sum(self.made):,} images kept ({self.judge['kind']}, threshold "
-            f"{self.threshold:g}{quota}); least: {self.labels[least]} {self.kept[least]}"
+            f"{self.threshold:g}{quota}); least: {self.labels[least]} {self.kept[least]}; "
+            f"the judge reads {100 * agreed / len(self.keeps):.0f} % as asked"
         )
 
     def require_every_label(self, sheet: Path) -> None:

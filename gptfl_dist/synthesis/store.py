@@ -270,7 +270,8 @@ def _schema(labels: Sequence[str]) -> pa.Schema:
 def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
     leaves: dict[str, object] = {}
     for name, value in tree.items():
-        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        inner = {f"{place}": item for place, item in enumerate(value)} if isinstance(value, list) else value
+        leaves |= _flat(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {prefix + name: inner}
     return leaves
 
 

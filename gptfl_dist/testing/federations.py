@@ -50,7 +50,7 @@ def tiny_federation(folder: Path, *, silos: int = 2, **settings: Any) -> Path:
         "task": {"size": _SIZE, "channels": 1},
         "model": {"name": "cnn"},
         "arms": ["fedavg_random"],
-        "training": {"batch_size": 8, "learning_rate": 0.1},
+        "training": {"batch_size": 8, "learning_rate": 0.1, "warm_up_rounds": 0},
         "federation": {"rounds": 1, "cohort": "all", "quorum": "all", "deadline": "60s", "join_deadline": "60s"},
         "test_data": "test.npz",
         "silos": [{"name": name, "file": f"{name}.yaml"} for name in names],

@@ -68,7 +68,7 @@ def test_the_adaptive_ones_are_algorithm_2_of_reddi(means, momentum, second_mome
 
 @pytest.mark.parametrize("optimizer", ADAPTIVE)
 def test_an_adaptive_step_hardly_depends_on_the_size_of_the_updates(optimizer):
-    strategy = Strategy(optimizer=optimizer, learning_rate=0.01, adaptivity=1e-9)
+    strategy = Strategy(optimizer=optimizer, momentum=0, learning_rate=0.01, adaptivity=1e-9)
     small, large = (np.abs(trajectory(strategy, np.full((1, 1), size))[0]) for size in (0.01, 10.0))
     np.testing.assert_allclose(small, large, rtol=1e-3)
 
@@ -111,3 +111,11 @@ def test_a_state_of_another_strategy_is_refused(tmp_path):
     ):
         pass
     assert not (tmp_path / "1.safetensors").exists()
+
+
+def test_what_is_left_out_is_what_suits_the_optimiser():
+    assert (Strategy().step, Strategy().first_momentum) == (1.0, 0.0)
+    assert (Strategy(optimizer="adam").step, Strategy(optimizer="adam").first_momentum) == (0.01, 0.9)
+    assert Strategy(optimizer="adagrad").first_momentum == 0.0
+    given = Strategy(optimizer="yogi", learning_rate=0.5, momentum=0.0)
+    assert (given.step, given.first_momentum) == (0.5, 0.0)

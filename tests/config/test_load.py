@@ -285,6 +285,13 @@ synthesis:
     assert own.images_per_label == strict.images_per_label == 7
 
 
+def test_an_unknown_key_of_a_candidate_gets_the_nearest_valid_one(tmp_path: Path) -> None:
+    text = MINIMAL + "synthesis:\n  candidates:\n    a: {generator: {stepps: 4}}\n    b: {generater: {steps: 2}}\n"
+    message = errors_of(tmp_path, text)
+    assert "synthesis.candidates.a.generator.stepps: unknown key, the nearest valid key is steps" in message
+    assert "synthesis.candidates.b.generater: unknown key, the nearest valid key is generator" in message
+
+
 def test_a_choice_needs_two_candidates_and_someone_to_choose(tmp_path: Path) -> None:
     one = errors_of(tmp_path, MINIMAL + "synthesis: {candidates: {calm: {}}}\n")
     assert "expected two or more" in one

@@ -38,9 +38,10 @@ def test_the_files_of_a_demo_are_valid_and_the_same_demo_keeps_them(tmp_path: Pa
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize(("rounds", "tuning"), [(1, 1), (2, 2), (5, 5), (30, 5)])
-def test_a_short_demo_tunes_in_short(rounds: int, tuning: int, tmp_path: Path) -> None:
-    assert load_federation(demo(tmp_path, rounds=rounds)).tuning.rounds == tuning
+@pytest.mark.parametrize(("rounds", "tuning", "warm_up"), [(1, 1, 0), (2, 2, 0), (5, 5, 1), (30, 5, 3)])
+def test_a_short_demo_tunes_and_warms_up_in_short(rounds: int, tuning: int, warm_up: int, tmp_path: Path) -> None:
+    file = load_federation(demo(tmp_path, rounds=rounds))
+    assert (file.tuning.rounds, file.training.warm_up_rounds) == (tuning, warm_up)
 
 
 def test_another_demo_in_the_folder_is_refused_and_nothing_of_it_overwritten(tmp_path: Path) -> None:
@@ -71,9 +72,9 @@ def test_fresh_replaces_the_demo_and_its_synthetic_set_only_where_that_changed(
 def test_fresh_keeps_the_synthetic_set_of_a_demo_that_filtered_it_otherwise(tmp_path: Path) -> None:
     path = demo(tmp_path)
     leave_a_run(tmp_path)
-    path.write_text(path.read_text().replace("threshold: 0.5", "threshold: 0.9"))
+    path.write_text(path.read_text().replace("threshold: 0.7", "threshold: 0.9"))
     demo(tmp_path, fresh=True)
-    assert load_federation(path).synthesis.filter.threshold == 0.5
+    assert load_federation(path).synthesis.filter.threshold == 0.7
     assert "synthetic/manifest.json" in contents(tmp_path)
 
 

@@ -52,10 +52,10 @@ def test_a_run_trains_on_what_its_filter_keeps(gptfl: Commands, tmp_path: Path) 
     file = tiny_federation(tmp_path, **settings)
     command = gptfl.run("run", file, "--format", "json")
     words = "16 of 24 images kept (cross, threshold 0.25, at most 8 a label); least: zero 8"
-    assert f"filter: {words}" in command.stderr.splitlines()
+    assert f"filter: {words}; the judge reads " in command.stderr
     assert json.loads(command.stdout)["synthetic_images"] == 16
     report = (tmp_path / "run" / "report.html").read_text()
-    assert f"Filter: {words}." in report
+    assert f"Filter: {words}; the judge reads " in report
     assert "A sample of the 16 synthetic images" in report
     selection = json.loads((tmp_path / "synthetic" / "selection.json").read_text())
     assert selection["kept"] == [8, 8]

@@ -87,7 +87,8 @@ def test_the_file_says_what_became_of_every_image(tmp_path: Path) -> None:
     assert [at for at, kept in enumerate(selection.keeps) if kept] == [0, 1, 3, 4, 5, 8]
     assert [selection.rejected(label) for label in range(3)] == [[9], [7], [2]]
     assert (selection.answers.judged[7], selection.answers.certainty[7]) == (2, 0.9)
-    assert selection.in_words() == "6 of 12 images kept (cross, threshold 0.5, at most 2 a label); least: disc 2"
+    told = "6 of 12 images kept (cross, threshold 0.5, at most 2 a label); least: disc 2; the judge reads 75 % as asked"
+    assert selection.in_words() == told
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.parquet")} == before
 
 

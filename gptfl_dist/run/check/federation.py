@@ -54,6 +54,7 @@ def check_federation(checks: Checklist, path: Path, file: FederationFile) -> Non
     if _synthesises(file):
         for name, candidate in (candidate_files(file) or {"": file}).items():
             _synthesis(checks, candidate, f" of {name}" if name else "")
+    checks.run("training", lambda: _recipe(file))
     checks.run("run folder", lambda: writable(file.run_folder))
     if _synthesises(file):
         checks.run("synthesis.folder", lambda: writable(file.synthesis.folder))
@@ -127,11 +128,34 @@ def _model(path: Path, file: FederationFile) -> str:
 
 
 def _prompts(file: FederationFile) -> str:
+    from gptfl_dist.synthesis.generator import unknown_words
     from gptfl_dist.synthesis.prompts import build_prompts
 
-    counts = [len(prompts) for prompts in build_prompts(file.synthesis.prompts, file.labels).values()]
+    prompts = build_prompts(file.synthesis.prompts, file.labels)
+    unknown = unknown_words(file.synthesis.generator, (text for texts in prompts.values() for text in texts))
+    if unknown:
+        raise Doubt(
+            f"the embedded generator has never read {', '.join(unknown[:8])}{' ...' if unknown[8:] else ''}, and draws "
+            "a digit of its own choice for what it does not understand",
+            hint='keep to "a handwritten digit {label}" with the styles of its model card, or name another generator',
+        )
+    counts = [len(texts) for texts in prompts.values()]
     source = file.synthesis.prompts.file or "templates and styles"
     return f"{min(counts)} to {max(counts)} a label, from {source}"
+
+
+def _recipe(file: FederationFile) -> str:
+    """Whether the rounds are enough for what the recipe does in the first of them."""
+    from gptfl_dist.run.result import federated_arms
+
+    rounds, training = file.federation.rounds, file.training
+    for name in ("warm_up_rounds", "head_rounds"):
+        if getattr(training, name) >= rounds and federated_arms(file):
+            raise Doubt(
+                f"training.{name} is {getattr(training, name)} and federation.rounds {rounds}: no round comes after it",
+                hint=f"lower training.{name}, or run more rounds",
+            )
+    return f"{len(training.learning_rates)} learning rate(s), {rounds} rounds"
 
 
 def _generator(settings: Generator, labels: Sequence[str]) -> str:
