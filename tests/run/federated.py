@@ -18,6 +18,7 @@ import numpy as np
 
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.silo import Data, Policy, SiloFile
+from gptfl_dist.errors import TrainerError
 from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.federation.orders import Order
@@ -34,6 +35,7 @@ START = 0.5  # every number of the start weights
 STEPS = {"a": 105.0, "b": -210.0, "c": 420.0}  # what each silo adds in a round
 SAMPLES = {"a": 1, "b": 3, "c": 4}
 ARM = "fedavg_random"
+ROUNDS = 3
 DEADLINE, JOIN_DEADLINE = 1000.0, 5000.0  # seconds, of a clock that is put forward
 
 Metrics = Mapping[str, float]
@@ -125,7 +127,7 @@ class World:
                 "tuning": {"rounds": tuning},
                 "strategy": strategy or {},
                 "federation": {
-                    "rounds": 3,
+                    "rounds": ROUNDS,
                     "quorum": "all",
                     "deadline": f"{DEADLINE:g}s",
                     "join_deadline": f"{JOIN_DEADLINE:g}s",
@@ -236,6 +238,22 @@ class World:
         record = None if self.at_work is None else self.at_work.arm(arm)
         rounds = () if record is None else record.rounds
         return {order.silo for r in rounds if r.round == round_ for order in r.orders if order.digest is not None}
+
+
+def failing(who: str, *rounds: int) -> Callable[[str, Order], Metrics]:
+    """A silo whose training fails in these rounds, whenever it is asked."""
+
+    def script(silo: str, order: Order) -> Metrics:
+        if silo == who and order.kind == "train" and order.round in rounds:
+            raise TrainerError("out of memory")
+        return {"accuracy": 0.5}
+
+    return script
+
+
+def answered(record: ArmRecord, round_: int) -> set[str]:
+    (found,) = [r for r in record.rounds if r.round == round_]
+    return {order.silo for order in found.orders if order.digest is not None}
 
 
 def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
