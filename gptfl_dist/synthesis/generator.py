@@ -89,7 +89,7 @@ def unknown_words(settings: Generator, prompts: Iterable[str]) -> list[str]:
     """
     if settings.source != "embedded":
         return []
-    found = dict.fromkeys(word for prompt in prompts for word in re.findall(r"[^\W_]+", prompt))
+    found = dict.fromkeys(word for prompt in prompts for word in re.findall(r"[^\W_]+", prompt.lower()))
     return [word for word in found if word not in EMBEDDED_WORDS]
 
 

@@ -29,6 +29,7 @@ from gptfl_dist.files import storage_error, write_file
 from gptfl_dist.synthesis.samples import Sample
 
 MANIFEST = "manifest.json"
+_SHOWN = 80  # characters of a value in a message
 _ANOTHER = "Choose another synthesis.folder, or delete this one to have it made anew."
 
 
@@ -158,7 +159,7 @@ def require_same(found: Section, expected: Section, folder: Path, what: str, hin
     here, wanted = _flat(found.model_dump()), _flat(expected.model_dump())
     differing = [name for name in dict.fromkeys([*here, *wanted]) if here.get(name) != wanted.get(name)]
     if differing:
-        lines = [f"{name}: found {_short(here.get(name))}, expected {_short(wanted.get(name))}" for name in differing]
+        lines = [f"{name}: {_difference(here.get(name), wanted.get(name))}" for name in differing]
         more = f" (and {len(lines) - 5} more)" if len(lines) > 5 else ""
         raise StorageError(f"{folder} holds {what}: {'; '.join(lines[:5])}{more}", hint=hint)
 
@@ -270,11 +271,19 @@ def _schema(labels: Sequence[str]) -> pa.Schema:
 def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
     leaves: dict[str, object] = {}
     for name, value in tree.items():
-        inner = {f"{place}": item for place, item in enumerate(value)} if isinstance(value, list) else value
-        leaves |= _flat(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {prefix + name: inner}
+        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return leaves
+
+
+def _difference(here: object, wanted: object) -> str:
+    """What was found and what was expected; of long lists only what the other one lacks, or they would look alike."""
+    if isinstance(here, list) and isinstance(wanted, list) and max(len(str(here)), len(str(wanted))) > _SHOWN:
+        more, less = [item for item in here if item not in wanted], [item for item in wanted if item not in here]
+        if more or less:
+            return f"found {_short(more or None)} where {_short(less or None)} was expected"
+    return f"found {_short(here)}, expected {_short(wanted)}"
 
 
 def _short(value: object) -> str:
     text = "nothing" if value is None else str(value)
-    return text if len(text) <= 80 else text[:80] + "..."
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

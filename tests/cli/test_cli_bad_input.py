@@ -47,7 +47,7 @@ def unknown_key(file: Path) -> tuple[str, ...]:
 
 def wrong_type(file: Path) -> tuple[str, ...]:
     edit(file, "rounds: 1", "rounds: many")
-    return f"{file}:17:11: federation.rounds", '"many" (text)', "a whole number"
+    return f"{file}:18:11: federation.rounds", '"many" (text)', "a whole number"
 
 
 def unquoted_number_as_a_label(file: Path) -> tuple[str, ...]:

@@ -145,3 +145,14 @@ def test_importing_the_room_loads_neither_torch_nor_diffusers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("edited", [0, 30, 59])
+def test_of_long_prompt_sets_what_differs_is_said(tmp_path: Path, edited: int) -> None:
+    before = manifest(4).request
+    prompts = [f"a picture of something, number {number}" for number in range(60)]
+    changed = [*prompts[:edited], "a new one", *prompts[edited + 1 :]]
+    here, wanted = (before.model_copy(update={"prompts": {"a": ["a"], "b": list_}}) for list_ in (prompts, changed))
+    with pytest.raises(StorageError) as refused:
+        store.require_same(here, wanted, tmp_path, "another synthetic set")
+    assert f"prompts.b: found ['{prompts[edited]}'] where ['a new one'] was expected" in refused.value.message
