@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from gptfl_dist.errors import ModelError, first_line
-from gptfl_dist.learning.models import quiet_transformers
-from gptfl_dist.synthesis.source import ModelFolder
+from gptfl_dist.synthesis.source import ModelFolder, quiet_transformers
 
 BATCH_SIZE = 32
 

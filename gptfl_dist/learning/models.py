@@ -15,6 +15,7 @@ from torch import nn
 from gptfl_dist.config.federation import Model, Task
 from gptfl_dist.errors import ModelError, first_line
 from gptfl_dist.learning.code import import_function
+from gptfl_dist.synthesis.source import quiet_transformers
 
 
 def build_model(model: Model, task: Task, label_count: int, seed: int) -> nn.Module:
@@ -62,14 +63,6 @@ def head_of(model: nn.Module) -> nn.Module:
     if not layers:
         raise ModelError("the model has no parameters to train", hint="give a network with at least one layer")
     return layers[-1]
-
-
-def quiet_transformers() -> None:
-    """Keeps the bars of `transformers` out of ours, and its report of absent weights: ours says it, and is stricter."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 def _cnn(task: Task, label_count: int) -> nn.Module:

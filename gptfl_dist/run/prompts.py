@@ -169,12 +169,16 @@ def _write(
             definition = meaning.sense.short_definition if meaning else ""
             name = label.replace("_", " ")  # a model that copies an underscore writes what the filter drops
             asked = writing.instruction.replace("{label}", f"{name} ({definition})" if definition else name)
+
+            def report(done: int, before: int = number * writing.draws) -> None:
+                bar.update(before + done)
+
             drawn = model.draw(
                 asked,
                 writing.draws,
                 writing.temperature,
                 derive_seed(file.seed, "sentences", label),
-                lambda done, before=number * writing.draws: bar.update(before + done),  # type: ignore[misc]
+                report,
             )
             names = (label, *(meaning.other_names if meaning else ()))
             others = [other for other in file.labels if other != label]

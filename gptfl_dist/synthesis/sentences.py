@@ -15,6 +15,7 @@ from typing import Any
 from gptfl_dist.errors import GeneratorError, first_line
 from gptfl_dist.synthesis.generator import HUB_ID
 from gptfl_dist.synthesis.quality import Draw
+from gptfl_dist.synthesis.source import quiet_transformers
 
 _MAX_NEW_TOKENS = 80  # a little more than a text encoder reads
 _BATCH = 50  # draws at a time; they depend on it
@@ -53,11 +54,8 @@ class TextModel:
 
     def _load(self, source: str) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-        from transformers.utils import logging
 
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
+        quiet_transformers()
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         self._answers_apart = bool(config.is_encoder_decoder)
         kind = AutoModelForSeq2SeqLM if self._answers_apart else AutoModelForCausalLM

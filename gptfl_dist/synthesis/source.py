@@ -64,6 +64,14 @@ def files_digest(folder: Path, files: Iterable[Path]) -> str:
     return hasher.hexdigest()
 
 
+def quiet_transformers() -> None:
+    """Keeps the bars of `transformers` out of ours, and its report of absent weights: ours says it, and is stricter."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
 def _download(source: str, setting: str) -> Path:
     from huggingface_hub import snapshot_download
 
