@@ -6,7 +6,11 @@ A round calls on a cohort drawn without replacement from the silos that are conn
 silos of the federation, up to the join deadline, so that the draw does not depend on who was quick; later rounds wait
 for a cohort. A round ends when every silo of the cohort has delivered or failed, or at its deadline; it counts if a
 quorum delivered. A silo that leaves in mid-round gets its order again when it comes back before the deadline. After
-the last round every connected silo evaluates the final weights on its validation part.
+the last round every connected silo evaluates the final weights.
+
+An order may outlive its round: where late updates are carried over, a silo that misses the deadline keeps its order
+and its update counts in the round in which it arrives. A silo has one order at a time, and gets the next one only
+after its update was counted. `federation.asynchronous` builds on that.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """A silo's update (or evaluation) of this round was accepted."""
+    """A silo's update (or evaluation) was accepted; `round` is that of the order."""
 
     silo: str
     round: int
@@ -43,7 +47,7 @@ class Delivered:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A silo could not do what it was called on for, or what it returned was refused."""
+    """A silo could not do what it was called on for, or what it returned was refused; `round` is the order's."""
 
     silo: str
     round: int
@@ -74,7 +78,7 @@ State = Literal["gather", "train", "aggregate", "evaluate", "done"]
 
 @dataclass(frozen=True, slots=True)
 class StartRound:
-    """Make the weights of `round - 1` available to this cohort."""
+    """Make the weights of `round - 1` available, and an order of this round for each silo of the cohort."""
 
     round: int
     cohort: tuple[str, ...]
@@ -82,8 +86,16 @@ class StartRound:
 
 
 @dataclass(frozen=True, slots=True)
+class Enlist:
+    """Make orders of the round in progress for more silos."""
+
+    round: int
+    silos: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
-    """Give a silo its order of this round."""
+    """Give a silo its order, which is of this round."""
 
     silo: str
     round: int
@@ -91,7 +103,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """Tell a silo that its order is no longer wanted."""
+    """Tell a silo that its order, which is of this round, is no longer wanted, nor its update."""
 
     silo: str
     round: int
@@ -109,7 +121,7 @@ class SetDeadline:
 
 @dataclass(frozen=True, slots=True)
 class Aggregate:
-    """Make the next weights from these silos' updates."""
+    """Make the next weights from these silos' updates, whatever the round of their orders."""
 
     round: int
     silos: tuple[str, ...]
@@ -130,12 +142,16 @@ class GiveUp:
     untrainable: bool = False
 
 
-Command = StartRound | Call | Recall | SetDeadline | Aggregate | Finish | GiveUp
+Command = StartRound | Enlist | Call | Recall | SetDeadline | Aggregate | Finish | GiveUp
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What governs an arm's rounds; seconds are those of the federation file."""
+    """What governs an arm's rounds; seconds are those of the federation file.
+
+    `carry`: an update that misses the deadline counts later. `max_staleness`: it does so for so many rounds at most.
+    `buffer`: how many updates an asynchronous round takes; None where rounds are synchronous.
+    """
 
     arm: str
     seed: int
@@ -145,6 +161,9 @@ class Rules:
     quorum: int
     deadline: float
     join_deadline: float
+    carry: bool = False
+    max_staleness: int | None = None
+    buffer: int | None = None
 
 
 class Coordinator:
@@ -155,109 +174,177 @@ class Coordinator:
         self._rules = rules
         self._assembled = assembled
         self._connected: set[str] = set()
-        self._cohort: tuple[str, ...] = ()
-        self._delivered: set[str] = set()
+        self._cohort: tuple[str, ...] = ()  # who was called on in this round
+        self._open: dict[str, int] = {}  # the round of the order to which a silo owes the answer
+        self._delivered: dict[str, int] = {}  # the round of the order whose answer counts when this round ends
         self._failed: dict[str, str] = {}
         self._late: set[str] = set()  # who missed the deadline
         self.round = 0
         self.state: State = "gather"
 
-    def begin(self, connected: Iterable[str], finished_rounds: int = 0) -> list[Command]:
-        """Starts after so many finished rounds, with the silos that are connected already."""
+    def begin(
+        self,
+        connected: Iterable[str],
+        finished_rounds: int = 0,
+        owed: Mapping[str, int] | None = None,
+        delivered: Mapping[str, int] | None = None,
+    ) -> list[Command]:
+        """Starts after so many finished rounds, with the silos that are connected already.
+
+        `owed` and `delivered` are the orders of earlier rounds, by silo, that are open or whose updates are not counted.
+        """
         self._connected = set(connected)
-        self.round = finished_rounds
-        return self._next_round()
+        self._open, self._delivered = dict(owed or {}), dict(delivered or {})
+        self.round = finished_rounds + 1
+        return self._recall_old() + self._call(self._open) + self._gather()
 
     def resume(
         self,
         connected: Iterable[str],
         round_: int,
         cohort: Iterable[str],
-        delivered: Iterable[str],
+        owed: Mapping[str, int],
+        delivered: Mapping[str, int],
         failed: Mapping[str, str],
     ) -> list[Command]:
         """Goes on in a training round that was broken off: who delivered or failed (and why) is not called again."""
         self._connected = set(connected)
-        self.round = round_
-        return self._open("train", tuple(cohort), set(delivered), dict(failed))
+        self.round, self.state = round_, "train"
+        self._cohort, self._open, self._delivered = tuple(cohort), dict(owed), dict(delivered)
+        self._failed = dict(failed)
+        return [
+            StartRound(round_, self._cohort, "train"),
+            SetDeadline(round_, "train", self._rules.deadline),
+            *self._call(self._open),
+            *self._go_on(),
+        ]
 
     def handle(self, event: Event) -> list[Command]:
-        """The commands that follow from an event. Events of other rounds and states change nothing."""
+        """The commands that follow from an event. Events of orders that are not open change nothing."""
         if isinstance(event, Joined):
             self._connected.add(event.silo)
-            if self.state == "gather":
-                return self._start_if_enough(late=False)
-            return [Call(event.silo, self.round)] if event.silo in self.awaited else []
+            return self._call([event.silo]) + self._go_on()
         if isinstance(event, Left):
             self._connected.discard(event.silo)
-            if self.state == "evaluate" and event.silo in self.awaited:
-                # Nobody waits for an evaluation of a silo that went away: the weights are final.
-                self._failed[event.silo] = "left"
-                return self._end_if_complete()
-            return []
-        if self.state == "done" or event.round != self.round:
-            return []
-        if isinstance(event, Delivered) and event.silo in self.awaited:
-            self._delivered.add(event.silo)
-            return self._end_if_complete()
-        if isinstance(event, Failed) and event.silo in self.awaited:
+            if self.state == "evaluate" and self._open.pop(event.silo, None) is not None:
+                self._failed[event.silo] = "left"  # nobody waits for it: the weights are final
+            return self._go_on()
+        if isinstance(event, Delivered) and self._open.get(event.silo) == event.round:
+            self._delivered[event.silo] = self._open.pop(event.silo)
+            return self._go_on()
+        if isinstance(event, Failed) and self._open.get(event.silo) == event.round:
+            del self._open[event.silo]
             self._failed[event.silo] = event.reason
-            return self._end_if_complete()
-        if isinstance(event, DeadlinePassed) and event.state == self.state:
+            return self._go_on()
+        if isinstance(event, DeadlinePassed) and (event.round, event.state) == (self.round, self.state):
             return self._deadline_passed()
-        if isinstance(event, Aggregated) and self.state == "aggregate":
-            return self._next_round()
+        if isinstance(event, Aggregated) and (event.round, self.state) == (self.round, "aggregate"):
+            self.round += 1
+            return self._recall_old() + self._gather()
         return []
 
     @property
-    def awaited(self) -> set[str]:
-        """The silos whose answer is awaited."""
-        if self.state not in ("train", "evaluate"):
-            return set()
-        return set(self._cohort) - self._delivered - self._failed.keys()
+    def owed(self) -> dict[str, int]:
+        """The round of the order to which each silo owes the answer."""
+        return dict(self._open)
+
+    @property
+    def recalls_at_deadline(self) -> bool:
+        """Whether an answer that misses the deadline of the state is not taken."""
+        return self.state == "evaluate" or not self._rules.carry
 
     @property
     def missing(self) -> set[str]:
         """The silos that are not connected and are waited for."""
-        wanted = set(self._rules.silos) if self.state == "gather" else self.awaited
+        wanted = set(self._rules.silos) if self.state == "gather" else self._awaited
         return wanted - self._connected
 
-    def _next_round(self) -> list[Command]:
-        self.round += 1
-        self.state = "gather"
+    @property
+    def _awaited(self) -> set[str]:
+        """The silos for whose answer this round waits."""
+        return {silo for silo, round_ in self._open.items() if round_ == self.round}
+
+    @property
+    def _free(self) -> set[str]:
+        """The connected silos that can be called on: they owe nothing, and their spool holds nothing uncounted."""
+        return self._connected - self._open.keys() - self._delivered.keys()
+
+    @property
+    def _complete(self) -> bool:
+        """Whether the round has all that it waits for."""
+        return not self._awaited
+
+    def _enough(self, *, late: bool) -> bool:
+        """Whether a round can start; after the join deadline a quorum will do."""
+        if late:
+            return len(self._free) + len(self._open) + len(self._delivered) >= self._rules.quorum
+        engaged = len(self._open) + len(self._delivered)
+        return len(self._free) >= min(self._rules.cohort, len(self._rules.silos) - engaged)
+
+    def _draw(self) -> tuple[str, ...]:
+        """The silos to call on next."""
+        return self._sample(self._free, self._rules.cohort, str(self.round))
+
+    def _sample(self, silos: Iterable[str], count: int, what_for: str) -> tuple[str, ...]:
+        # A string seed is hashed by `random` itself (SHA-512), alike on every machine.
+        draw, present = random.Random(f"{self._rules.seed}/{self._rules.arm}/{what_for}"), sorted(silos)
+        return tuple(sorted(draw.sample(present, min(count, len(present)))))
+
+    def _call(self, silos: Iterable[str]) -> list[Command]:
+        """Calls on those of the silos that are connected and owe an answer."""
+        return [Call(silo, self._open[silo]) for silo in sorted(silos) if silo in self._connected & self._open.keys()]
+
+    def _recall_old(self) -> list[Command]:
+        """Recalls the orders of earlier rounds that came too late for the round that begins."""
+        commands: list[Command] = []
+        limit = self._rules.max_staleness
+        for silo, round_ in sorted({**self._open, **self._delivered}.items()):
+            reason = ""
+            if self.round > self._rules.rounds:
+                reason = "the last round is over"
+            elif limit is not None and self.round - round_ > limit:
+                reason = f"it would be {self.round - round_} rounds old, federation.max_staleness allows {limit}"
+            if reason:
+                self._open.pop(silo, None)
+                self._delivered.pop(silo, None)
+                commands.append(Recall(silo, round_, reason))
+        return commands
+
+    def _gather(self) -> list[Command]:
+        self.state, self._cohort, self._failed, self._late = "gather", (), {}, set()
         commands: list[Command] = [SetDeadline(self.round, "gather", self._rules.join_deadline)]
         return commands + self._start_if_enough(late=False)
 
     def _start_if_enough(self, *, late: bool) -> list[Command]:
-        """Starts once a whole cohort is connected; after the join deadline a quorum will do."""
+        """Starts the round once its silos are there; the first one of all, and the evaluation, wait for every silo."""
         final = self.round > self._rules.rounds
-        present = sorted(self._connected)
-        wanted = self._rules.cohort if self._assembled and not final else len(self._rules.silos)
-        if len(present) < (self._rules.quorum if late else wanted):
+        if final or not self._assembled:
+            enough = len(self._connected) >= (self._rules.quorum if late else len(self._rules.silos))
+        else:
+            enough = self._enough(late=late)
+        if not enough:
             return []
         self._assembled = True
-        if final:
-            return self._open("evaluate", tuple(present), set(), {})
-        # A string seed is hashed by `random` itself (SHA-512), alike on every machine.
-        draw = random.Random(f"{self._rules.seed}/{self._rules.arm}/{self.round}")
-        cohort = tuple(sorted(draw.sample(present, min(self._rules.cohort, len(present)))))
-        return self._open("train", cohort, set(), {})
-
-    def _open(
-        self,
-        state: Literal["train", "evaluate"],
-        cohort: tuple[str, ...],
-        delivered: set[str],
-        failed: dict[str, str],
-    ) -> list[Command]:
-        self.state, self._cohort, self._delivered, self._failed = state, cohort, delivered, failed
-        self._late = set()
-        commands: list[Command] = [
-            StartRound(self.round, cohort, state),
-            SetDeadline(self.round, state, self._rules.deadline),
+        self.state = "evaluate" if final else "train"
+        self._cohort = tuple(sorted(self._free)) if final else self._draw()
+        self._open |= dict.fromkeys(self._cohort, self.round)
+        return [
+            StartRound(self.round, self._cohort, self.state),
+            SetDeadline(self.round, self.state, self._rules.deadline),
+            *self._call(self._cohort),
+            *self._go_on(),
         ]
-        commands += [Call(silo, self.round) for silo in cohort if silo in self.awaited & self._connected]
-        return commands + self._end_if_complete()
+
+    def _go_on(self) -> list[Command]:
+        """What follows from who is there, who delivered and who failed."""
+        if self.state == "gather":
+            return self._start_if_enough(late=False)
+        if self.state == "train":
+            return self._end_if_complete()
+        if self.state == "evaluate" and not self._open:
+            self.state = "done"
+            return [Finish(tuple(sorted(self._delivered)))]
+        return []
 
     def _deadline_passed(self) -> list[Command]:
         if self.state == "gather":
@@ -267,29 +354,50 @@ class Coordinator:
                 f"round {self.round}: {len(self._connected)} silos are connected and {self._rules.quorum} are needed; "
                 f"missing: {missing}"
             )
-        late = sorted(self.awaited)
-        self._late = set(late)
-        commands = [Recall(silo, self.round, "the deadline of the round has passed") for silo in late]
+        if not self.recalls_at_deadline:
+            return self._aggregate() if len(self._delivered) >= self._rules.quorum else self._give_up(self._too_few)
+        late = self._open
+        self._open, self._late = {}, set(late)
+        commands = [
+            Recall(silo, round_, "the deadline of the round has passed") for silo, round_ in sorted(late.items())
+        ]
         self._failed |= dict.fromkeys(late, "missed the deadline")
-        return commands + self._end_if_complete()
+        return commands + self._go_on()
 
     def _end_if_complete(self) -> list[Command]:
-        """Ends the round once nobody is waited for."""
-        if self.awaited:
+        """Ends a training round once nobody is waited for."""
+        if not self._complete:
             return []
-        delivered = tuple(sorted(self._delivered))
-        if self.state == "evaluate":
-            self.state = "done"
-            return [Finish(delivered)]
-        if len(delivered) < self._rules.quorum:
-            reasons = "; ".join(f"{silo}: {reason}" for silo, reason in sorted(self._failed.items()))
-            return self._give_up(
-                f"round {self.round}: {len(delivered)} of the {len(self._cohort)} silos called on delivered and "
-                f"{self._rules.quorum} are needed ({reasons})",
-                untrainable=not self._late,
-            )
+        if len(self._delivered) >= self._rules.quorum:
+            return self._aggregate()
+        if self._open:
+            return []  # orders of earlier rounds: their updates may still make a quorum before the deadline
+        reasons = "; ".join(f"{silo}: {reason}" for silo, reason in sorted(self._failed.items()))
+        return self._give_up(
+            f"round {self.round}: {len(self._delivered)} of the {len(self._cohort)} silos called on delivered and "
+            f"{self._rules.quorum} are needed ({reasons})",
+            untrainable=not self._late,
+        )
+
+    @property
+    def _too_few(self) -> str:
+        """Why a round cannot be counted at its deadline, where nobody is recalled."""
+        here, gone = (sorted(self._open.keys() & self._connected), sorted(self._missing_at_deadline))
+        failed = [f"{silo}: {reason}" for silo, reason in sorted(self._failed.items())]
+        told = {"still at work": here, "not connected": gone, "failed": failed}
+        return (
+            f"round {self.round}: {len(self._delivered)} updates came before the deadline and {self._rules.quorum} are "
+            "needed" + "".join(f"; {what}: {', '.join(silos)}" for what, silos in told.items() if silos)
+        )
+
+    @property
+    def _missing_at_deadline(self) -> set[str]:
+        return self._open.keys() - self._connected
+
+    def _aggregate(self) -> list[Command]:
+        counted, self._delivered = tuple(sorted(self._delivered)), {}
         self.state = "aggregate"
-        return [Aggregate(self.round, delivered)]
+        return [Aggregate(self.round, counted)]
 
     def _give_up(self, reason: str, *, untrainable: bool = False) -> list[Command]:
         self.state = "done"

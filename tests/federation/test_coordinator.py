@@ -95,7 +95,7 @@ def test_a_silo_that_comes_back_in_mid_round_gets_its_order_again_but_not_after_
 
 def test_a_resumed_round_calls_only_on_those_who_have_not_delivered():
     machine = Coordinator(rules())
-    commands = machine.resume(["a", "b", "d"], 2, ["a", "b", "d"], ["b"], {})
+    commands = machine.resume(["a", "b", "d"], 2, ["a", "b", "d"], {"a": 2, "d": 2}, {"b": 2}, {})
     assert calls(commands) == ["a", "d"]
     machine.handle(Delivered("a", 2))
     assert machine.handle(Delivered("d", 2)) == [Aggregate(2, ("a", "b", "d"))]
@@ -103,12 +103,12 @@ def test_a_resumed_round_calls_only_on_those_who_have_not_delivered():
 
 def test_a_resumed_round_in_which_all_have_delivered_aggregates_at_once():
     machine = Coordinator(rules())
-    assert machine.resume([], 1, SILOS, SILOS, {})[-1] == Aggregate(1, SILOS)
+    assert machine.resume([], 1, SILOS, {}, dict.fromkeys(SILOS, 1), {})[-1] == Aggregate(1, SILOS)
 
 
 def test_a_resumed_round_does_not_call_again_on_who_had_failed():
     machine = Coordinator(rules())
-    assert calls(machine.resume(SILOS, 2, SILOS, ["b"], {"c": "out of memory"})) == ["a", "d"]
+    assert calls(machine.resume(SILOS, 2, SILOS, {"a": 2, "d": 2}, {"b": 2}, {"c": "out of memory"})) == ["a", "d"]
     machine.handle(Delivered("a", 2))
     assert machine.handle(Delivered("d", 2)) == [Aggregate(2, ("a", "b", "d"))]
 
