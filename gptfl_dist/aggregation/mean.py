@@ -27,20 +27,18 @@ def weighted_mean(
     layout: Layout,
     base: FlatReader,
     updates: Mapping[str, FlatReader],
-    samples: Mapping[str, int],
+    shares: Mapping[str, float],
     step: Callable[[int, NDArray[np.float64]], NDArray[np.float64]],
 ) -> Iterator[bytes]:
     """The next weights as consecutive blocks of the flat buffer.
 
-    Floating tensors: w + step(sum_k (n_k / n) d_k), with d_k the update of silo k and n_k its sample count (FedAvg,
-    arXiv:1602.05629, algorithm 1). `step(place, mean)` is given the mean update of a block, float64 (n,), and how many
-    floating elements lie before it; it returns what is added to the weights. Integers count something (batches seen):
-    the largest increase of any silo is added. Booleans are kept as they are.
+    Floating tensors: w + step(sum_k s_k d_k), with d_k the update of silo k and s_k its share; where that is its part
+    of all samples, it is FedAvg (arXiv:1602.05629, algorithm 1). `step(place, mean)` is given the mean update of a
+    block, float64 (n,), and how many floating elements lie before it; it returns what is added to the weights.
+    Integers count something (batches seen): the largest increase of any silo is added. Booleans are kept as they are.
     """
     place = 0
     silos = sorted(updates)
-    total = sum(samples[silo] for silo in silos)
-    shares = {silo: samples[silo] / total for silo in silos}
     for segment in layout.segments():
         for start in range(segment.start, segment.stop, BLOCK):
             size = min(BLOCK, segment.stop - start)

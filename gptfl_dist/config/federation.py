@@ -230,13 +230,48 @@ class Tuning(Section):
 
 
 class Federation(Section):
-    """The rounds: how many, with whom, and how long to wait."""
+    """The rounds: how many, with whom, how long to wait, and what becomes of updates that come late."""
 
+    mode: Literal["synchronous", "asynchronous"] = "synchronous"
     rounds: PositiveInt = 30
     cohort: Literal["all"] | PositiveInt = "all"
+    buffer: Literal["majority"] | PositiveInt = "majority"
     quorum: Literal["all", "majority"] | PositiveInt = "majority"
     deadline: Duration = 600.0
     join_deadline: Duration = 300.0
+    late: Literal["drop", "carry"] = "drop"
+    staleness: NonNegativeFloat = 0.5
+    max_staleness: PositiveInt | None = None
+
+    def cohort_of(self, silos: int) -> int:
+        """How many of so many silos a round calls on (asynchronous: how many train at once)."""
+        return silos if self.cohort == "all" else self.cohort
+
+    def wanted_of(self, silos: int) -> int:
+        """How many updates a round takes: those of the cohort, or in asynchronous mode the buffer."""
+        cohort = self.cohort_of(silos)
+        if self.mode == "synchronous":
+            return cohort
+        return cohort // 2 + 1 if self.buffer == "majority" else self.buffer
+
+    def quorum_of(self, silos: int) -> int:
+        """How many of these updates are enough at the deadline."""
+        wanted = self.wanted_of(silos)
+        return {"all": wanted, "majority": wanted // 2 + 1}.get(str(self.quorum)) or int(self.quorum)
+
+    @model_validator(mode="after")
+    def _settings_of_the_mode(self) -> Self:
+        if self.mode == "asynchronous" and self.late == "carry":
+            raise ValueError(
+                "late is carry, which is for the synchronous mode: an asynchronous round has no late updates"
+            )
+        if self.mode == "synchronous" and self.buffer != "majority":
+            raise ValueError(f"buffer is {self.buffer}, but mode is synchronous: a buffer is for the asynchronous mode")
+        if self.mode == "synchronous" and self.late == "drop" and self.max_staleness is not None:
+            raise ValueError(
+                f"max_staleness is {self.max_staleness}, but no update is stale: mode is synchronous and late is drop"
+            )
+        return self
 
 
 class Strategy(Section):
@@ -325,9 +360,22 @@ class FederationFile(Section):
                 "synthesis.choose_by is silos, who are asked before the arm gptfl, which arms does not name: "
                 "add it, or choose by synthetic"
             )
-        cohort = len(self.silos) if self.federation.cohort == "all" else self.federation.cohort
-        if cohort > len(self.silos):
-            raise ValueError(f"federation.cohort is {cohort}, but there are only {len(self.silos)} silos")
-        if isinstance(self.federation.quorum, int) and self.federation.quorum > cohort:
-            raise ValueError(f"federation.quorum is {self.federation.quorum}, more than the cohort of {cohort}")
+        rules, silos = self.federation, len(self.silos)
+        cohort, wanted, quorum = rules.cohort_of(silos), rules.wanted_of(silos), rules.quorum_of(silos)
+        if cohort > silos:
+            raise ValueError(f"federation.cohort is {cohort}, but there are only {silos} silos")
+        if rules.mode == "asynchronous":
+            if wanted > silos:
+                raise ValueError(
+                    f"federation.buffer is {wanted}, but there are only {silos} silos, and each is in it at most once"
+                )
+            if quorum > wanted:
+                raise ValueError(f"federation.quorum is {quorum}, more than the buffer of {wanted}")
+        elif quorum > wanted:
+            raise ValueError(f"federation.quorum is {quorum}, more than the cohort of {wanted}")
+        elif rules.late == "carry" and quorum == wanted:
+            raise ValueError(
+                f"federation.late is carry, but the quorum is the whole cohort of {cohort}: no round could end without "
+                "its late updates; lower federation.quorum"
+            )
         return self

@@ -8,6 +8,7 @@ silo should connect again.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -132,8 +133,8 @@ class CoordinatorExchange(Protocol):
     async def open(self, welcome: Welcome) -> None:
         """Lets silos in. Raises LaunchError where the wire cannot be had (a port in use, a world of one rank)."""
 
-    async def publish(self, digest: str, weights: WeightsFile) -> None:
-        """Makes these weights, and no others, available to the silos that are called on next."""
+    async def publish(self, bases: Mapping[str, WeightsFile]) -> None:
+        """Makes these weights, by digest, available to the silos, and no others: the bases of all open orders."""
 
     async def send(self, silo: str, order: Order) -> None:
         """Gives a silo an order. A silo that is not connected gets nothing."""

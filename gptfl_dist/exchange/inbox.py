@@ -148,6 +148,11 @@ class Inbox:
             self._expected.pop(silo, None)
             return True
 
+    def committed(self, silo: str, nonce: str) -> bool:
+        """Whether this silo's answer to this order is committed, told or not."""
+        expected = self._expected.get(silo)
+        return expected is not None and expected.order.nonce == nonce and expected.committed
+
     def awaits(self, silo: str, nonce: str) -> bool:
         """Whether this silo still owes the answer to this order."""
         expected = self._expected.get(silo)

@@ -12,6 +12,7 @@ drop one and start it anew. Updates go through the real inbox. A fault waits at 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -145,7 +146,7 @@ class MemoryCoordinatorExchange:
         self._silos = silos
         self._inbox = inbox
         self._lines: dict[str, _Line] = {}
-        self._published: tuple[str, WeightsFile] | None = None
+        self._published: dict[str, WeightsFile] = {}
         self._welcome: Welcome | None = None
         self._checks: set[asyncio.Task[Receipt]] = set()
 
@@ -153,8 +154,8 @@ class MemoryCoordinatorExchange:
         self._welcome = welcome
         self._network.attach(self)
 
-    async def publish(self, digest: str, weights: WeightsFile) -> None:
-        self._published = (digest, weights)
+    async def publish(self, bases: Mapping[str, WeightsFile]) -> None:
+        self._published = dict(bases)
 
     async def send(self, silo: str, order: Order) -> None:
         self._network.give(order)
@@ -202,10 +203,10 @@ class MemoryCoordinatorExchange:
             self.events.put_nowait(SiloJoined(silo))
 
     def hand_out(self, digest: str, path: Path) -> None:
-        """Copies the published weights to a silo. Raises Disconnected where others are published now."""
-        if self._published is None or self._published[0] != digest:
+        """Copies published weights to a silo. Raises Disconnected for others."""
+        weights = self._published.get(digest)
+        if weights is None:
             raise Disconnected(f"the weights {digest[:12]!r} are not handed out now")
-        weights = self._published[1]
         blocks = (weights.read(start, min(BLOCK, weights.nbytes - start)) for start in range(0, weights.nbytes, BLOCK))
         write_weights(path, weights.layout, blocks)
         self.traffic.down += weights.nbytes

@@ -191,7 +191,7 @@ class Coordinator:
     ) -> list[Command]:
         """Starts after so many finished rounds, with the silos that are connected already.
 
-        `owed` and `delivered` are the orders of earlier rounds, by silo, that are open or whose updates are not counted.
+        `owed` and `delivered` are orders of earlier rounds, by silo: open ones, and those whose updates wait to count.
         """
         self._connected = set(connected)
         self._open, self._delivered = dict(owed or {}), dict(delivered or {})

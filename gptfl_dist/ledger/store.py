@@ -20,7 +20,9 @@ from gptfl_dist.errors import ConfigError, StorageError
 from gptfl_dist.files import storage_error
 from gptfl_dist.weights import Layout, write_weights
 
-_SCHEMA = """
+_VERSION = 1  # of the schema; SQLite keeps it as user_version
+_SCHEMA = f"""
+PRAGMA user_version = {_VERSION};
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS arms (
     arm TEXT PRIMARY KEY, learning_rate REAL NOT NULL, start TEXT NOT NULL, finished INTEGER NOT NULL DEFAULT 0,
@@ -33,7 +35,7 @@ CREATE TABLE IF NOT EXISTS rounds (
 );
 CREATE TABLE IF NOT EXISTS orders (
     arm TEXT NOT NULL, round INTEGER NOT NULL, silo TEXT NOT NULL, nonce TEXT NOT NULL,
-    samples INTEGER, metrics TEXT, digest TEXT, failure TEXT,
+    samples INTEGER, metrics TEXT, digest TEXT, failure TEXT, counted INTEGER,
     PRIMARY KEY (arm, round, silo)
 );
 """
@@ -41,7 +43,10 @@ CREATE TABLE IF NOT EXISTS orders (
 
 @dataclass(frozen=True, slots=True)
 class OrderRecord:
-    """An order that was given. `samples`, `metrics` and `digest` are None until it was answered."""
+    """An order that was given. `samples`, `metrics` and `digest` are None until it was answered.
+
+    The metrics are those of the weights that the order named. `counted` is the round in which the update counted.
+    """
 
     silo: str
     nonce: str
@@ -49,11 +54,24 @@ class OrderRecord:
     metrics: dict[str, float] | None
     digest: str | None
     failure: str | None
+    counted: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CountedUpdate:
+    """An update that a round was made of. `staleness`: how many rounds before, its order was given."""
+
+    silo: str
+    samples: int
+    staleness: int
 
 
 @dataclass(frozen=True, slots=True)
 class RoundRecord:
-    """A round. `weights` is None until it was aggregated; digests are BLAKE3 in hex."""
+    """A round. `weights` is None until it was aggregated; digests are BLAKE3 in hex.
+
+    `orders` are those that were given in it, `updates` those that counted in it, whenever they were ordered.
+    """
 
     round: int
     kind: str
@@ -65,9 +83,10 @@ class RoundRecord:
     bytes_up: int | None
     test_accuracy: float | None
     orders: tuple[OrderRecord, ...]
+    updates: tuple[CountedUpdate, ...] = ()
 
     def mean_metric(self, name: str) -> float | None:
-        """The mean of a metric over the silos that answered and sent it, weighted by their samples."""
+        """The mean of a metric of the round's base over the silos that measured and sent it, weighted by samples."""
         told = [(o.samples, o.metrics[name]) for o in self.orders if o.samples and o.metrics and name in o.metrics]
         total = sum(samples for samples, _ in told)
         return sum(samples * value for samples, value in told) / total if total else None
@@ -97,6 +116,17 @@ class ArmRecord:
     @property
     def finished_rounds(self) -> int:
         return sum(r.weights is not None for r in self.rounds)
+
+    @property
+    def pending(self) -> list[tuple[RoundRecord, OrderRecord]]:
+        """The training orders that are open, or whose committed update has not counted yet; each with its round."""
+        return [
+            (r, order)
+            for r in self.rounds
+            if r.kind == "train"
+            for order in r.orders
+            if order.failure is None and order.counted is None
+        ]
 
     def weights_of(self, round_: int) -> str:
         """The digest of the weights after a round; round 0 is the start."""
@@ -142,6 +172,7 @@ class Ledger:
                 undo.callback(self._database.close)
                 self._path.chmod(0o600)
                 self._database.execute("PRAGMA journal_mode=WAL")
+                self._require_our_schema()
                 self._database.executescript(_SCHEMA)
             known = self.fact("request")
             if known is not None and known != request:
@@ -155,6 +186,15 @@ class Ledger:
 
     def close(self) -> None:
         self._close()
+
+    def _require_our_schema(self) -> None:
+        tables = self._database.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+        version = self._database.execute("PRAGMA user_version").fetchone()[0]
+        if tables and version != _VERSION:
+            raise StorageError(
+                f"{self._path}: the record was made by another release (its version is {version}, ours {_VERSION})",
+                hint="finish the run with that release, set another run_folder, or start anew with --fresh",
+            )
 
     def fact(self, name: str) -> str | None:
         """A text noted under a name, or None."""
@@ -188,12 +228,16 @@ class Ledger:
         if row is None:
             return None
         orders: dict[int, list[OrderRecord]] = {}
-        for round_, silo, nonce, samples, metrics, digest, failure in self._execute(
-            "SELECT round, silo, nonce, samples, metrics, digest, failure FROM orders WHERE arm = ? ORDER BY silo",
+        updates: dict[int, list[CountedUpdate]] = {}
+        for round_, silo, nonce, samples, metrics, digest, failure, counted in self._execute(
+            "SELECT round, silo, nonce, samples, metrics, digest, failure, counted FROM orders WHERE arm = ? "
+            "ORDER BY silo",
             (arm,),
         ).fetchall():
             told = None if metrics is None else json.loads(metrics)
-            orders.setdefault(round_, []).append(OrderRecord(silo, nonce, samples, told, digest, failure))
+            orders.setdefault(round_, []).append(OrderRecord(silo, nonce, samples, told, digest, failure, counted))
+            if counted is not None:
+                updates.setdefault(counted, []).append(CountedUpdate(silo, samples, counted - round_))
         rounds = tuple(
             RoundRecord(
                 round_,
@@ -206,6 +250,7 @@ class Ledger:
                 up,
                 test_accuracy,
                 tuple(orders.get(round_, [])),
+                tuple(updates.get(round_, [])),
             )
             for round_, kind, base, cohort, weights, seconds, down, up, test_accuracy in self._execute(
                 "SELECT round, kind, base, cohort, weights, seconds, bytes_down, bytes_up, test_accuracy "
@@ -230,10 +275,22 @@ class Ledger:
                 (arm, round_, kind, base, json.dumps(list(cohort))),
             )
             self._database.execute("DELETE FROM orders WHERE arm = ? AND round = ?", (arm, round_))
-            self._database.executemany(
-                "INSERT INTO orders (arm, round, silo, nonce) VALUES (?, ?, ?, ?)",
-                [(arm, round_, silo, nonce) for silo, nonce in nonces.items()],
+            self._insert_orders(arm, round_, nonces)
+
+    def enlist(self, arm: str, round_: int, cohort: Iterable[str], nonces: Mapping[str, str]) -> None:
+        """Notes the cohort of the round in progress as it is now, and the orders that came with it."""
+        with self._lock, self._storing(), self._database:
+            self._database.execute("BEGIN")
+            self._database.execute(
+                "UPDATE rounds SET cohort = ? WHERE arm = ? AND round = ?", (json.dumps(list(cohort)), arm, round_)
             )
+            self._insert_orders(arm, round_, nonces)
+
+    def _insert_orders(self, arm: str, round_: int, nonces: Mapping[str, str]) -> None:
+        self._database.executemany(
+            "INSERT INTO orders (arm, round, silo, nonce) VALUES (?, ?, ?, ?)",
+            [(arm, round_, silo, nonce) for silo, nonce in nonces.items()],
+        )
 
     def commit(self, arm: str, round_: int, silo: str, samples: int, metrics: Mapping[str, float], digest: str) -> None:
         """Notes a silo's answer: from now on it counts."""
@@ -260,9 +317,18 @@ class Ledger:
             "UPDATE orders SET failure = ? WHERE arm = ? AND round = ? AND silo = ?", (reason, arm, round_, silo)
         )
 
-    def close_round(self, arm: str, round_: int, weights: str) -> None:
-        """Notes the weights that a round led to."""
-        self._execute("UPDATE rounds SET weights = ? WHERE arm = ? AND round = ?", (weights, arm, round_))
+    def close_round(self, arm: str, round_: int, weights: str, counted: Mapping[str, int]) -> None:
+        """Notes the weights that a round led to, and the updates that they were made of.
+
+        `counted` holds for each silo the round of the order that its update answered.
+        """
+        with self._lock, self._storing(), self._database:
+            self._database.execute("BEGIN")
+            self._database.execute("UPDATE rounds SET weights = ? WHERE arm = ? AND round = ?", (weights, arm, round_))
+            self._database.executemany(
+                "UPDATE orders SET counted = ? WHERE arm = ? AND round = ? AND silo = ?",
+                [(round_, arm, ordered, silo) for silo, ordered in counted.items()],
+            )
 
     def note_test_accuracy(self, arm: str, round_: int, accuracy: float) -> None:
         """Notes the accuracy on central test data of the weights after a round. Nothing is ever chosen by it."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.plan import LocalTraining
 from gptfl_dist.exchange.base import Traffic
 from gptfl_dist.federation import coordinator as machine
+from gptfl_dist.federation.asynchronous import AsynchronousCoordinator
 from gptfl_dist.federation.orders import Kind, Order
 from gptfl_dist.ledger.store import ArmRecord
 from gptfl_dist.weights import WeightsFile
@@ -48,82 +50,88 @@ class ArmRun:
     """What the federator keeps in memory of the arm in progress."""
 
     def __init__(self, plan: ArmPlan, file: FederationFile, silos: tuple[str, ...], *, assembled: bool) -> None:
-        rules = file.federation
-        cohort = len(silos) if rules.cohort == "all" else rules.cohort
+        rules, asynchronous = file.federation, file.federation.mode == "asynchronous"
         self.plan = plan
-        self.machine = machine.Coordinator(
+        self.machine = (AsynchronousCoordinator if asynchronous else machine.Coordinator)(
             machine.Rules(
                 arm=plan.name,
                 seed=file.seed,
                 silos=silos,
                 rounds=plan.rounds,
-                cohort=cohort,
-                quorum={"all": cohort, "majority": cohort // 2 + 1}.get(str(rules.quorum)) or int(rules.quorum),
+                cohort=rules.cohort_of(len(silos)),
+                quorum=rules.quorum_of(len(silos)),
                 deadline=rules.deadline,
                 join_deadline=rules.join_deadline,
+                carry=rules.late == "carry",
+                max_staleness=rules.max_staleness,
+                buffer=rules.wanted_of(len(silos)) if asynchronous else None,
             ),
             assembled=assembled,
         )
-        self.round = 0
-        self.nonces: dict[str, str] = {}
-        self.taken_over: set[str] = set()  # who had delivered before the coordinator was started again
-        self.spent_before = (0.0, 0, 0)  # seconds, bytes down and up of this round, before that
+        self.round = 0  # that is open, or was open last
+        self.base = ""  # the digest of the weights that it starts from
+        self.cohort: tuple[str, ...] = ()  # who has an order of this round
+        self.orders: dict[str, Order] = {}  # by silo: those that are open, or whose updates wait to be counted
+        self.bases: dict[str, WeightsFile] = {}  # by digest: what these orders and the round start from
+        self.spent_before = (0.0, 0, 0)  # seconds, bytes down and up of this round, in an earlier process
         self.deadlines: list[asyncio.TimerHandle] = []
-        self._kind: Kind = "train"
-        self._base = ""
-        self._weights: WeightsFile | None = None
-        self._began: tuple[float, int, int] | None = None  # time and traffic; None once the round is closed
+        self._began: float | None = None  # the time; None once the round is closed
+        self._counted: tuple[int, int] | None = None  # the traffic, down and up, that is not this round's
         self._seconds = rules.deadline
         self._file = file
 
     @property
     def weights(self) -> WeightsFile:
         """The weights that the round starts from."""
-        assert self._weights is not None
-        return self._weights
+        return self.bases[self.base]
 
-    def open_round(self, round_: int, kind: Kind, base: str, nonces: Mapping[str, str]) -> None:
-        self.round, self._kind, self._base = round_, kind, base
-        self.nonces, self.taken_over, self.spent_before = dict(nonces), set(), (0.0, 0, 0)
+    def open_round(self, round_: int, base: str, cohort: tuple[str, ...]) -> None:
+        self.round, self.base, self.cohort, self.spent_before = round_, base, cohort, (0.0, 0, 0)
 
-    def hold(self, weights: WeightsFile) -> None:
-        """Keeps the round's weights open in place of the last round's."""
-        if self._weights is not None:
-            self._weights.close()
-        self._weights = weights
+    def hold_bases(self, path_of: Callable[[str], Path]) -> list[WeightsFile]:
+        """Opens the weights that open orders and the round start from; returns those that nothing needs any more."""
+        needed = {order.base for order in self.orders.values()} | ({self.base} if self.base else set())
+        unneeded = [self.bases.pop(digest) for digest in self.bases.keys() - needed]
+        for digest in needed - self.bases.keys():
+            self.bases[digest] = WeightsFile(path_of(digest))
+        return unneeded
 
-    def order_for(self, silo: str) -> Order:
+    def order(self, kind: Kind, nonce: str, round_: int, base: str) -> Order:
+        """An order of a round of this arm."""
         training = None
-        if self._kind == "train":
-            training = LocalTraining.of(self._file, self.plan.learning_rate, self.round)
-        return Order(self._kind, self.nonces[silo], self.plan.name, self.round, self._base, self._seconds, training)
+        if kind == "train":
+            training = LocalTraining.of(self._file, self.plan.learning_rate, round_)
+        return Order(kind, nonce, self.plan.name, round_, base, self._seconds, training)
 
     def begin_counting(self, traffic: Traffic) -> None:
-        self._began = (time.monotonic(), traffic.down, traffic.up)
+        """From now on time counts for the round; bytes do since the round before was closed."""
+        self._began = time.monotonic()
+        if self._counted is None:
+            self._counted = (traffic.down, traffic.up)
 
     def spent(self, traffic: Traffic) -> tuple[float, int, int] | None:
         """Seconds, bytes down and bytes up of the open round so far."""
-        if self._began is None:
+        if self._began is None or self._counted is None:
             return None
-        began, down, up = self._began
+        down, up = self._counted
         seconds_before, down_before, up_before = self.spent_before
-        seconds = time.monotonic() - began + seconds_before
+        seconds = time.monotonic() - self._began + seconds_before
         return seconds, traffic.down - down + down_before, traffic.up - up + up_before
 
-    def stop_counting(self) -> None:
-        self._began = None
+    def stop_counting(self, traffic: Traffic) -> None:
+        self._began, self._counted = None, (traffic.down, traffic.up)
 
     def close(self) -> None:
         for deadline in self.deadlines:
             deadline.cancel()
-        if self._weights is not None:
-            self._weights.close()
+        for weights in self.bases.values():
+            weights.close()
 
 
 def validation_of(record: ArmRecord, round_: int) -> tuple[float, float] | None:
     """(accuracy, minus loss) on the silos' validation data of the weights after a round; None where none was told.
 
-    The silos that were called on in the following round measured it.
+    The silos that were called on in the following round measured it, and told it with their update, however late.
     """
     following = next((r for r in record.rounds if r.round == round_ + 1), None)
     accuracy = None if following is None else following.mean_metric("accuracy")
@@ -132,7 +140,26 @@ def validation_of(record: ArmRecord, round_: int) -> tuple[float, float] | None:
     return accuracy, -(following.mean_metric("loss") or 0.0)
 
 
-def best_round(record: ArmRecord) -> int:
-    """The round whose weights do best on the silos' validation data; the last where nothing was told."""
-    scores = {r: score for r in range(record.finished_rounds + 1) if (score := validation_of(record, r)) is not None}
+def best_round(record: ArmRecord, unsettled: frozenset[int] = frozenset()) -> int:
+    """The round whose weights do best on the silos' validation data; the last where nothing was told.
+
+    Rounds after which one of `unsettled` follows are left out.
+    """
+    scores = {
+        r: score
+        for r in range(record.finished_rounds + 1)
+        if r + 1 not in unsettled and (score := validation_of(record, r)) is not None
+    }
     return max(scores, key=lambda r: scores[r]) if scores else record.finished_rounds
+
+
+def needed_weights(record: ArmRecord) -> set[str]:
+    """The weights of an arm that may still be wanted: start, newest, best so far, bases of orders that are not done.
+
+    The best so far is among those of which no open order will tell more: what is dropped for it never comes back.
+    """
+    pending = [] if record.finished else record.pending
+    unsettled = {r.round for r, order in pending if order.digest is None}
+    unsettled |= {r.round for r in record.rounds if r.kind == "train" and r.weights is None}
+    best = best_round(record, frozenset(unsettled))
+    return {record.start, record.final, record.weights_of(best), *(r.base for r, _ in pending)}

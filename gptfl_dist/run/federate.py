@@ -14,12 +14,13 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from gptfl_dist.aggregation.mean import weighted_mean
 from gptfl_dist.aggregation.server import stepping
+from gptfl_dist.aggregation.shares import shares
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.plan import Plan
 from gptfl_dist.errors import FederationError
@@ -37,11 +38,19 @@ from gptfl_dist.exchange.base import (
 )
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.federation import coordinator as machine
-from gptfl_dist.federation.orders import Order, Report
+from gptfl_dist.federation.orders import Kind, Order, Report
 from gptfl_dist.files import replacing
 from gptfl_dist.ledger.store import ArmRecord, Ledger, RoundRecord
 from gptfl_dist.observe.wording import choice_text
-from gptfl_dist.run.arm import ArmPlan, ArmRun, best_round, choice_name, trial_name, validation_of
+from gptfl_dist.run.arm import (
+    ArmPlan,
+    ArmRun,
+    best_round,
+    choice_name,
+    needed_weights,
+    trial_name,
+    validation_of,
+)
 from gptfl_dist.run.candidates import PRETRAINED_WEIGHTS, adopt, asks_silos, candidate_files
 from gptfl_dist.run.evaluation import RANDOM_WEIGHTS, Evaluator
 from gptfl_dist.weights import BLOCK, Layout, WeightsFile
@@ -224,13 +233,24 @@ class Federator:
         unfinished = next((r for r in record.rounds if r.kind == "train" and r.weights is None), None)
         try:
             self._catch_up_with_tests(plan, record)
+            delivered = await self._take_over(arm, record)
+            owed = {silo: order.round for silo, order in arm.orders.items() if silo not in delivered}
             if unfinished is not None:
                 self._watcher.note(f"going on in round {unfinished.round} of {plan.name}")
-                committed = await self._take_over(arm, unfinished)
+                arm.open_round(unfinished.round, unfinished.base, unfinished.cohort)
+                arm.spent_before = (
+                    unfinished.seconds or 0.0,
+                    unfinished.bytes_down or 0,
+                    unfinished.bytes_up or 0,
+                )
                 failed = {order.silo: order.failure for order in unfinished.orders if order.failure is not None}
-                commands = arm.machine.resume(self._connected, unfinished.round, unfinished.cohort, committed, failed)
+                commands = arm.machine.resume(
+                    self._connected, unfinished.round, unfinished.cohort, owed, delivered, failed
+                )
             else:
-                commands = arm.machine.begin(self._connected, record.finished_rounds)
+                commands = arm.machine.begin(self._connected, record.finished_rounds, owed, delivered)
+                if owed:
+                    await self._publish(arm)
             while True:
                 for command in commands:
                     await self._do(arm, command)
@@ -259,56 +279,76 @@ class Federator:
             if closed.weights is not None and closed.test_accuracy is None:
                 self._test(plan, closed.round, closed.weights, closed)
 
-    async def _take_over(self, arm: ArmRun, interrupted: RoundRecord) -> list[str]:
-        """Takes an interrupted round over, under its old nonces. Returns who has delivered already."""
-        arm.open_round(interrupted.round, "train", interrupted.base, {o.silo: o.nonce for o in interrupted.orders})
-        arm.spent_before = (interrupted.seconds or 0.0, interrupted.bytes_down or 0, interrupted.bytes_up or 0)
-        for record in interrupted.orders:
-            if record.digest is None:
-                continue
-            order = arm.order_for(record.silo)
-            if await asyncio.to_thread(self._inbox.expect_committed, record.silo, order, record.digest):
-                arm.taken_over.add(record.silo)
+    async def _take_over(self, arm: ArmRun, record: ArmRecord) -> dict[str, int]:
+        """Takes the orders of an interrupted run over, under their old nonces. Returns the round of those delivered."""
+        delivered: dict[str, int] = {}
+        for given, told in record.pending:
+            order = arm.orders[told.silo] = arm.order("train", told.nonce, given.round, given.base)
+            if told.digest is None:
+                self._inbox.expect(told.silo, order)
+            elif await asyncio.to_thread(self._inbox.expect_committed, told.silo, order, told.digest):
+                delivered[told.silo] = given.round
             else:
-                self._watcher.note(f"the committed update of {record.silo} is damaged on disk and is asked for again")
-        return sorted(arm.taken_over)
+                self._watcher.note(f"the committed update of {told.silo} is damaged on disk and is asked for again")
+                self._inbox.expect(told.silo, order)
+        return delivered
+
+    async def _publish(self, arm: ArmRun) -> None:
+        """Makes the weights available that open orders and the round start from, and no others."""
+        unneeded = arm.hold_bases(self._ledger.weights_path)
+        await self.exchange.publish(arm.bases)
+        for weights in unneeded:
+            weights.close()
+
+    def _enlist(self, arm: ArmRun, kind: Kind, nonces: Mapping[str, str]) -> None:
+        """Expects the answers to new orders of the open round."""
+        for silo, nonce in sorted(nonces.items()):
+            order = arm.orders[silo] = arm.order(kind, nonce, arm.round, arm.base)
+            self._inbox.expect(silo, order)
 
     async def _do(self, arm: ArmRun, command: machine.Command) -> None:
         plan, ledger = arm.plan, self._ledger
         if isinstance(command, machine.StartRound):
-            base = self._record(plan.name).weights_of(command.round - 1)
             if arm.round != command.round:
-                nonces = {silo: secrets.token_hex(16) for silo in command.cohort}
+                base = self._record(plan.name).weights_of(command.round - 1)
+                nonces = _nonces(command.cohort)
                 ledger.open_round(plan.name, command.round, command.kind, base, command.cohort, nonces)
-                arm.open_round(command.round, command.kind, base, nonces)
-            for silo in sorted(arm.machine.awaited):
-                self._inbox.expect(silo, arm.order_for(silo))
+                arm.open_round(command.round, base, command.cohort)
+                self._enlist(arm, command.kind, nonces)
             self._assembled = True
             arm.begin_counting(self.exchange.traffic)
-            arm.hold(WeightsFile(ledger.weights_path(base)))
-            await self.exchange.publish(base, arm.weights)
+            await self._publish(arm)
+        elif isinstance(command, machine.Enlist):
+            nonces = _nonces(command.silos)
+            arm.cohort += command.silos
+            ledger.enlist(plan.name, command.round, arm.cohort, nonces)
+            self._enlist(arm, "train", nonces)
         elif isinstance(command, machine.Call):
-            await self.exchange.send(command.silo, arm.order_for(command.silo))
+            await self.exchange.send(command.silo, arm.orders[command.silo])
         elif isinstance(command, machine.Recall):
+            order = arm.orders.pop(command.silo)
+            self._inbox.withdraw(command.silo)
             ledger.fail(plan.name, command.round, command.silo, command.reason)
             self._watcher.note(f"{plan.name}, round {command.round}: {command.silo} recalled: {command.reason}")
             self._watcher.silo_done(command.silo)
-            await self.exchange.recall(command.silo, arm.nonces[command.silo], command.reason)
+            await self.exchange.recall(command.silo, order.nonce, command.reason)
         elif isinstance(command, machine.SetDeadline):
             event = machine.DeadlinePassed(command.round, command.state)
             arm.deadlines.append(asyncio.get_running_loop().call_later(command.seconds, self._queue.put_nowait, event))
         elif isinstance(command, machine.Aggregate):
-            record = self._record(plan.name).rounds[-1]
-            digest = await asyncio.to_thread(self._aggregate, arm, record, command.silos)
+            counted = {silo: arm.orders[silo].round for silo in command.silos}
+            digest = await asyncio.to_thread(self._aggregate, arm, counted)
             self._note_spent(arm)
-            arm.stop_counting()
-            ledger.close_round(plan.name, command.round, digest)
+            arm.stop_counting(self.exchange.traffic)
+            ledger.close_round(plan.name, command.round, digest, counted)
+            for silo in counted:
+                del arm.orders[silo]
             self._test(plan, command.round, digest, self._record(plan.name).rounds[-1])
             self._drop_old_weights()
             self._queue.put_nowait(machine.Aggregated(command.round))
         elif isinstance(command, machine.Finish):
             self._note_spent(arm)
-            arm.stop_counting()
+            arm.stop_counting(self.exchange.traffic)
         else:
             ledger.forgive(plan.name, arm.round)
             kind = RoundFailed if command.untrainable else FederationError
@@ -322,12 +362,21 @@ class Federator:
         if spent is not None:
             self._ledger.note_spent(arm.plan.name, arm.round, *spent)
 
-    def _aggregate(self, arm: ArmRun, record: RoundRecord, silos: tuple[str, ...]) -> str:
-        samples = {order.silo: order.samples for order in record.orders if order.samples is not None}
-        updates = self._inbox.updates(silos)
-        old = self._ledger.state_path(record.base) if record.round > 1 else None
+    def _aggregate(self, arm: ArmRun, counted: Mapping[str, int]) -> str:
+        """The next weights, from the updates whose orders' rounds these are. Returns their digest."""
+        rounds = {r.round: r for r in self._record(arm.plan.name).rounds}
+        samples = {
+            order.silo: order.samples
+            for given in set(counted.values())
+            for order in rounds[given].orders
+            if counted.get(order.silo) == given and order.samples is not None
+        }
+        staleness = {silo: arm.round - given for silo, given in counted.items()}
+        weights = shares(samples, staleness, self._file.federation.staleness)
+        updates = self._inbox.updates(tuple(counted))
+        old = self._ledger.state_path(arm.base) if arm.round > 1 else None
         with stepping(self._file.strategy, self._layout, old, self._ledger.incoming_state) as optimizer:
-            blocks = weighted_mean(self._layout, arm.weights, updates, samples, optimizer.step)
+            blocks = weighted_mean(self._layout, arm.weights, updates, weights, optimizer.step)
             digest = self._ledger.add_weights(self._layout, blocks)
         self._ledger.keep_state(digest)
         return digest
@@ -351,24 +400,34 @@ class Federator:
             self._watcher.silo_done(event.silo)
             return [machine.Left(event.silo)]
         if isinstance(event, Answered | OrderFailed | SiloProgress):
-            return self._answer(arm, event) if arm.nonces.get(event.silo) == event.nonce else []
+            order = arm.orders.get(event.silo)
+            return self._answer(arm, order, event) if order is not None and order.nonce == event.nonce else []
         if isinstance(event, machine.DeadlinePassed) and (event.round, event.state) == (arm.round, arm.machine.state):
-            # Whoever's update was committed a moment ago has delivered; from here on nobody else can.
-            in_time = [silo for silo in sorted(arm.machine.awaited) if not self._inbox.withdraw(silo)]
-            return [*(machine.Delivered(silo, arm.round) for silo in in_time), event]
+            # Whoever's update was committed a moment ago has delivered; from here on nobody else can, or counts later.
+            in_time = {
+                silo: round_
+                for silo, round_ in sorted(arm.machine.owed.items())
+                if (
+                    not self._inbox.withdraw(silo)
+                    if arm.machine.recalls_at_deadline
+                    else self._inbox.committed(silo, arm.orders[silo].nonce)
+                )
+            }
+            return [*(machine.Delivered(silo, round_) for silo, round_ in in_time.items()), event]
         return [event]
 
-    def _answer(self, arm: ArmRun, event: Answered | OrderFailed | SiloProgress) -> list[machine.Event]:
+    def _answer(self, arm: ArmRun, order: Order, event: Answered | OrderFailed | SiloProgress) -> list[machine.Event]:
         if isinstance(event, SiloProgress):
             self._watcher.silo_progress(event.silo, event.done, event.total)
             return []
         self._watcher.silo_done(event.silo)
         if isinstance(event, Answered):
             self._note_spent(arm)
-            return [machine.Delivered(event.silo, arm.round)]
-        self._ledger.fail(arm.plan.name, arm.round, event.silo, event.reason)
-        self._watcher.note(f"{arm.plan.name}, round {arm.round}: {event.silo} failed: {event.reason}")
-        return [machine.Failed(event.silo, arm.round, event.reason)]
+            return [machine.Delivered(event.silo, order.round)]
+        del arm.orders[event.silo]
+        self._ledger.fail(order.arm, order.round, event.silo, event.reason)
+        self._watcher.note(f"{order.arm}, round {order.round}: {event.silo} failed: {event.reason}")
+        return [machine.Failed(event.silo, order.round, event.reason)]
 
     def _tell_who_is_here(self, arm: ArmRun) -> None:
         """One line where a silo came or went, or where others are waited for than before."""
@@ -413,12 +472,15 @@ class Federator:
         task.add_done_callback(done)
 
     def _drop_old_weights(self) -> None:
-        """Keeps of every arm the start, the best so far, the newest, and what is being tested."""
+        """Keeps of every arm what may still be wanted, and what is being tested."""
         keep = set(self._tested_now)
         for name in self._ledger.arms():
-            record = self._record(name)
-            keep |= {record.start, record.final, record.weights_of(best_round(record))}
+            keep |= needed_weights(self._record(name))
         self._ledger.drop_weights_except(keep)
+
+
+def _nonces(silos: Iterable[str]) -> dict[str, str]:
+    return {silo: secrets.token_hex(16) for silo in silos}
 
 
 def _blocks(weights: WeightsFile) -> Iterator[bytes]:

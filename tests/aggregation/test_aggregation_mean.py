@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptfl_dist.aggregation.mean import is_finite, narrow, weighted_mean, widen
+from gptfl_dist.aggregation.shares import shares
 from gptfl_dist.weights import BLOCK, FLOATS, ITEM_SIZE, Layout
 
 TORCH = {
@@ -67,7 +68,9 @@ def test_the_mean_is_the_closed_form(layout, counts, rate, seed):
     silos = [f"s{i}" for i in range(len(counts))]
     updates = {silo: flat_of(layout, seed + 1 + i, 0.01) for i, silo in enumerate(silos)}
     samples = dict(zip(silos, counts, strict=True))
-    result = b"".join(weighted_mean(layout, base, {s: u for s, (u, _) in updates.items()}, samples, times(rate)))
+    result = b"".join(
+        weighted_mean(layout, base, {s: u for s, (u, _) in updates.items()}, shares(samples), times(rate))
+    )
     assert len(result) == layout.nbytes
     for spec in layout.tensors:
         part = bytearray(result[spec.offset : spec.offset + spec.nbytes])
@@ -95,16 +98,16 @@ def test_the_result_is_bitwise_the_same_whatever_the_order(layout, order, seed):
     base, _ = flat_of(layout, seed)
     updates = {f"s{i}": flat_of(layout, seed + 1 + i)[0] for i in range(5)}
     samples = {f"s{i}": 3**i for i in range(5)}
-    straight = b"".join(weighted_mean(layout, base, updates, samples, times(1.0)))
+    straight = b"".join(weighted_mean(layout, base, updates, shares(samples), times(1.0)))
     shuffled = {f"s{i}": updates[f"s{i}"] for i in order}
-    assert b"".join(weighted_mean(layout, base, shuffled, samples, times(1.0))) == straight
+    assert b"".join(weighted_mean(layout, base, shuffled, shares(samples), times(1.0))) == straight
 
 
 def test_a_silo_counts_by_its_share_of_the_samples():
     layout = Layout.of([("w", (2,), "F32")])
     base = Flat(np.array([1, 1], "<f4").tobytes())
     updates = {"a": Flat(np.array([8, 0], "<f4").tobytes()), "b": Flat(np.array([0, 8], "<f4").tobytes())}
-    result = b"".join(weighted_mean(layout, base, updates, {"a": 3, "b": 1, "absent": 1000}, times(0.5)))
+    result = b"".join(weighted_mean(layout, base, updates, shares({"a": 3, "b": 1}), times(0.5)))
     assert np.frombuffer(result, "<f4").tolist() == [1 + 0.5 * 0.75 * 8, 1 + 0.5 * 0.25 * 8]
 
 
@@ -112,7 +115,7 @@ def test_a_buffer_of_several_blocks_and_dtypes_is_taken_block_by_block():
     layout = Layout.of([("a", (3 * BLOCK // 8 + 5,), "F64"), ("b", (BLOCK // 2 + 7,), "BF16"), ("c", (9,), "I8")])
     base, weights = flat_of(layout, 1)
     update, delta = flat_of(layout, 2)
-    blocks = list(weighted_mean(layout, base, {"s": update}, {"s": 10}, times(1.0)))
+    blocks = list(weighted_mean(layout, base, {"s": update}, {"s": 1.0}, times(1.0)))
     assert max(map(len, blocks)) <= BLOCK
     result = b"".join(blocks)
     for spec in layout.tensors:
@@ -179,6 +182,6 @@ def test_the_step_is_told_how_many_floating_elements_lie_before_its_block():
         seen.append((place, len(mean)))
         return mean
 
-    b"".join(weighted_mean(layout, base, {"s": base}, {"s": 1}, step))
+    b"".join(weighted_mean(layout, base, {"s": base}, {"s": 1.0}, step))
     assert [place for place, _ in seen] == [sum(count for _, count in seen[:n]) for n in range(len(seen))]
     assert sum(count for _, count in seen) == layout.parameters

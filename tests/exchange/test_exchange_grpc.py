@@ -106,7 +106,7 @@ async def test_a_round_from_welcome_to_goodbye(tmp_path):
         assert await world.settled() == []  # connected is not ready
         await silo.ready()
         assert await world.event() == SiloJoined("alice")
-        await world.server.publish(digest, base)
+        await world.server.publish({digest: base})
 
         order = train_order("n1", digest)
         await world.give("alice", order)
@@ -168,7 +168,7 @@ async def test_two_silos_answer_apart(tmp_path):
 async def test_a_download_goes_on_where_the_connection_was_cut(tmp_path, cut_at):
     base, digest, flat = random_weights(tmp_path / "base", LONG, 1)
     async with World(tmp_path, LONG) as world, TcpProxy(world.server.port) as proxy:
-        await world.server.publish(digest, base)
+        await world.server.publish({digest: base})
         silo = await world.joined(port=proxy.port)
         proxy.cut_down = proxy.down + cut_at
         with contextlib.suppress(Disconnected):  # the last of the cuts may come after the last byte
@@ -188,13 +188,13 @@ async def test_what_lies_of_other_weights_is_not_taken_for_the_beginning(tmp_pat
     first, first_digest, _ = random_weights(tmp_path / "first", LARGE, 1)
     second, second_digest, flat = random_weights(tmp_path / "second", LARGE, 2)
     async with World(tmp_path, LARGE) as world, TcpProxy(world.server.port) as proxy:
-        await world.server.publish(first_digest, first)
+        await world.server.publish({first_digest: first})
         silo = await world.joined(port=proxy.port)
         proxy.cut_down = proxy.down + (3 << 20)
         with pytest.raises(Disconnected):
             await silo.download(first_digest, LARGE, tmp_path / "got")
         await silo.connect()
-        await world.server.publish(second_digest, second)
+        await world.server.publish({second_digest: second})
         with pytest.raises(Disconnected, match="not handed out"):
             await silo.download(first_digest, LARGE, tmp_path / "got")
         await silo.download(second_digest, LARGE, tmp_path / "got")
@@ -228,7 +228,7 @@ async def test_any_chunk_size_of_the_federation_file_carries_both_ways(tmp_path,
     base, digest, flat = random_weights(tmp_path / "base", LARGE, 1)
     order = train_order("n1", digest)
     async with World(tmp_path, LARGE, chunk=chunk) as world:
-        await world.server.publish(digest, base)
+        await world.server.publish({digest: base})
         silo = await world.joined()
         await world.give("alice", order)
         await silo.download(digest, LARGE, tmp_path / "got")
@@ -306,12 +306,12 @@ async def test_weights_that_give_way_to_the_next_round_end_the_download(tmp_path
     first, first_digest, _ = random_weights(tmp_path / "first", LARGE, 1)
     second, second_digest, _ = random_weights(tmp_path / "second", LARGE, 2)
     async with World(tmp_path, LARGE, chunk=4096) as world:
-        await world.server.publish(first_digest, first)
+        await world.server.publish({first_digest: first})
         silo = await world.joined()
         download = asyncio.create_task(silo.download(first_digest, LARGE, tmp_path / "got"))
         while world.server.traffic.down == 0:
             await asyncio.sleep(0)
-        await world.server.publish(second_digest, second)
+        await world.server.publish({second_digest: second})
         first.close()
         with pytest.raises(Disconnected, match="not handed out any more"):
             await download
@@ -525,9 +525,9 @@ async def test_a_download_of_other_content_than_announced_is_a_protocol_error(tm
     base, digest, _ = random_weights(tmp_path / "base", SMALL, 1)
     async with World(tmp_path) as world:
         silo = await world.joined()
-        await world.server.publish("ff" * 32, base)
+        await world.server.publish({"ff" * 32: base})
         with pytest.raises(ProtocolError, match="do not have the digest"):
             await silo.download("ff" * 32, SMALL, tmp_path / "got")
         assert [p.name for p in tmp_path.iterdir() if p.name.startswith("got")] == []
-        await world.server.publish(digest, base)
+        await world.server.publish({digest: base})
         await silo.download(digest, SMALL, tmp_path / "got")

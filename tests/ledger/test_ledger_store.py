@@ -29,7 +29,7 @@ for round_ in range(1, 10_000):
     for silo in silos:
         ledger.commit("gptfl", round_, silo, round_, {"accuracy": 0.5}, f"d{round_}")
     ledger.note_spent("gptfl", round_, 1.0, 2, 3)
-    ledger.close_round("gptfl", round_, f"w{round_}")
+    ledger.close_round("gptfl", round_, f"w{round_}", dict.fromkeys(silos, round_))
     print(round_, flush=True)
 """
 
@@ -55,7 +55,7 @@ def test_a_round_is_read_back_after_reopening(ledger):
     ledger.fail("gptfl", 1, "b", "out of memory")
     ledger.commit("gptfl", 1, "c", 10, {"accuracy": 0.9, "loss": 2.0}, "dc")
     ledger.note_spent("gptfl", 1, 2.5, 100, 200)
-    ledger.close_round("gptfl", 1, "w1")
+    ledger.close_round("gptfl", 1, "w1", {"a": 1, "c": 1})
     ledger.note_test_accuracy("gptfl", 1, 0.75)
     ledger.open_round("gptfl", 2, "evaluate", "w1", ["a"], {"a": "n4"})
     ledger = reopened(ledger)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,9 @@ class MortalExchange(MemoryCoordinatorExchange):
         super().__init__(**settings)
         self._life, self._ledger, self._asked_twice = life, ledger, asked_twice
 
-    async def publish(self, digest: str, weights: WeightsFile) -> None:
+    async def publish(self, bases: Mapping[str, WeightsFile]) -> None:
         self._life.live("before publish")
-        await super().publish(digest, weights)
+        await super().publish(bases)
 
     async def send(self, silo: str, order: Order) -> None:
         self._life.live("before send")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class MpiCoordinatorExchange:
         self._rank_of = {silo: rank for rank, silo in enumerate(sorted(silos), start=1)}
         self._silo_of = {rank: silo for silo, rank in self._rank_of.items()}
         self._inbox = inbox
-        self._published = ""
+        self._published: set[str] = set()
         self._listener: asyncio.Task[None] | None = None
         self._segment = memoryview(bytearray(_SEGMENT))
 
@@ -102,17 +103,20 @@ class MpiCoordinatorExchange:
         self._listener = asyncio.create_task(self._listen())
         self._listener.add_done_callback(self._ended)
 
-    async def publish(self, digest: str, weights: WeightsFile) -> None:
-        """Broadcasts the weights, unless the ranks hold them already."""
-        if digest == self._published:
-            return
+    async def publish(self, bases: Mapping[str, WeightsFile]) -> None:
+        """Broadcasts the weights that the ranks do not hold yet; they drop those that are not named any more."""
+        await self._tell_all({"type": "bases", "digests": sorted(bases)})
+        for digest in sorted(bases.keys() - self._published):
+            await self._broadcast(digest, bases[digest])
+        self._published = set(bases)
+
+    async def _broadcast(self, digest: str, weights: WeightsFile) -> None:
         await self._tell_all({"type": "weights", "digest": digest})
         buffer = memoryview(bytearray(_SEGMENT))
         for offset in range(0, weights.nbytes, _SEGMENT):
             part = buffer[: min(_SEGMENT, weights.nbytes - offset)]
             weights.read_into(offset, part)
             await _complete(self._world.Ibcast(part, root=0))
-        self._published = digest
         self.traffic.down += weights.nbytes * len(self._rank_of)
 
     async def send(self, silo: str, order: Order) -> None:
@@ -199,10 +203,10 @@ class MpiSiloExchange:
 
     def __init__(self, *, world: MPI.Comm, folder: Path) -> None:
         self._world = world
-        self._incoming = folder / "broadcast.safetensors"
+        self._folder = folder
         self._words: asyncio.Queue[Order | Recalled | Goodbye] = asyncio.Queue()
         self._answers: asyncio.Queue[Message] = asyncio.Queue()
-        self._arrived = ""
+        self._arrived: set[str] = set()  # digests of the weights that lie in the folder
         self._arrival = asyncio.Condition()
         self._layout: Layout | None = None
         self._listener: asyncio.Task[None] | None = None
@@ -239,10 +243,10 @@ class MpiSiloExchange:
 
     async def download(self, digest: str, layout: Layout, path: Path) -> None:
         async with self._arrival:
-            await self._arrival.wait_for(lambda: self._arrived == digest)
+            await self._arrival.wait_for(lambda: digest in self._arrived)
         try:
             path.unlink(missing_ok=True)
-            os.link(self._incoming, path)
+            os.link(self._broadcast(digest), path)
         except OSError as error:
             raise storage_error(error, path) from None
 
@@ -291,7 +295,9 @@ class MpiSiloExchange:
         while True:
             _, message = await _hear(self._world, 0)
             kind = message.pop("type")
-            if kind == "weights":
+            if kind == "bases":
+                self._keep(message["digests"])
+            elif kind == "weights":
                 await self._take_broadcast(message["digest"])
             elif kind == "order":
                 training = message.pop("training")
@@ -305,9 +311,20 @@ class MpiSiloExchange:
             else:
                 self._answers.put_nowait({"type": kind, **message})
 
+    def _broadcast(self, digest: str) -> Path:
+        return self._folder / f"broadcast-{digest}.safetensors"
+
+    def _keep(self, digests: list[str]) -> None:
+        """Drops all weights but these, also those that an earlier run left."""
+        self._arrived &= set(digests)
+        kept = {self._broadcast(digest) for digest in self._arrived}
+        for path in self._folder.glob("broadcast-*"):
+            if path not in kept:
+                path.unlink()
+
     async def _take_broadcast(self, digest: str) -> None:
         assert self._layout is not None
-        part = self._incoming.with_name(self._incoming.name + ".part")
+        part = self._folder / "broadcast-incoming.part"
         buffer = memoryview(bytearray(min(_SEGMENT, self._layout.nbytes)))
         try:
             with part.open("wb") as file:
@@ -322,7 +339,7 @@ class MpiSiloExchange:
         with WeightsFile(part) as weights:
             if weights.digest() != digest:
                 raise ProtocolError("the weights that were broadcast do not have the digest that was announced")
-        part.replace(self._incoming)
+        part.replace(self._broadcast(digest))
         async with self._arrival:
-            self._arrived = digest
+            self._arrived.add(digest)
             self._arrival.notify_all()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -82,7 +82,7 @@ class GrpcCoordinatorExchange:
         self._chunk = chunk
         self._keepalive = keepalive
         self._lines: dict[str, _Line] = {}
-        self._published: tuple[str, WeightsFile] | None = None
+        self._published: dict[str, WeightsFile] = {}
         self._welcome: Welcome | None = None
         self._server: grpc.aio.Server | None = None
         self._closing = False
@@ -132,8 +132,8 @@ class GrpcCoordinatorExchange:
             )
         await self._server.start()
 
-    async def publish(self, digest: str, weights: WeightsFile) -> None:
-        self._published = (digest, weights)
+    async def publish(self, bases: Mapping[str, WeightsFile]) -> None:
+        self._published = dict(bases)
 
     async def send(self, silo: str, order: Order) -> None:
         if silo in self._lines:
@@ -247,16 +247,15 @@ class GrpcCoordinatorExchange:
     async def _download(self, data: bytes, context: _Context) -> AsyncIterator[bytes]:
         await self._identify(context)
         request = await _parse(pb.DownloadRequest, data, context)
-        published = self._published
-        if published is None or published[0] != request.digest:
+        weights = self._published.get(request.digest)
+        if weights is None:
             await context.abort(
                 grpc.StatusCode.NOT_FOUND, f"the weights {request.digest[:12]!r} are not handed out now"
             )
-        weights = published[1]
         if request.offset > weights.nbytes:
             await context.abort(grpc.StatusCode.OUT_OF_RANGE, f"the weights end at byte {weights.nbytes}")
         for offset in range(request.offset, weights.nbytes, self._chunk):
-            if self._closing or self._published is not published:
+            if self._closing or self._published.get(request.digest) is not weights:
                 await context.abort(grpc.StatusCode.ABORTED, "the weights are not handed out any more")
             block = weights.read(offset, min(self._chunk, weights.nbytes - offset))
             yield frames.encode_chunk(offset, block)
