@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 
-def shares(
-    samples: Mapping[str, int], staleness: Mapping[str, int] | None = None, exponent: float = 0.0
-) -> dict[str, float]:
+def shares(samples: Mapping[str, int], staleness: Mapping[str, int], exponent: float) -> dict[str, float]:
     """The share of each silo's update: n_k / n (1 + t_k)^-a.
 
     n_k is its sample count, n the sum of all, t_k how many rounds ago the weights that it started from were the
@@ -15,5 +13,4 @@ def shares(
     shares are not brought back to a sum of 1, so that stale updates make the step smaller.
     """
     total = sum(samples.values())
-    staleness = staleness or {}
-    return {silo: count / total * (1 + staleness.get(silo, 0)) ** -exponent for silo, count in samples.items()}
+    return {silo: count / total * (1 + staleness[silo]) ** -exponent for silo, count in samples.items()}

@@ -21,6 +21,11 @@ TORCH = {
 MANTISSA = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
 
 
+def fresh(samples):
+    """The shares of updates that all started from the newest weights."""
+    return shares(samples, dict.fromkeys(samples, 0), 0.5)
+
+
 class Flat:
     """A flat buffer in memory."""
 
@@ -68,9 +73,7 @@ def test_the_mean_is_the_closed_form(layout, counts, rate, seed):
     silos = [f"s{i}" for i in range(len(counts))]
     updates = {silo: flat_of(layout, seed + 1 + i, 0.01) for i, silo in enumerate(silos)}
     samples = dict(zip(silos, counts, strict=True))
-    result = b"".join(
-        weighted_mean(layout, base, {s: u for s, (u, _) in updates.items()}, shares(samples), times(rate))
-    )
+    result = b"".join(weighted_mean(layout, base, {s: u for s, (u, _) in updates.items()}, fresh(samples), times(rate)))
     assert len(result) == layout.nbytes
     for spec in layout.tensors:
         part = bytearray(result[spec.offset : spec.offset + spec.nbytes])
@@ -98,16 +101,16 @@ def test_the_result_is_bitwise_the_same_whatever_the_order(layout, order, seed):
     base, _ = flat_of(layout, seed)
     updates = {f"s{i}": flat_of(layout, seed + 1 + i)[0] for i in range(5)}
     samples = {f"s{i}": 3**i for i in range(5)}
-    straight = b"".join(weighted_mean(layout, base, updates, shares(samples), times(1.0)))
+    straight = b"".join(weighted_mean(layout, base, updates, fresh(samples), times(1.0)))
     shuffled = {f"s{i}": updates[f"s{i}"] for i in order}
-    assert b"".join(weighted_mean(layout, base, shuffled, shares(samples), times(1.0))) == straight
+    assert b"".join(weighted_mean(layout, base, shuffled, fresh(samples), times(1.0))) == straight
 
 
 def test_a_silo_counts_by_its_share_of_the_samples():
     layout = Layout.of([("w", (2,), "F32")])
     base = Flat(np.array([1, 1], "<f4").tobytes())
     updates = {"a": Flat(np.array([8, 0], "<f4").tobytes()), "b": Flat(np.array([0, 8], "<f4").tobytes())}
-    result = b"".join(weighted_mean(layout, base, updates, shares({"a": 3, "b": 1}), times(0.5)))
+    result = b"".join(weighted_mean(layout, base, updates, fresh({"a": 3, "b": 1}), times(0.5)))
     assert np.frombuffer(result, "<f4").tolist() == [1 + 0.5 * 0.75 * 8, 1 + 0.5 * 0.25 * 8]
 
 
@@ -185,3 +188,10 @@ def test_the_step_is_told_how_many_floating_elements_lie_before_its_block():
     b"".join(weighted_mean(layout, base, {"s": base}, {"s": 1.0}, step))
     assert [place for place, _ in seen] == [sum(count for _, count in seen[:n]) for n in range(len(seen))]
     assert sum(count for _, count in seen) == layout.parameters
+
+
+def test_a_stale_update_weighs_less_and_the_others_no_more():
+    assert shares({"a": 1, "b": 3}, {"a": 0, "b": 0}, 0.5) == {"a": 0.25, "b": 0.75}
+    assert shares({"a": 1, "b": 3}, {"a": 3, "b": 0}, 0.5) == {"a": 0.25 / 2, "b": 0.75}
+    assert shares({"a": 1, "b": 3}, {"a": 3, "b": 1}, 1.0) == {"a": 0.25 / 4, "b": 0.75 / 2}
+    assert shares({"a": 1, "b": 3}, {"a": 9, "b": 1}, 0.0) == {"a": 0.25, "b": 0.75}
