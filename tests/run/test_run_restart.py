@@ -186,6 +186,37 @@ async def test_a_coordinator_that_is_killed_again_and_again_comes_to_the_same_we
 
 
 @in_loop
+async def test_in_asynchronous_mode_a_kill_at_any_step_loses_nothing_and_counts_nothing_twice(tmp_path: Path) -> None:
+    def world_of(folder: Path) -> World:
+        rules = {"rounds": 3, "mode": "asynchronous", "buffer": 2, "cohort": 2, "staleness": 0.0}
+        return World(folder, step=lambda *_: 1.0, script=failing("b", 1), **rules)  # any two updates make a step of 1
+
+    async with world_of(tmp_path / "undisturbed") as world:
+        world.join(*world.trainers)
+        times = Counter((await live(world, [])).instants)
+    steps = ("open_round", "enlist", "publish", "send", "commit", "fail", "keep_state", "close_round")
+    assert {f"before {step}" for step in steps} <= set(times)
+    for instant, count in sorted({(name, count) for name in times for count in (1, 2, times[name])}):
+        asked_twice: list[Order] = []
+        where = f"killed {instant}, time {count}"
+        async with world_of(tmp_path / where) as world:
+            world.join(*world.trainers)
+            async with asyncio.timeout(20):
+                killed = await live(world, asked_twice, instant, count)
+                if killed.over:
+                    await live(world, asked_twice)
+            record = world.record()
+        assert asked_twice == [], where
+        assert world.value() == START + 3, where
+        assert all(len(r.updates) >= 2 for r in record.rounds[:3]), where
+        assert sum(len(r.updates) for r in record.rounds) == sum(
+            order.counted is not None for r in record.rounds for order in r.orders
+        ), where
+        for silo in "ac":  # nothing that was trained is trained again
+            assert len(world.trained(silo)) == len(set(world.trained(silo))), where
+
+
+@in_loop
 async def test_a_silo_that_failed_before_the_restart_is_not_asked_again(tmp_path: Path) -> None:
     failures = iter([TrainerError("out of memory")])
 
