@@ -150,13 +150,17 @@ class RoundTable:
     On a terminal a bar below the lines says how far all of it has come.
     """
 
-    def __init__(self, planned: int, stream: TextIO | None = None) -> None:
-        """`planned` counts the rounds still to run, over all arms and trials; `stream` is stderr if not given."""
+    def __init__(self, planned: int, stream: TextIO | None = None, *, stale: bool = False) -> None:
+        """`planned` counts the rounds still to run, over all arms and trials; `stream` is stderr if not given.
+
+        `stale`: updates may be some rounds old, and a column says how many were.
+        """
         self._planned, self._done = planned, 0
         self._recent: deque[float] = deque(maxlen=_RECENT_ROUNDS)
         self._stream = stream or sys.stderr
         self._bar = _bar(_console()) if _on_terminal(self._stream) else None
         self._header_due = True
+        self._stale = stale
         self._at_work: dict[str, int] = {}  # how far each silo's training is, per cent
         self._missing = ""
 
@@ -177,27 +181,30 @@ class RoundTable:
         """Rounds left times the median of the last rounds' seconds; None before the first round."""
         return median(self._recent) * max(0, self._planned - self._done) if self._recent else None
 
-    def add(self, arm: str, rounds: int, record: RoundRecord, *, silos: int, cohort: int) -> None:
-        """A round of `arm` (a trial's name may say its rate) is over; `silos` of `cohort` sent their update.
+    def add(self, arm: str, rounds: int, record: RoundRecord, *, wanted: int) -> None:
+        """A round of `arm` (a trial's name may say its rate) is over; it is made of so many of the `wanted` updates.
 
         Its validation accuracy is that of the weights which the silos received, its test accuracy that of the new ones.
         """
         self._done += 1
         self._recent.append(record.seconds)
         if self._header_due:
-            self._print(_row("arm", "round", "received:val.", "new:test", "silos", "down", "up", "time", "left"))
+            titles = ["round", "received:val.", "new:test", "silos", "down", "up", "time", "left"]
+            self._print(_row("arm", *titles, *(["stale"] if self._stale else [])))
             self._header_due = False
+        old = sum(age > 0 for age in record.staleness.values())
         self._print(
             _row(
                 arm,
                 f"{record.round}/{rounds}",
                 percent(record.validation_accuracy),
                 percent(record.accuracy),
-                f"{silos}/{cohort}",
+                f"{len(record.staleness)}/{wanted}",
                 size(record.bytes_down),
                 size(record.bytes_up),
                 duration(record.seconds),
                 duration(self.seconds_left or 0.0),
+                *([str(old)] if self._stale else []),
             )
         )
         if self._bar is not None:
@@ -240,8 +247,8 @@ def _left(seconds: float | None) -> str:
 
 
 def _row(arm: str, *cells: str) -> str:
-    widths = (8, 15, 10, 8, 9, 9, 9, 13)
-    return f"{arm:<27}" + "".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+    widths = (8, 15, 10, 8, 9, 9, 9, 13, 7)
+    return f"{arm:<27}" + "".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=False))
 
 
 def _on_terminal(stream: TextIO) -> bool:

@@ -81,6 +81,7 @@ def write_report(folder: Path, summary: Summary, details: ReportDetails) -> Path
         _confusion(summary, details.labels, details.confusion) if details.confusion is not None else "",
         _split(details.labels, details.split) if details.split else "",
         _costs(summary, details.rounds),
+        _updates(summary) if any(arm.updates for arm in summary.arms.federated.values()) else "",
         _tuning(summary) if summary.tuning else "",
         _settings(summary, details.settings_text),
     ]
@@ -328,6 +329,25 @@ def _costs(summary: Summary, rounds: Mapping[str, Sequence[RoundRecord]]) -> str
     ]
     content.append(_table(["Stage", "Time", ""], stages, "stages"))
     return _section("costs", "What it costs: bytes and seconds", *content)
+
+
+def _updates(summary: Summary) -> str:
+    arms = {name: arm for name, arm in summary.arms.federated.items() if arm.updates}
+    silos = sorted({silo for arm in arms.values() for silo in arm.updates})
+    rows = []
+    for silo in silos[:_SILO_LIMIT]:
+        cells = [escape(silo)]
+        for arm in arms.values():
+            told = arm.updates.get(silo)
+            cells.append(f"{told.counted if told else 0} of {arm.rounds}")
+            cells.append(f"{told.mean_staleness:.1f}, at most {told.max_staleness}" if told else UNKNOWN)
+        rows.append(cells)
+    head = ["Silo"]
+    for name in arms:
+        head += [f"{ARM_NAMES[name]}: rounds", "rounds old"]
+    more = f" {len(silos) - len(rows)} more silos are not shown." if len(silos) > len(rows) else ""
+    note = f"In how many rounds an update of the silo counted, and how many rounds old it was on average.{more}"
+    return _section("updates", "Updates by silo", _table(head, rows, "numbers"), f'<p class="note">{note}</p>')
 
 
 def _tuning(summary: Summary) -> str:

@@ -7,8 +7,8 @@ null. The kept model is the best on validation data, so test data choose nothing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -43,6 +43,7 @@ class RoundRecord:
     """What one round of one arm came to: wall-clock seconds, bytes on the wire, accuracy of the weights after it.
 
     `accuracy` is on test data and None without them; `validation_accuracy` is None where no silo reported one.
+    `staleness` names the silos whose updates counted, each with the number of rounds since its order was given.
     """
 
     round: int
@@ -51,6 +52,7 @@ class RoundRecord:
     bytes_up: int
     accuracy: float | None
     validation_accuracy: float | None
+    staleness: Mapping[str, int] = field(default_factory=dict)
 
 
 class SyntheticArm(Section):
@@ -58,6 +60,14 @@ class SyntheticArm(Section):
 
     accuracy: Accuracy | None
     validation_accuracy: Accuracy | None = None
+
+
+class SiloUpdates(Section):
+    """What came of one silo: how many of its updates counted, and how many rounds old they were then."""
+
+    counted: PositiveInt
+    mean_staleness: NonNegativeFloat
+    max_staleness: NonNegativeInt
 
 
 class FederatedArm(Section):
@@ -76,6 +86,7 @@ class FederatedArm(Section):
     validation_curve: list[Accuracy | None]
     start_accuracy: Accuracy | None
     seconds_per_round: Seconds
+    updates: dict[str, SiloUpdates] = Field(default={})
 
     @model_validator(mode="after")
     def _a_value_a_round(self) -> Self:
@@ -193,7 +204,20 @@ def federated_arm(
         validation_curve=validation,
         start_accuracy=start.accuracy,
         seconds_per_round=sum(record.seconds for record in records) / max(1, len(records)),
+        updates=_updates(records),
     )
+
+
+def _updates(records: Sequence[RoundRecord]) -> dict[str, SiloUpdates]:
+    """By silo, in sorted order."""
+    found: dict[str, list[int]] = {}
+    for record in records:
+        for silo, staleness in record.staleness.items():
+            found.setdefault(silo, []).append(staleness)
+    return {
+        silo: SiloUpdates(counted=len(ages), mean_staleness=sum(ages) / len(ages), max_staleness=max(ages))
+        for silo, ages in sorted(found.items())
+    }
 
 
 def write_summary(folder: Path, summary: Summary) -> Path:

@@ -39,7 +39,10 @@ class Terminal:
     def __init__(self, file: FederationFile, ledger: Ledger, say: Callable[[str], None]) -> None:
         """`ledger` tells which rounds an interrupted run has behind it."""
         behind = sum(record.finished_rounds for arm in ledger.arms() if (record := ledger.arm(arm)) is not None)
-        self.table = progress.RoundTable(rounds_planned(file) - behind)
+        rules = file.federation
+        self._buffer = rules.wanted_of(len(file.silos)) if rules.mode == "asynchronous" else None
+        stale = self._buffer is not None or rules.late == "carry"
+        self.table = progress.RoundTable(rounds_planned(file) - behind, stale=stale)
         self._say = say
 
     def round_closed(self, arm: str, rounds: int, record: RoundRecord, test_accuracy: float | None) -> None:
@@ -50,10 +53,12 @@ class Terminal:
             bytes_up=record.bytes_up or 0,
             accuracy=test_accuracy,
             validation_accuracy=record.mean_metric("accuracy"),
+            staleness={update.silo: update.staleness for update in record.updates},
         )
-        delivered = sum(order.digest is not None for order in record.orders)
-        self.table.add(arm, rounds, shown, silos=delivered, cohort=len(record.cohort))
-        _log.info("%s: round %d of %d closed, %d of %d silos", arm, record.round, rounds, delivered, len(record.cohort))
+        wanted = len(record.cohort) if self._buffer is None else self._buffer
+        self.table.add(arm, rounds, shown, wanted=wanted)
+        updates = ", ".join(f"{silo} ({age} rounds old)" if age else silo for silo, age in shown.staleness.items())
+        _log.info("%s: round %d of %d closed with the updates of %s", arm, record.round, rounds, updates)
 
     def silo_progress(self, silo: str, done: int, total: int) -> None:
         self.table.working(silo, done, total)

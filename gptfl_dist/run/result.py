@@ -142,6 +142,7 @@ def _rounds(ledger: Ledger, record: ArmRecord) -> tuple[RoundRecord, list[RoundR
             bytes_up=r.bytes_up or 0,
             accuracy=r.test_accuracy,
             validation_accuracy=_validation(record, r.round),
+            staleness={update.silo: update.staleness for update in r.updates},
         )
         for r in record.rounds
         if r.kind == "train"

@@ -24,7 +24,7 @@ class Clock:
 
 
 def record(number: int, seconds: float) -> RoundRecord:
-    return RoundRecord(number, seconds, 1_690_000, 845_000, 0.9, 0.91)
+    return RoundRecord(number, seconds, 1_690_000, 845_000, 0.9, 0.91, {"a": 0, "b": 2, "c": 0})
 
 
 def test_a_short_stage_prints_its_start_and_its_end_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +86,7 @@ def test_a_stage_of_nothing_ends_well() -> None:
 def test_a_round_is_one_line_with_everything_on_it() -> None:
     out = io.StringIO()
     with RoundTable(4, out) as table:
-        table.add("gptfl, rate 0.05", 4, record(1, 2.0), silos=3, cohort=4)
+        table.add("gptfl, rate 0.05", 4, record(1, 2.0), wanted=4)
     head, line = out.getvalue().splitlines()
     assert head.split() == ["arm", "round", "received:val.", "new:test", "silos", "down", "up", "time", "left"]
     assert len(head) == len(line)
@@ -94,11 +94,20 @@ def test_a_round_is_one_line_with_everything_on_it() -> None:
         assert part in line
 
 
+def test_where_updates_may_be_stale_a_column_says_how_many_were() -> None:
+    out = io.StringIO()
+    with RoundTable(4, out, stale=True) as table:
+        table.add("gptfl", 4, record(1, 2.0), wanted=3)
+    head, line = out.getvalue().splitlines()
+    assert head.split()[-2:] == ["left", "stale"]
+    assert line.split()[-1] == "1"
+
+
 def test_the_time_left_is_for_all_planned_rounds_at_the_median_of_the_last_ones() -> None:
     table = RoundTable(20, io.StringIO())
     assert table.seconds_left is None
     for number, seconds in enumerate((50.0, 2.0, 2.0, 60.0, 2.0, 3.0), 1):
-        table.add("gptfl", 20, record(number, seconds), silos=4, cohort=4)
+        table.add("gptfl", 20, record(number, seconds), wanted=4)
     assert table.seconds_left == 14 * 2.0
 
 
@@ -133,7 +142,7 @@ def test_the_bar_names_the_silos_at_work_and_forgets_them_when_they_are_done() -
             def show():
                 fields = table._bar.tasks[0].fields
                 print(fields["left"], fields["note"], sep="|", file=sys.__stdout__)  # rich takes stdout too
-            table.add("gptfl", 4, RoundRecord(1, 2.0, 10, 10, None, 0.5), silos=2, cohort=2)
+            table.add("gptfl", 4, RoundRecord(1, 2.0, 10, 10, None, 0.5), wanted=2)
             table.working("north", 7, 100)
             table.working("south", 4, 100)
             show()
@@ -141,7 +150,7 @@ def test_the_bar_names_the_silos_at_work_and_forgets_them_when_they_are_done() -
             show()
             table.waiting_for(("south",))
             show()
-            table.add("gptfl", 4, RoundRecord(2, 2.0, 10, 10, None, 0.5), silos=2, cohort=2)
+            table.add("gptfl", 4, RoundRecord(2, 2.0, 10, 10, None, 0.5), wanted=2)
             show()
             table.waiting_for(())
             table.silo_done("north")
@@ -171,7 +180,7 @@ def test_on_a_terminal_there_are_bars_and_lines_and_text_in_brackets_is_shown_as
             shown.update(2, "label [/b]")
         with RoundTable(2) as table, progress("evaluation", 1, "batches") as inner:
             inner.update(1)
-            table.add("gptfl", 2, RoundRecord(1, 2.0, 10, 10, None, 0.5), silos=1, cohort=1)
+            table.add("gptfl", 2, RoundRecord(1, 2.0, 10, 10, None, 0.5), wanted=1)
     """
     text, _ = on_a_terminal(script)
     assert "2/2 images" in text

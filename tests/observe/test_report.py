@@ -23,7 +23,7 @@ from gptfl_dist.observe.summary import Arms, Summary, SyntheticArm
 EVIL = "<script>alert(1)</script>"
 PLAIN_TAGS = {"html", "head", "meta", "title", "style", "body", "main", "header", "section", "p", "h1", "h2", "h3"}
 PLAIN_TAGS |= {"b", "div", "span", "table", "thead", "tbody", "tr", "th", "td", "dl", "dt", "dd", "pre", "code"}
-SECTIONS = ["result", "curves", "synthetic", "confusion", "split", "costs", "tuning", "settings"]
+SECTIONS = ["result", "curves", "synthetic", "confusion", "split", "costs", "updates", "tuning", "settings"]
 
 
 class Page(HTMLParser):
@@ -88,6 +88,7 @@ def test_every_part_is_there(tmp_path: Path, details: ReportDetails) -> None:
     assert "silo-a" in page.text
     assert "120" in page.text
     assert "91.0 % ✓" in page.text
+    assert "1.0, at most 1" in page.text  # rounds that the updates of north were old
     assert "88.0 % ✓" not in page.text
     assert "ab" * 32 in page.text
     assert "cd" * 32 in page.text

@@ -67,7 +67,7 @@ def test_the_file_has_the_documented_fields(tmp_path: Path) -> None:
     assert read["arms"]["synthetic_only"]["accuracy"] == 0.85
     documented = {"accuracy", "rounds", "rounds_to_target", "bytes_down", "bytes_up", "curve"}
     added = {"final_accuracy", "best_round", "learning_rate", "validation_curve", "start_accuracy"}
-    added |= {"seconds_per_round", "validation_accuracy"}
+    added |= {"seconds_per_round", "validation_accuracy", "updates"}
     for name in ("fedavg_random", "gptfl"):
         assert set(read["arms"][name]) == documented | added
     assert read["target_accuracy"] == 0.9
@@ -86,6 +86,10 @@ def test_the_file_has_the_documented_fields(tmp_path: Path) -> None:
         "validation_curve": None,
         "start_accuracy": 0.1,
         "seconds_per_round": 2.0,
+        "updates": {
+            "north": {"counted": 4, "mean_staleness": 1.0, "max_staleness": 1},
+            "south": {"counted": 4, "mean_staleness": 0.0, "max_staleness": 0},
+        },
     }
     assert read["tuning"] == {"gptfl": {"0.05": 0.91, "0.1": 0.88}}
     assert read["weights"] == {"gptfl": {"final": "ab" * 32, "best": "cd" * 32}}
@@ -133,6 +137,19 @@ def test_the_accuracy_is_that_of_the_kept_model_and_not_the_best_on_test_data() 
     assert (kept.accuracy, kept.validation_accuracy, kept.seconds_per_round) == (0.90, 0.85, 2.0)
     start_kept = federated_arm(records, best_round=0, learning_rate=0.1, start=start, curve_of="test")
     assert start_kept.accuracy == 0.5
+
+
+def test_what_came_of_each_silo_is_counted_with_its_staleness() -> None:
+    ages = [{"b": 0, "a": 0}, {"b": 1}, {"b": 2, "c": 0}]
+    records = [RoundRecord(n, 1.0, 1, 1, 0.9, 0.8, staleness) for n, staleness in enumerate(ages, 1)]
+    told = federated_arm(
+        records, best_round=3, learning_rate=0.1, start=RoundRecord(0, 0.0, 0, 0, 0.5, 0.5), curve_of="test"
+    )
+    assert {silo: tuple(updates.model_dump().values()) for silo, updates in told.updates.items()} == {
+        "a": (1, 0.0, 0),
+        "b": (3, 1.0, 2),
+        "c": (1, 0.0, 0),
+    }
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ async def test_without_a_quorum_at_the_deadline_the_late_are_named_and_keep_thei
         run = asyncio.create_task(world.federate())
         await world.until(lambda: world.committed(1) == {"a"} and all(one.reached.is_set() for one in late))
         advance(DEADLINE)
-        with pytest.raises(FederationError, match="1 updates came .* 2 are needed; still at work: b, c"):
+        with pytest.raises(FederationError, match=r"1 updates came .* 2 are needed; still at work: b, c"):
             await run
         for one in late:
             one.release()

@@ -155,7 +155,12 @@ def _recipe(file: FederationFile) -> str:
                 f"training.{name} is {getattr(training, name)} and federation.rounds {rounds}: no round comes after it",
                 hint=f"lower training.{name}, or run more rounds",
             )
-    return f"{len(training.learning_rates)} learning rate(s), {rounds} rounds"
+    told = f"{len(training.learning_rates)} learning rate(s), {rounds} rounds"
+    if file.federation.mode == "asynchronous":
+        told += (
+            f", each of {file.federation.wanted_of(len(file.silos))} updates of {len(file.silos)} silos, asynchronous"
+        )
+    return told
 
 
 def _generator(settings: Generator, labels: Sequence[str]) -> str:
@@ -231,6 +236,8 @@ def _space(path: Path, file: FederationFile) -> str:
     rates = len(file.training.learning_rates)
     arms = len(federated_arms(file))
     kept = 3 * arms * (1 + (rates if rates > 1 else 0)) + 1  # start, best, newest of each; the next being written
+    if file.federation.mode == "asynchronous" or file.federation.late == "carry":
+        kept += len(file.silos)  # what the open orders of earlier rounds start from
     kept *= 1 + len(moment_names(file.strategy))  # with the strategy's state
     sets = len(file.synthesis.candidates) or 1
     named = 2 * arms + 2 + 2 * sets  # models/ARM, models/ARM-final; random, pretrained; each candidate's and its start
