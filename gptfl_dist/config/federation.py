@@ -242,6 +242,7 @@ class Federation(Section):
     late: Literal["drop", "carry"] = "drop"
     staleness: NonNegativeFloat = 0.5
     max_staleness: PositiveInt | None = None
+    max_update_norm: PositiveFloat | None = None
 
     def cohort_of(self, silos: int) -> int:
         """How many of so many silos a round calls on (asynchronous: how many train at once)."""

@@ -300,12 +300,13 @@ async def test_an_update_that_is_carried_over_a_restart_counts_once(tmp_path: Pa
         busy = world.network.hold("a", "upload", round=2)
         world.join(*world.trainers)
 
-        def in_the_second_round() -> bool:
-            if late.reached.is_set() and world.committed(1) == {"a", "b"} and not busy.reached.is_set():
-                advance(DEADLINE)
-            return busy.reached.is_set() and world.committed(2) == {"b"}
+        async def past_the_deadline() -> None:
+            await world.until(lambda: late.reached.is_set() and world.committed(1) == {"a", "b"})
+            advance(DEADLINE)
 
-        await interrupt(world, in_the_second_round)
+        passing = asyncio.create_task(past_the_deadline())
+        await interrupt(world, lambda: busy.reached.is_set() and world.committed(2) == {"b"})
+        await passing
         run = asyncio.create_task(world.federate())
         await world.until(lambda: any("going on in round 2" in text for text in world.notes.texts))
         late.release()
