@@ -201,6 +201,22 @@ async def test_what_lies_of_other_weights_is_not_taken_for_the_beginning(tmp_pat
         assert flat_of(tmp_path / "got") == flat
 
 
+@in_loop
+async def test_weights_of_several_rounds_are_handed_out_side_by_side(tmp_path):
+    first, first_digest, first_flat = random_weights(tmp_path / "first", LARGE, 1)
+    second, second_digest, second_flat = random_weights(tmp_path / "second", LARGE, 2)
+    async with World(tmp_path, LARGE) as world:
+        await world.server.publish({first_digest: first})
+        alice, bob = await world.joined("alice"), await world.joined("bob")
+        loading = asyncio.create_task(alice.download(first_digest, LARGE, tmp_path / "alice"))
+        await asyncio.sleep(0)
+        await world.server.publish({first_digest: first, second_digest: second})
+        await bob.download(second_digest, LARGE, tmp_path / "bob")
+        await loading
+        assert flat_of(tmp_path / "alice") == first_flat
+        assert flat_of(tmp_path / "bob") == second_flat
+
+
 @pytest.mark.parametrize("cut_at", [1_000, 50_000, 3 << 20, 20 << 20])
 @in_loop
 async def test_an_upload_goes_on_where_the_connection_was_cut(tmp_path, cut_at):

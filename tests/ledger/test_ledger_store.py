@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 
 import pytest
 
 from gptfl_dist.errors import ConfigError, StorageError
-from gptfl_dist.ledger.store import Ledger
+from gptfl_dist.ledger.store import CountedUpdate, Ledger
 from gptfl_dist.weights import Layout, WeightsFile
 
 REQUEST = json.dumps({"name": "x", "training": {"epochs": 1}, "silos": ["a", "b"]})
@@ -241,3 +243,37 @@ def test_only_the_owner_can_read_the_record(ledger):
     files = list(ledger.folder.glob("ledger.sqlite*"))
     assert len(files) == 3  # with the write-ahead log and its index
     assert all(file.stat().st_mode & 0o077 == 0 for file in files)
+
+
+def test_an_update_counts_in_the_round_that_was_closed_with_it_whenever_it_was_ordered(ledger):
+    ledger.begin_arm("gptfl", 0.05, "start")
+    ledger.open_round("gptfl", 1, "train", "start", ["a", "b"], {"a": "n1", "b": "n2"})
+    ledger.enlist("gptfl", 1, ["a", "b", "c"], {"c": "n3"})
+    for silo in "ac":
+        ledger.commit("gptfl", 1, silo, 10, {"accuracy": 0.5}, f"d-{silo}")
+    ledger.close_round("gptfl", 1, "w1", {"a": 1})
+    ledger.open_round("gptfl", 2, "train", "w1", ["a"], {"a": "n4"})
+    ledger = reopened(ledger)
+    arm = ledger.arm("gptfl")
+    assert arm.rounds[0].cohort == ("a", "b", "c")
+    assert [(r.round, o.silo, o.digest) for r, o in arm.pending] == [(1, "b", None), (1, "c", "d-c"), (2, "a", None)]
+    ledger.fail("gptfl", 1, "b", "too old")
+    ledger.commit("gptfl", 2, "a", 20, {}, "d-a")
+    ledger.close_round("gptfl", 2, "w2", {"a": 2, "c": 1})
+    arm = ledger.arm("gptfl")
+    assert arm.pending == []
+    assert [r.updates for r in arm.rounds] == [
+        (CountedUpdate("a", 10, 0),),
+        (CountedUpdate("a", 20, 0), CountedUpdate("c", 10, 1)),
+    ]
+    ledger.close()
+
+
+def test_a_record_of_another_release_is_refused(ledger):
+    ledger.close()
+    with closing(sqlite3.connect(ledger.folder / "ledger.sqlite")) as database:
+        database.execute("ALTER TABLE orders DROP COLUMN counted")
+        database.execute("PRAGMA user_version = 0")
+    with pytest.raises(StorageError, match="made by another release") as error:
+        Ledger(ledger.folder, REQUEST)
+    assert "--fresh" in error.value.hint
