@@ -239,11 +239,7 @@ class Federator:
             if unfinished is not None:
                 self._watcher.note(f"going on in round {unfinished.round} of {plan.name}")
                 arm.open_round(unfinished.round, unfinished.base, unfinished.cohort)
-                arm.spent_before = (
-                    unfinished.seconds or 0.0,
-                    unfinished.bytes_down or 0,
-                    unfinished.bytes_up or 0,
-                )
+                arm.spent_before = (unfinished.seconds or 0.0, unfinished.bytes_down or 0, unfinished.bytes_up or 0)
                 failed = {order.silo: order.failure for order in unfinished.orders if order.failure is not None}
                 commands = arm.machine.resume(
                     self._connected, unfinished.round, unfinished.cohort, owed, delivered, failed
