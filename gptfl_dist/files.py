@@ -10,23 +10,28 @@ from pathlib import Path
 
 from gptfl_dist.errors import StorageError
 
-__all__ = ["replacing", "storage_error", "write_file"]
+__all__ = ["replacing", "storage_error", "sync_folder", "write_file"]
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[int]:
-    """A descriptor of a temporary file (0600) that becomes `path` when the block ends well, and vanishes if not."""
+def replacing(path: Path, *, durable: bool = True) -> Iterator[int]:
+    """A descriptor of a temporary file (0600) that becomes `path` when the block ends well, and vanishes if not.
+
+    `durable`: once it is `path`, a power cut does not take it away. Else that is left to the kernel, which is quicker.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             yield fd
-            os.fsync(fd)
+            if durable:
+                os.fsync(fd)
         finally:
             os.close(fd)
         temporary.replace(path)
-        _sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     except OSError as error:
         raise storage_error(error, path) from None
     finally:
@@ -34,8 +39,8 @@ def replacing(path: Path) -> Iterator[int]:
             temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in the folder survive a power cut."""
+def sync_folder(folder: Path) -> None:
+    """Makes what was created and renamed in the folder survive a power cut. Raises OSError."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -84,11 +84,13 @@ class ServerOptimizer:
 
 
 @contextmanager
-def stepping(strategy: Strategy, layout: Layout, old: Path | None, new: Path) -> Iterator[ServerOptimizer]:
+def stepping(
+    strategy: Strategy, layout: Layout, old: Path | None, new: Path, *, durable: bool = True
+) -> Iterator[ServerOptimizer]:
     """The optimiser of one round: goes on from the state in `old` (None in the first round), leaves its own in `new`.
 
-    Reads and writes nothing where the strategy remembers nothing. Raises StorageError, also where `old` is missing or
-    is no state of this strategy and model.
+    Reads and writes nothing where the strategy remembers nothing. `durable` as in `replacing`. Raises StorageError,
+    also where `old` is missing or is no state of this strategy and model.
     """
     names = moment_names(strategy)
     if not names:
@@ -97,7 +99,7 @@ def stepping(strategy: Strategy, layout: Layout, old: Path | None, new: Path) ->
     shape = Layout.of((name, (layout.parameters,), "F32") for name in names)
     with ExitStack() as stack:
         state = None if old is None else stack.enter_context(_opened(old, shape))
-        fd = stack.enter_context(replacing(new))
+        fd = stack.enter_context(replacing(new, durable=durable))
         header = header_of(shape)
         _write_at(fd, 0, header)
         os.truncate(fd, len(header) + shape.nbytes)

@@ -21,7 +21,7 @@ from gptfl_dist.aggregation.mean import is_finite
 from gptfl_dist.errors import StorageError
 from gptfl_dist.exchange.base import UpdateHeader
 from gptfl_dist.federation.orders import Order, Report
-from gptfl_dist.files import storage_error
+from gptfl_dist.files import storage_error, sync_folder
 from gptfl_dist.weights import BLOCK, Layout
 
 _METRIC = re.compile(r"[a-z][a-z0-9_]{0,62}")
@@ -95,6 +95,15 @@ class Spool:
             hasher.update(self.read(offset, min(BLOCK, self.size - offset)))
         return hasher.hexdigest()
 
+    def sync(self) -> None:
+        """What was written survives a power cut from now on. Raises StorageError."""
+        try:
+            os.fsync(self._fd)
+            sync_folder(self.path.parent)
+            sync_folder(self.path.parent.parent)
+        except OSError as error:
+            raise storage_error(error, self.path) from None
+
     def close(self) -> None:
         os.close(self._fd)
 
@@ -111,7 +120,8 @@ class _Expected:
 
 @dataclass
 class Inbox:
-    """`max_samples` holds the registered maximum of each silo; `commit(silo, order, report, digest)` makes it durable.
+    """`max_samples` holds the registered maximum of each silo; `commit(silo, order, report, digest)` makes it count.
+    `durable`: a committed update is there after a power cut too.
 
     `digest` is "" for an evaluation. `finish` may run in a thread beside all other calls: what it checks cannot be
     overwritten meanwhile, and an order that is withdrawn meanwhile is not committed.
@@ -121,6 +131,7 @@ class Inbox:
     layout: Layout
     max_samples: Mapping[str, int]
     commit: Callable[[str, Order, Report, str], None]
+    durable: bool = False
     _expected: dict[str, _Expected] = field(default_factory=dict)
     _spools: dict[str, Spool] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # around every change of what is expected
@@ -212,6 +223,8 @@ class Inbox:
                 wrong = "the bytes that arrived do not have the announced digest"
             else:
                 wrong = "" if is_finite(self.layout, spool) else "the update holds NaN or infinite values"
+            if self.durable and not wrong:
+                spool.sync()
             with self._lock:
                 # The spool may be another order's by now: then nothing of it is touched.
                 if self._expected.get(silo) is not expected:

@@ -111,13 +111,16 @@ def header_of(layout: Layout) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_weights(path: Path, layout: Layout, blocks: Iterable[bytes | bytearray | memoryview]) -> str:
+def write_weights(
+    path: Path, layout: Layout, blocks: Iterable[bytes | bytearray | memoryview], *, durable: bool = True
+) -> str:
     """Writes the flat buffer given as consecutive blocks; returns its BLAKE3 digest in hex.
 
-    Raises StorageError where the disk refuses, ModelError if the blocks are not as long as the layout.
+    `durable` as in `replacing`. Raises StorageError where the disk refuses, ModelError if the blocks are not as long as
+    the layout.
     """
     hasher, written = blake3(), 0
-    with replacing(path) as fd:
+    with replacing(path, durable=durable) as fd:
         _write_all(fd, memoryview(header_of(layout)))
         for block in blocks:
             view = memoryview(block).cast("B")

@@ -94,7 +94,7 @@ class FlatModel:
         """Writes the update (the buffer minus the weights in `received`) as a weights file; returns its BLAKE3 digest.
 
         Works block by block, so it takes no second model in memory. Subtraction is in each tensor's own dtype;
-        a BOOL carries the local value itself.
+        a BOOL carries the local value itself. A power cut may take the file: whoever lost it trains again.
         """
         flat = self.buffer.cpu()
 
@@ -110,4 +110,4 @@ class FlatModel:
                     yield _bytes_of(torch.sub(local, base).view(torch.uint8))
 
         with WeightsFile(received) as file:
-            return write_weights(path, self.layout, blocks(file))
+            return write_weights(path, self.layout, blocks(file), durable=False)

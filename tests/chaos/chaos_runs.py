@@ -29,11 +29,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gptfl_dist.config.document import dump_yaml
 from gptfl_dist.testing.proxy import TcpProxy
@@ -194,14 +194,13 @@ class Process:
     log: Path
     process: asyncio.subprocess.Process | None = None
     killed: bool = False
-    pause: float = 0.0  # seconds until it is started again
-    meanwhile: Callable[[], None] | None = None  # done while it is down
+    blow: Blow | None = None  # that killed it last
 
-    def kill(self, pause: float) -> bool:
+    def kill(self, blow: Blow | None = None) -> bool:
         """False where it does not run now."""
         if self.process is None or self.process.returncode is not None:
             return False
-        self.killed, self.pause = True, pause
+        self.killed, self.blow = True, blow
         self.process.kill()
         return True
 
@@ -209,8 +208,10 @@ class Process:
 class Run:
     """One federation and what strikes it."""
 
-    def __init__(self, world: World, folder: Path, blows: list[Blow]) -> None:
+    def __init__(self, world: World, folder: Path, blows: list[Blow], **settings: Any) -> None:
+        """`settings` replace sections of the federation file."""
         self.world = world
+        self._settings = settings
         self.folder = folder
         self.run_folder = folder / "run"
         self.blows = blows
@@ -235,7 +236,8 @@ class Run:
             for silo in SILOS:
                 self._proxies[silo] = await stack.enter_async_context(TcpProxy(port))
             ports = {silo: proxy.port for silo, proxy in self._proxies.items()}
-            path = write_federation(self.folder, f"127.0.0.1:{port}", ports, self.world.folder / "credentials")
+            credentials = self.world.folder / "credentials"
+            path = write_federation(self.folder, f"127.0.0.1:{port}", ports, credentials, **self._settings)
             self.run_folder.mkdir()
             shutil.copy(self.world.start, self.run_folder / "random.safetensors")
             listener, _ = await asyncio.get_running_loop().create_datagram_endpoint(
@@ -259,12 +261,32 @@ class Run:
                     task.cancel()
                 ended = await asyncio.gather(striking, *tasks.values(), return_exceptions=True)
                 for side in self._sides.values():
-                    if side.kill(0):
+                    if side.kill():
                         assert side.process is not None
                         await side.process.wait()
                 errors = [one for one in ended if isinstance(one, Exception) and not isinstance(one, TimeoutError)]
                 self.wrong += [f"{type(error).__name__}: {error}" for error in errors]
-        return self._check()
+        return self.check()
+
+    def environment_of(self, side: str) -> dict[str, str]:
+        """Variables of one side alone."""
+        return {}
+
+    def while_down(self, blow: Blow) -> None:
+        """Called between the death and the new start of a side that a blow killed."""
+        if blow.what == "corrupt spool":
+            self._corrupt_spool(blow)
+        elif blow.what == "corrupt work folder":
+            self._corrupt_work_folder(blow)
+
+    def asked_again_wrongly(self, silo: str, round_: int) -> bool:
+        """Whether a silo that trains for a round now has delivered in it already."""
+        return Ledger.read(self.run_folder).holds(silo, round_)
+
+    def log_of(self, side: str) -> str:
+        """All that a side has said."""
+        log = self._sides[side].log
+        return log.read_text(errors="replace") if log.exists() else ""
 
     async def _keep_up(self, name: str) -> None:
         """Starts a side, again wherever it was killed."""
@@ -279,21 +301,24 @@ class Run:
             with side.log.open("ab") as log:
                 side.killed = False
                 side.process = await asyncio.create_subprocess_exec(
-                    *(*GPTFL, *side.arguments), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                    env={**os.environ, **environment},
-                )  # fmt: skip
+                    *(*GPTFL, *side.arguments),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env={**os.environ, **environment, **self.environment_of(name)},
+                    start_new_session=True,
+                )
             code = await side.process.wait()
             if not side.killed:
                 if code == 0:
                     return
                 if code != 8:
-                    raise RuntimeError(f"{name} ended with exit code {code}: {_tail(side.log)}")
+                    raise RuntimeError(f"{name} ended with exit code {code}: {self.log_of(name)[-1500:]}")
                 self.given_up += 1  # a trainer was killed so often that its silo failed in the round
                 continue
-            if side.meanwhile is not None:
-                side.meanwhile()
-                side.meanwhile = None
-            await asyncio.sleep(side.pause)
+            if side.blow is not None:
+                self.while_down(side.blow)
+                await asyncio.sleep(side.blow.seconds)
 
     def _hear(self, silo: str, pid: int, what: str, round_: int) -> None:
         """What a trainer tells of itself."""
@@ -302,7 +327,7 @@ class Run:
             if (silo, round_) in self._corrupted:
                 self._corrupted.discard((silo, round_))
                 self.asked_again += 1
-            elif Ledger.read(self.run_folder).holds(silo, round_):
+            elif self.asked_again_wrongly(silo, round_):
                 self.wrong.append(f"{silo} was asked again for its committed update of round {round_}")
         proxy = self._proxies[silo]
         self._at[silo], self._mark[silo] = (round_ or ROUNDS + 1, what), (proxy.up, proxy.down)
@@ -322,7 +347,7 @@ class Run:
 
     async def _reached(self, blow: Blow) -> None:
         """Waits for the moment of a blow; where the run is further than that already, it strikes at once."""
-        silo, proxy = blow.silo, self._proxies[blow.silo]
+        silo = blow.silo
         if blow.phase == "start":
             await asyncio.sleep(blow.fraction * 2 * _STARTING)
         elif blow.phase == "evaluate":
@@ -345,7 +370,6 @@ class Run:
             await self._until(blow.round, "done", None)
             await asyncio.gather(*(self._passed("up", name, 1.0, blow.round) for name in SILOS))
             await asyncio.sleep(0.05 * blow.fraction)
-        del proxy
 
     async def _passed(self, way: Any, silo: str, share: float, round_: int) -> None:
         """Waits until a share of the model has passed a silo's proxy, or until the silo is in another round."""
@@ -371,18 +395,12 @@ class Run:
         silo, proxy, what = blow.silo, self._proxies[blow.silo], blow.what
         state = self._state_of(silo)
         if what in ("kill coordinator", "corrupt spool"):
-            side = self._sides["coordinator"]
-            if not side.kill(blow.seconds):
+            if not self._sides["coordinator"].kill(blow):
                 return False
-            if what == "corrupt spool":
-                side.meanwhile = lambda: self._corrupt_spool(blow)
             state = self._state()
         elif what in ("kill agent", "corrupt work folder"):
-            side = self._sides[silo]
-            if not side.kill(blow.seconds):
+            if not self._sides[silo].kill(blow):
                 return False
-            if what == "corrupt work folder":
-                side.meanwhile = lambda: self._corrupt_work_folder(blow)
         elif what == "kill trainer":
             try:
                 os.kill(self._pids[silo], signal.SIGKILL)
@@ -456,7 +474,8 @@ class Run:
             if (folder / name).exists():
                 _corrupt(folder / name, blow)
 
-    def _check(self) -> str:
+    def check(self) -> str:
+        """Notes in `wrong` what is not as it must be; returns the digest of the final weights."""
         if self._sides["coordinator"].process is None or self._sides["coordinator"].process.returncode != 0:
             return ""
         final: str = json.loads((self.run_folder / "summary.json").read_text())["weights"][ARM]["final"]
@@ -468,13 +487,13 @@ class Run:
         kills = sum(what in KILLS for what, _ in self.struck)
         if self.blows and kills < 3:
             self.wrong.append(f"only {kills} kills or cuts came about before its end")
-        for side in self._sides.values():
-            if side.log.exists() and "Traceback" in side.log.read_text():
-                self.wrong.append(f"a traceback in {side.log}")
+        self.wrong += [
+            f"a traceback in {side.log}" for name, side in self._sides.items() if "Traceback" in self.log_of(name)
+        ]
         left = [*self.run_folder.rglob("*.part"), *self.run_folder.rglob("incoming.safetensors")]
         if left:
             self.wrong.append(f"left behind: {', '.join(map(str, left))}")
-        noted = len(re.findall("is damaged on disk and is asked for again", _text(self._sides["coordinator"].log)))
+        noted = len(re.findall("is damaged on disk and is asked for again", self.log_of("coordinator")))
         if noted < self.asked_again:
             self.wrong.append(f"{self.asked_again} corrupted updates were asked for again, {noted} were told of")
         return final
@@ -507,12 +526,7 @@ def _corrupt(path: Path, blow: Blow) -> None:
             os.truncate(path, size)
 
 
-def _text(path: Path) -> str:
-    return path.read_text(errors="replace") if path.exists() else ""
-
-
-def _tail(path: Path) -> str:
-    return _text(path)[-1500:]
+R = TypeVar("R", bound=Run)
 
 
 @contextlib.contextmanager
@@ -529,14 +543,14 @@ def made_world(folder: Path) -> Iterator[World]:
     yield world
 
 
-async def runs(world: World, numbers: range, jobs: int, say: Callable[[str], None]) -> list[Run]:
-    """So many runs, some at a time."""
+async def runs(make: Callable[[int], R], numbers: range, jobs: int, say: Callable[[str], None]) -> list[R]:
+    """Plays the runs of these numbers, `jobs` at a time."""
     turns = asyncio.Semaphore(jobs)
 
-    async def one(number: int) -> Run:
+    async def one(number: int) -> R:
         async with turns:
             started = time.monotonic()
-            run = Run(world, world.folder / str(number), plan(number))
+            run = make(number)
             await run.play()
             seconds = time.monotonic() - started
             struck = ", ".join(f"{what} ({state})" for what, state in run.struck)
@@ -550,7 +564,7 @@ async def runs(world: World, numbers: range, jobs: int, say: Callable[[str], Non
     return list(await asyncio.gather(*(one(number) for number in numbers)))
 
 
-def table(done: list[Run]) -> str:
+def table(done: Sequence[Run]) -> str:
     """What struck by the state that it met."""
     counts = Counter(blow for run in done for blow in run.struck)
     lines = ["".join([f"{'':20}", *(f"{state:>10}" for state in STATES), f"{'all':>8}"])]
@@ -570,8 +584,12 @@ def main() -> int:
     started = time.monotonic()
     with made_world(folder) as world:
         print(f"undisturbed: {world.seconds:.1f} s, final weights {world.final[:12]}", flush=True)
+
+        def make(number: int) -> Run:
+            return Run(world, folder / str(number), plan(number))
+
         numbers = range(arguments.first, arguments.first + arguments.runs)
-        done = asyncio.run(runs(world, numbers, arguments.jobs, lambda text: print(text, flush=True)))
+        done = asyncio.run(runs(make, numbers, arguments.jobs, lambda text: print(text, flush=True)))
     failed = sum(bool(run.wrong) for run in done)
     kills = sum(what in KILLS for run in done for what, _ in run.struck)
     print(f"\n{table(done)}\n")

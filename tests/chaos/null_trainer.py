@@ -55,7 +55,9 @@ def main() -> None:
             else:
                 time.sleep(SECONDS[0])
         tell("done", round_)
-        line.send({"type": "result", "digest": digest, "samples": samples, "metrics": {"loss": float(abs(flat).mean())}})
+        line.send(
+            {"type": "result", "digest": digest, "samples": samples, "metrics": {"loss": float(abs(flat).mean())}}
+        )
 
 
 if __name__ == "__main__":
