@@ -18,9 +18,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptfl_dist.errors import ConfigError, StorageError
+from gptfl_dist.errors import ConfigError, ModelError, StorageError
 from gptfl_dist.files import storage_error, sync_folder
-from gptfl_dist.weights import Layout, write_weights
+from gptfl_dist.weights import Layout, WeightsFile, write_weights
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -39,6 +39,8 @@ CREATE TABLE IF NOT EXISTS orders (
     PRIMARY KEY (arm, round, silo)
 );
 """
+
+_ANEW = "bring the run folder back from a backup, or start anew with --fresh"
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +296,16 @@ class Ledger:
                 sync_folder(incoming.parent)  # before the row that names it
         return digest
 
+    def require_weights(self, digest: str) -> None:
+        """Raises StorageError where the weights of this digest are missing or damaged, or their strategy's state is.
+
+        Reads all of them.
+        """
+        _require(self.weights_path(digest), digest)
+        state = self.fact(f"state/{digest}")
+        if state is not None:
+            _require(self.state_path(digest), state)
+
     @property
     def incoming_state(self) -> Path:
         """Where the strategy's state of a round is written, before `keep_state`."""
@@ -305,7 +317,11 @@ class Ledger:
 
     def keep_state(self, digest: str) -> None:
         """Puts the state that was written, if there is one, beside the weights of this digest."""
-        with self._storing(), contextlib.suppress(FileNotFoundError):
+        if not self.incoming_state.exists():
+            return
+        with WeightsFile(self.incoming_state) as state:
+            self.set_fact(f"state/{digest}", state.digest())
+        with self._storing():
             self.incoming_state.replace(self.state_path(digest))
             if self.durable:
                 sync_folder(self.incoming_state.parent)
@@ -340,8 +356,18 @@ class Ledger:
         except sqlite3.Error as error:
             raise StorageError(
                 f"{self._path}: the record is damaged ({error})",
-                hint="bring the run folder back from a backup, or start anew with --fresh",
+                hint=_ANEW,
             ) from None
+
+
+def _require(path: Path, digest: str) -> None:
+    try:
+        with WeightsFile(path) as weights:
+            whole = weights.digest() == digest
+    except ModelError as error:
+        raise StorageError(f"weights of this run are lost: {error}", hint=_ANEW) from None
+    if not whole:
+        raise StorageError(f"{path} is damaged: its content is not what was written", hint=_ANEW)
 
 
 def _first_difference(old: str, new: str) -> str:

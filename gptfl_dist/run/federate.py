@@ -141,6 +141,7 @@ class Federator:
                 assert record.best_round is not None
                 for name, digest in ((arm, record.weights_of(record.best_round)), (f"{arm}-final", record.final)):
                     target = self._ledger.folder / "models" / f"{name}.safetensors"
+                    await asyncio.to_thread(self._ledger.require_weights, digest)
                     await asyncio.to_thread(_publish, self._ledger.weights_path(digest), target)
 
     @contextlib.contextmanager
@@ -223,6 +224,8 @@ class Federator:
             return
         arm = ArmRun(plan, self._file, self._silos, assembled=self._assembled)
         unfinished = next((r for r in record.rounds if r.kind == "train" and r.weights is None), None)
+        # No silo could start from damaged weights, and what this process writes later it need not doubt.
+        await asyncio.to_thread(self._ledger.require_weights, record.final)
         try:
             self._catch_up_with_tests(plan, record)
             if unfinished is not None:

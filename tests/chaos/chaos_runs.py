@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, closing
@@ -215,6 +216,7 @@ class Run:
         self.folder = folder
         self.run_folder = folder / "run"
         self.blows = blows
+        self._socket = f"gptfl-chaos-{uuid.uuid4().hex}"
         self.struck: list[tuple[str, str]] = []  # what, and the state that it met
         self.wrong: list[str] = []
         self.given_up = 0  # how often the coordinator ended with the error that says so, and was started again
@@ -241,7 +243,7 @@ class Run:
             self.run_folder.mkdir()
             shutil.copy(self.world.start, self.run_folder / "random.safetensors")
             listener, _ = await asyncio.get_running_loop().create_datagram_endpoint(
-                lambda: _Listener(self._hear), local_addr=str(self.folder / "socket"), family=socket.AF_UNIX
+                lambda: _Listener(self._hear), local_addr=f"\0{self._socket}", family=socket.AF_UNIX
             )
             stack.callback(listener.close)
             self._sides["coordinator"] = Process(["coordinator", str(path)], self.folder / "coordinator.log")
@@ -292,7 +294,7 @@ class Run:
         """Starts a side, again wherever it was killed."""
         side = self._sides[name]
         environment = {
-            "GPTFL_CHAOS_SOCKET": str(self.folder / "socket"),
+            "GPTFL_CHAOS_SOCKET": self._socket,
             "GPTFL_CHAOS_LAYOUT": str(self.world.layout),
             "OMP_WAIT_POLICY": "PASSIVE",
             "OPENBLAS_NUM_THREADS": "1",
@@ -322,8 +324,10 @@ class Run:
 
     def _hear(self, silo: str, pid: int, what: str, round_: int) -> None:
         """What a trainer tells of itself."""
+        self._pids[silo] = pid
+        if what == "setup":
+            return
         if what == "train":
-            self._pids[silo] = pid
             if (silo, round_) in self._corrupted:
                 self._corrupted.discard((silo, round_))
                 self.asked_again += 1

@@ -26,7 +26,7 @@ SECONDS = (0.05, 0.25)  # of a training; an evaluation takes the least
 def main() -> None:
     line = TrainerEnd()
     driver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    driver.connect(os.environ[SOCKET])
+    driver.connect("\0" + os.environ[SOCKET])  # in Linux's abstract name space: no path that may be too long
     name, layout = "", Path(os.environ["GPTFL_CHAOS_LAYOUT"]).read_text()
 
     def tell(what: str, round_: int) -> None:
@@ -38,6 +38,7 @@ def main() -> None:
             return
         if message["type"] == "setup":
             name = message["silo"]["name"]
+            tell("setup", 0)
             line.send({"type": "ready", "layout": layout})
             continue
         digest = ""
