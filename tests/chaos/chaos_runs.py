@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import random
@@ -50,8 +51,9 @@ _STARTING = 1.5  # seconds from the start of a coordinator until it takes silos,
 _TRAINING = 0.25  # seconds of the longest training
 
 PHASES = ("start", "download", "training", "upload", "check", "aggregate", "evaluate")
+FULL_DISK = "full disk"
 KILLS = ("kill coordinator", "kill agent", "kill trainer", "cut", "cut all")
-TROUBLES = ("stall", "delay", "freeze", "corrupt spool", "corrupt work folder")
+TROUBLES = ("stall", "delay", "freeze", "corrupt spool", "corrupt work folder", FULL_DISK)
 STATES = ("start", "gather", "download", "training", "upload", "check", "aggregate", "close", "evaluate", "report")
 
 
@@ -71,17 +73,35 @@ def plan(number: int) -> list[Blow]:
     """The blows of a run, in order. Three to five kills or cuts, and now and then something else."""
     draw = random.Random(f"chaos/{number}")
     whats = draw.choices(KILLS, weights=(4, 3, 2, 2, 1), k=draw.randint(3, 5))
-    whats += draw.choices(TROUBLES, weights=(3, 3, 0.5, 2, 1), k=draw.randint(0, 2))
+    whats += draw.choices(TROUBLES[:-1], weights=(3, 3, 0.5, 2, 1), k=draw.randint(0, 2))
+    if number % 10 == 9 and can_mount():
+        whats += [FULL_DISK] * 2
     blows = []
     for count, what in enumerate(draw.sample(whats, len(whats))):
         round_ = draw.randint(1, ROUNDS if count else 3)
         phase = draw.choices(PHASES, weights=(2, 3, 3, 3, 4, 4, 1))[0]
+        if what == "corrupt spool":
+            phase = "check"  # one silo's update may be committed then, while others are awaited
         if phase == "start":
             round_ = 0
         elif phase == "evaluate":
             round_ = ROUNDS + 1
         blows.append(Blow(round_, phase, draw.choice(SILOS), what, draw.random(), draw.uniform(0.1, 1.5)))
     return sorted(blows, key=lambda blow: (blow.round, PHASES.index(blow.phase)))
+
+
+@functools.cache
+def can_mount() -> bool:
+    """Whether a small disk can be had here, to be filled: a tmpfs, which takes root."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(["mount", "-t", "tmpfs", "none", folder], capture_output=True).returncode == 0
+        if done:
+            unmount(Path(folder))
+    return done
+
+
+def unmount(folder: Path) -> None:
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 class World:
@@ -220,6 +240,7 @@ class Run:
         self.struck: list[tuple[str, str]] = []  # what, and the state that it met
         self.wrong: list[str] = []
         self.given_up = 0  # how often the coordinator ended with the error that says so, and was started again
+        self.full = 0  # how often it ended with a full disk, and went on once there was room
         self.asked_again = 0  # committed updates that were corrupted on disk
         self._at: dict[str, tuple[int, str]] = {}  # what each trainer said last: its round, and what of it
         self._pids: dict[str, int] = {}
@@ -241,6 +262,9 @@ class Run:
             credentials = self.world.folder / "credentials"
             path = write_federation(self.folder, f"127.0.0.1:{port}", ports, credentials, **self._settings)
             self.run_folder.mkdir()
+            if any(blow.what == FULL_DISK for blow in self.blows):
+                subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "none", str(self.run_folder)], check=True)
+                stack.callback(unmount, self.run_folder)
             shutil.copy(self.world.start, self.run_folder / "random.safetensors")
             listener, _ = await asyncio.get_running_loop().create_datagram_endpoint(
                 lambda: _Listener(self._hear), local_addr=f"\0{self._socket}", family=socket.AF_UNIX
@@ -268,7 +292,7 @@ class Run:
                         await side.process.wait()
                 errors = [one for one in ended if isinstance(one, Exception) and not isinstance(one, TimeoutError)]
                 self.wrong += [f"{type(error).__name__}: {error}" for error in errors]
-        return self.check()
+            return self.check()
 
     def environment_of(self, side: str) -> dict[str, str]:
         """Variables of one side alone."""
@@ -314,6 +338,10 @@ class Run:
             if not side.killed:
                 if code == 0:
                     return
+                if code == 10 and self._ballast.exists() and "the disk is full" in self.log_of(name)[-500:]:
+                    self._ballast.unlink()
+                    self.full += 1
+                    continue
                 if code != 8:
                     raise RuntimeError(f"{name} ended with exit code {code}: {self.log_of(name)[-1500:]}")
                 self.given_up += 1  # a trainer was killed so often that its silo failed in the round
@@ -411,6 +439,11 @@ class Run:
             except (ProcessLookupError, KeyError):
                 return False
             del self._pids[silo]
+        elif what == FULL_DISK:
+            if self._ballast.exists():  # of the blow before
+                return False
+            self._fill()
+            state = self._state()
         elif what == "cut":
             proxy.cut()
         elif what == "cut all":
@@ -461,14 +494,26 @@ class Run:
             return "check" if self._proxies[silo].up - self._mark[silo][0] >= self._size else "upload"
         return "download" if (self.folder / f"{silo}-work" / "weights.safetensors.part").exists() else "gather"
 
+    @property
+    def _ballast(self) -> Path:
+        return self.run_folder / "ballast"
+
+    def _fill(self) -> None:
+        """Leaves no room on the disk of the run folder."""
+        with self._ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(1 << 12)):
+                pass
+
     def _corrupt_spool(self, blow: Blow) -> None:
         ledger = Ledger.read(self.run_folder)
-        spool = self.run_folder / "spools" / f"{blow.silo}.spool"
+        committed = ledger.committed if ledger.kind == "train" and not ledger.closed else set()
+        silo = min(committed, default=blow.silo)
+        spool = self.run_folder / "spools" / f"{silo}.spool"
         if not spool.exists():
             return
         _corrupt(spool, blow)
-        if ledger.kind == "train" and not ledger.closed and blow.silo in ledger.committed:
-            self._corrupted.add((blow.silo, ledger.round))
+        if silo in committed:
+            self._corrupted.add((silo, ledger.round))
         for name in ("incoming.safetensors", ".incoming.safetensors.1.part"):
             (self.run_folder / "weights" / name).write_bytes(b"half of a file")
 
@@ -599,6 +644,9 @@ def main() -> int:
     print(f"\n{table(done)}\n")
     print(f"{len(done)} runs, {failed} failed, {kills} kills and cuts, in {(time.monotonic() - started) / 60:.1f} min")
     print(f"asked again because the committed update was corrupted on disk: {sum(run.asked_again for run in done)}")
+    print(f"ended with a full disk and went on once there was room: {sum(run.full for run in done)}")
+    if not can_mount():
+        print("no disk was filled: that needs root, to mount a small one")
     print(f"gave up for lack of a quorum and were started again: {sum(run.given_up for run in done)}")
     if failed:
         print(f"what the failed runs left: {folder}")
