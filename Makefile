@@ -11,7 +11,7 @@ DEMO := .venv/.installed-demo
 DEV := .venv/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test chaos lint wheel clean
+.PHONY: help demo test chaos fuzz lint wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -25,6 +25,10 @@ test: $(DEV)  ## install into .venv what the tests need, then run them all (ARGS
 
 chaos: $(DEV)  ## N federations of ten rounds, each killed and cut off three times or more; prints kills by state (N=200)
 	$(BIN)/python tests/chaos/chaos_runs.py --runs $(or $(N),200)
+
+fuzz: $(DEV)  ## N malformed inputs for everything that reads a peer's bytes, under a limit of memory (N=1000000)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python tests/fuzz/fuzz.py --inputs $(or $(N),1000000)
 
 lint: $(DEV)  ## ruff check, ruff format --check, mypy --strict
 	$(BIN)/ruff check .
