@@ -1,4 +1,8 @@
-"""Files that are whole or not there, also after a power cut: written under a temporary name, then renamed."""
+"""Files that are whole or not there: written under a temporary name, then renamed.
+
+Those that are durable are so after a power cut, too. The others are so after any process was killed, which costs no
+wait for the disk.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from pathlib import Path
 
 from gptfl_dist.errors import StorageError
 
-__all__ = ["replacing", "storage_error", "sync_folder", "write_file"]
+__all__ = ["replacing", "storage_error", "sync_folder", "write_at", "write_file"]
 
 
 @contextlib.contextmanager
@@ -53,6 +57,13 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"{path}: the disk is full", hint="free some space; the same command goes on from there")
     return StorageError(f"{path}: {error.strerror or error}", hint="check the folder and its permissions")
+
+
+def write_at(fd: int, offset: int, view: memoryview) -> None:
+    """Writes all bytes of a view at `offset` of a file. Raises OSError."""
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
 
 
 def write_file(path: Path, content: bytes | str) -> None:

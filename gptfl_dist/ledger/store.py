@@ -286,7 +286,7 @@ class Ledger:
         """Where the weights of this digest lie."""
         return self.folder / "weights" / f"{digest}.safetensors"
 
-    def add_weights(self, layout: Layout, blocks: Iterable[bytes]) -> str:
+    def add_weights(self, layout: Layout, blocks: Iterable[bytes | memoryview]) -> str:
         """Writes weights under their digest; returns it."""
         incoming = self.folder / "weights" / "incoming.safetensors"
         digest = write_weights(incoming, layout, blocks, durable=self.durable)

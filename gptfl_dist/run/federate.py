@@ -90,6 +90,7 @@ class Federator:
             layout=layout,
             max_samples={entry.name: entry.max_samples for entry in file.silos},
             commit=self._commit,
+            max_norm=file.federation.max_update_norm,
             durable=ledger.durable,
         )
         self.exchange = make_exchange(self._inbox)
