@@ -153,6 +153,7 @@ def write_federation(folder: Path, listen: str, ports: dict[str, int], credentia
         "model": {"name": "cnn"},
         "arms": [ARM],
         "federation": rules,
+        "strategy": {"momentum": 0.5},  # which has a state on disk
         "exchange": {"listen": listen, "chunk": "64KiB", "keepalive": "5s", **pems("coordinator")},
         "silos": [{"name": silo} for silo in ports],
         **settings,
