@@ -25,6 +25,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[int]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        known = path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
@@ -36,6 +37,8 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[int]:
         temporary.replace(path)
         if durable:
             sync_folder(path.parent)
+            if not known:
+                sync_folder(path.parent.parent)
     except OSError as error:
         raise storage_error(error, path) from None
     finally:

@@ -47,10 +47,11 @@ SILOS = ("silo-1", "silo-2", "silo-3")
 ROUNDS = 10
 ARM = "fedavg_random"
 LONGEST = 300.0  # seconds of a run
+_WORDS = 16 << 10  # bytes that come down with a handshake and an order; more are of weights
 _STARTING = 1.5  # seconds from the start of a coordinator until it takes silos, about
-_TRAINING = 0.25  # seconds of the longest training
+_TRAINING = 0.35  # seconds of the longest training
 
-PHASES = ("start", "download", "training", "upload", "check", "aggregate", "evaluate")
+PHASES = ("start", "download", "training", "upload", "check", "committed", "aggregate", "evaluate")
 FULL_DISK = "full disk"
 KILLS = ("kill coordinator", "kill agent", "kill trainer", "cut", "cut all")
 TROUBLES = ("stall", "delay", "freeze", "corrupt spool", "corrupt work folder", FULL_DISK)
@@ -79,9 +80,9 @@ def plan(number: int) -> list[Blow]:
     blows = []
     for count, what in enumerate(draw.sample(whats, len(whats))):
         round_ = draw.randint(1, ROUNDS if count else 3)
-        phase = draw.choices(PHASES, weights=(2, 3, 3, 3, 4, 4, 1))[0]
+        phase = draw.choices(PHASES, weights=(2, 3, 3, 3, 4, 2, 4, 1))[0]
         if what == "corrupt spool":
-            phase = "check"  # one silo's update may be committed then, while others are awaited
+            phase = "committed"
         if phase == "start":
             round_ = 0
         elif phase == "evaluate":
@@ -182,6 +183,7 @@ class Ledger:
     closed: bool = False
     finished: bool = False
     committed: set[str] = field(default_factory=set)  # in the newest round
+    weights: set[str] = field(default_factory=set)  # digests that it names
 
     @classmethod
     def read(cls, folder: Path) -> Ledger:
@@ -195,6 +197,8 @@ class Ledger:
                 rows = database.execute("SELECT round, kind, weights FROM rounds ORDER BY round DESC LIMIT 1")
                 for round_, kind, weights in rows:
                     now.round, now.kind, now.closed = round_, kind, weights is not None
+                rows = database.execute("SELECT start FROM arms UNION SELECT weights FROM rounds")
+                now.weights = {digest for (digest,) in rows}
                 rows = database.execute(
                     "SELECT silo FROM orders WHERE round = ? AND samples IS NOT NULL AND failure IS NULL", (now.round,)
                 )
@@ -242,11 +246,11 @@ class Run:
         self.wrong: list[str] = []
         self.given_up = 0  # how often the coordinator ended with the error that says so, and was started again
         self.full = 0  # how often it ended with a full disk, and went on once there was room
-        self.asked_again = 0  # committed updates that were corrupted on disk
+        self.asked_again = 0  # how often for a committed update that was corrupted on disk
         self._at: dict[str, tuple[int, str]] = {}  # what each trainer said last: its round, and what of it
         self._pids: dict[str, int] = {}
         self._mark: dict[str, tuple[int, int]] = {}  # bytes up and down of each silo when its trainer spoke last
-        self._corrupted: set[tuple[str, int]] = set()
+        self._corrupted: set[tuple[str, int]] = set()  # committed updates that were corrupted on disk
         self._news = asyncio.Event()
         self._proxies: dict[str, TcpProxy] = {}
         self._sides: dict[str, Process] = {}
@@ -278,7 +282,7 @@ class Run:
             striking = asyncio.create_task(self._strike())
             try:
                 async with asyncio.timeout(LONGEST):
-                    await tasks["coordinator"]
+                    await asyncio.wait([tasks["coordinator"]])
                     # A silo that was down when the federation ended is never told of it.
                     await asyncio.wait([tasks[silo] for silo in SILOS], timeout=3)
             except TimeoutError:
@@ -306,9 +310,14 @@ class Run:
         elif blow.what == "corrupt work folder":
             self._corrupt_work_folder(blow)
 
-    def asked_again_wrongly(self, silo: str, round_: int) -> bool:
-        """Whether a silo that trains for a round now has delivered in it already."""
+    def holds(self, silo: str, round_: int) -> bool:
+        """Whether a silo's update of a round is committed."""
         return Ledger.read(self.run_folder).holds(silo, round_)
+
+    def delivered(self) -> dict[str, Counter[int]]:
+        """By silo, in which rounds it was told that its update is committed, and how often."""
+        pattern = rf"round (\d+) of {ARM}: update delivered"
+        return {silo: Counter(map(int, re.findall(pattern, self.log_of(silo)))) for silo in SILOS}
 
     def log_of(self, side: str) -> str:
         """All that a side has said."""
@@ -356,12 +365,8 @@ class Run:
         self._pids[silo] = pid
         if what == "setup":
             return
-        if what == "train":
-            if (silo, round_) in self._corrupted:
-                self._corrupted.discard((silo, round_))
-                self.asked_again += 1
-            elif self.asked_again_wrongly(silo, round_):
-                self.wrong.append(f"{silo} was asked again for its committed update of round {round_}")
+        if what == "train" and (silo, round_) not in self._corrupted and self.holds(silo, round_):
+            self.wrong.append(f"{silo} was asked again for its committed update of round {round_}")
         proxy = self._proxies[silo]
         self._at[silo], self._mark[silo] = (round_ or ROUNDS + 1, what), (proxy.up, proxy.down)
         self._news.set()
@@ -399,6 +404,12 @@ class Run:
             await self._until(blow.round, "done", silo)
             await self._passed("up", silo, 1.0, blow.round)
             await asyncio.sleep(0.03 * blow.fraction)
+        elif blow.phase == "committed":
+            # One silo's update is committed, and others are awaited.
+            await self._until(blow.round, "train", silo)
+            while (ledger := Ledger.read(self.run_folder)).round <= blow.round and not ledger.committed:
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(0.05 * blow.fraction)
         else:
             await self._until(blow.round, "done", None)
             await asyncio.gather(*(self._passed("up", name, 1.0, blow.round) for name in SILOS))
@@ -474,8 +485,8 @@ class Run:
         if ledger.closed:
             return "gather"
         if ledger.committed == set(SILOS):
-            weights = self.run_folder / "weights"
-            return "aggregate" if [*weights.glob(".*.part")] else "close"
+            written = {path.stem for path in (self.run_folder / "weights").glob("*.safetensors")}
+            return "close" if written - ledger.weights - {"incoming"} else "aggregate"
         return max((self._state_of(silo, ledger) for silo in SILOS), key=STATES.index)
 
     def _state_of(self, silo: str, ledger: Ledger | None = None) -> str:
@@ -493,7 +504,8 @@ class Run:
         if round_ == ledger.round:
             # The end of an upload is not seen from here to the byte: TLS adds to it.
             return "check" if self._proxies[silo].up - self._mark[silo][0] >= self._size else "upload"
-        return "download" if (self.folder / f"{silo}-work" / "weights.safetensors.part").exists() else "gather"
+        received = self._proxies[silo].down - self._mark.get(silo, (0, 0))[1]
+        return "download" if _WORDS < received < self._size else "gather"
 
     @property
     def _ballast(self) -> Path:
@@ -543,9 +555,16 @@ class Run:
         left = [*self.run_folder.rglob("*.part"), *self.run_folder.rglob("incoming.safetensors")]
         if left:
             self.wrong.append(f"left behind: {', '.join(map(str, left))}")
-        noted = len(re.findall("is damaged on disk and is asked for again", self.log_of("coordinator")))
-        if noted < self.asked_again:
-            self.wrong.append(f"{self.asked_again} corrupted updates were asked for again, {noted} were told of")
+        for silo, rounds in self.delivered().items():
+            for round_, count in rounds.items():
+                # A silo that is asked again need not train again: it has its update still.
+                if count > 1 and (silo, round_) not in self._corrupted:
+                    self.wrong.append(f"{silo} delivered its update of round {round_} {count} times")
+        self.asked_again = self.log_of("coordinator").count("is damaged on disk and is asked for again")
+        if self.asked_again < len(self._corrupted) or (self.asked_again and not self._corrupted):
+            self.wrong.append(
+                f"{len(self._corrupted)} committed updates were corrupted, {self.asked_again} were told of"
+            )
         return final
 
 

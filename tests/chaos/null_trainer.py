@@ -20,7 +20,7 @@ from gptfl_dist.launch.channel import TrainerEnd
 from gptfl_dist.weights import WeightsFile, write_weights
 
 SOCKET = "GPTFL_CHAOS_SOCKET"
-SECONDS = (0.05, 0.25)  # of a training; an evaluation takes the least
+SECONDS = (0.05, 0.35)  # of a training; an evaluation takes the least
 
 
 def main() -> None:

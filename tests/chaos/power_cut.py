@@ -14,14 +14,13 @@ import argparse
 import asyncio
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from chaos_runs import ARM, PHASES, ROUNDS, SILOS, Blow, Ledger, Run, World, made_world, runs, table
+from chaos_runs import PHASES, ROUNDS, SILOS, Blow, Ledger, Run, World, made_world, runs, table
 
 _BLOCK = 4096
 
@@ -105,8 +104,9 @@ def plan(number: int) -> list[Blow]:
     draw = random.Random(f"power/{number}")
     whats = ["kill coordinator"] * draw.randint(3, 4) + draw.choices(("kill agent", "cut", "stall"), k=1)
     draw.shuffle(whats)
+    phases = (*PHASES[1:-1], "committed", "committed")
     blows = [
-        Blow(draw.randint(1, ROUNDS), draw.choice(PHASES[1:-1]), draw.choice(SILOS), what, draw.random(), 0.2)
+        Blow(draw.randint(1, ROUNDS), draw.choice(phases), draw.choice(SILOS), what, draw.random(), 0.2)
         for what in whats
     ]
     return sorted(blows, key=lambda blow: (blow.round, PHASES.index(blow.phase)))
@@ -136,7 +136,7 @@ class PowerCutRun(Run):
         ledger = Ledger.read(self.run_folder)
         self.lost |= {(silo, round_) for silo, round_ in self._acknowledged() if not ledger.holds(silo, round_)}
 
-    def asked_again_wrongly(self, silo: str, round_: int) -> bool:
+    def holds(self, silo: str, round_: int) -> bool:
         return (silo, round_) in self._acknowledged()
 
     def check(self) -> str:
@@ -146,11 +146,7 @@ class PowerCutRun(Run):
 
     def _acknowledged(self) -> set[tuple[str, int]]:
         """Silo and round of every update that the silo was told was committed."""
-        return {
-            (silo, int(round_))
-            for silo in SILOS
-            for round_ in re.findall(rf"round (\d+) of {ARM}: update delivered", self.log_of(silo))
-        }
+        return {(silo, round_) for silo, rounds in self.delivered().items() for round_ in rounds}
 
 
 def main() -> int:
