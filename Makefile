@@ -1,4 +1,5 @@
-# `make help` lists what can be made. Variables: PYTHON (which Python makes .venv), PIP_ARGS (for pip install), ARGS (for pytest).
+# `make help` lists what can be made. Variables: PYTHON (which Python makes .venv), PIP_ARGS (for pip install), ARGS (for pytest),
+# N (how many chaos runs, or fuzz inputs).
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
@@ -10,7 +11,7 @@ DEMO := .venv/.installed-demo
 DEV := .venv/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint wheel clean
+.PHONY: help demo test chaos fuzz lint wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -21,6 +22,13 @@ demo: $(DEMO)  ## install into .venv what the demo needs, then run it (report in
 
 test: $(DEV)  ## install into .venv what the tests need, then run them all (ARGS="tests/config -x" runs some)
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: $(DEV)  ## N federations of ten rounds, each killed and cut off three times or more; prints kills by state (N=200)
+	$(BIN)/python tests/chaos/chaos_runs.py --runs $(or $(N),200)
+
+fuzz: $(DEV)  ## N malformed inputs for everything that reads a peer's bytes, under a limit of memory (N=1000000)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python tests/fuzz/fuzz.py --inputs $(or $(N),1000000)
 
 lint: $(DEV)  ## ruff check, ruff format --check, mypy --strict
 	$(BIN)/ruff check .

@@ -14,14 +14,18 @@ from pathlib import Path
 
 from gptfl_dist.errors import StorageError
 
-__all__ = ["replacing", "storage_error", "write_at", "write_file"]
+__all__ = ["replacing", "storage_error", "sync_folder", "write_at", "write_file"]
 
 
 @contextlib.contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[int]:
-    """A descriptor of a temporary file (0600) that becomes `path` when the block ends well, and vanishes if not."""
+    """A descriptor of a temporary file (0600) that becomes `path` when the block ends well, and vanishes if not.
+
+    `durable`: once it is `path`, a power cut does not take it away. Else that is left to the kernel, which is quicker.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        known = path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
@@ -32,7 +36,9 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[int]:
             os.close(fd)
         temporary.replace(path)
         if durable:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
+            if not known:
+                sync_folder(path.parent.parent)
     except OSError as error:
         raise storage_error(error, path) from None
     finally:
@@ -40,8 +46,8 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[int]:
             temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in the folder survive a power cut."""
+def sync_folder(folder: Path) -> None:
+    """Makes what was created and renamed in the folder survive a power cut. Raises OSError."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

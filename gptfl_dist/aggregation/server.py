@@ -118,8 +118,8 @@ def stepping(
 ) -> Iterator[ServerOptimizer]:
     """The optimiser of one round: goes on from the state in `old` (None in the first round), leaves its own in `new`.
 
-    Reads and writes nothing where nothing is remembered. Raises StorageError, also where `old` is missing or is no
-    state of this strategy and model.
+    Reads and writes nothing where nothing is remembered. `durable` as in `replacing`. Raises StorageError, also where
+    `old` is missing or is no state of this strategy and model.
     """
     shape = _state_layout(strategy, layout)
     if not shape.nbytes:

@@ -334,6 +334,7 @@ class FederationFile(Section):
     name: Name
     seed: NonNegativeInt = 0
     run_folder: Path = Path("run")
+    durability: Literal["process", "power"] = "process"
     labels: list[str] = Field(min_length=2)
     task: Task = Task()
     model: Model = Model()

@@ -19,7 +19,7 @@ from gptfl_dist.aggregation.mean import norm
 from gptfl_dist.errors import StorageError
 from gptfl_dist.exchange.base import UpdateHeader
 from gptfl_dist.federation.orders import Order, Report
-from gptfl_dist.files import storage_error, write_at
+from gptfl_dist.files import storage_error, sync_folder, write_at
 from gptfl_dist.weights import Layout, digest_of
 
 _METRIC = re.compile(r"[a-z][a-z0-9_]{0,62}")
@@ -87,6 +87,15 @@ class Spool:
         """BLAKE3 of the whole, in hex."""
         return digest_of(self, self.size)
 
+    def sync(self) -> None:
+        """What was written survives a power cut from now on. Raises StorageError."""
+        try:
+            os.fsync(self._fd)
+            sync_folder(self.path.parent)
+            sync_folder(self.path.parent.parent)
+        except OSError as error:
+            raise storage_error(error, self.path) from None
+
     def close(self) -> None:
         os.close(self._fd)
 
@@ -103,7 +112,8 @@ class _Expected:
 
 @dataclass
 class Inbox:
-    """`max_samples` holds the registered maximum of each silo; `commit(silo, order, report, digest)` makes it durable.
+    """`max_samples` holds the registered maximum of each silo; `commit(silo, order, report, digest)` makes it count.
+    `durable`: a committed update is there after a power cut too.
 
     `max_norm` bounds the Euclidean norm of an update; None does not.
     `digest` is "" for an evaluation. `finish` may run in a thread beside all other calls: what it checks cannot be
@@ -115,6 +125,7 @@ class Inbox:
     max_samples: Mapping[str, int]
     commit: Callable[[str, Order, Report, str], None]
     max_norm: float | None = None
+    durable: bool = False
     _expected: dict[str, _Expected] = field(default_factory=dict)
     _spools: dict[str, Spool] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # around every change of what is expected
@@ -208,6 +219,8 @@ class Inbox:
             expected.checking = True
         try:
             wrong = self._what_is_wrong(spool, header)
+            if self.durable and not wrong:
+                spool.sync()
             with self._lock:
                 # The spool may be another order's by now: then nothing of it is touched.
                 if self._expected.get(silo) is not expected:

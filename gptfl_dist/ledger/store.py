@@ -1,7 +1,9 @@
 """The coordinator's durable record: SQLite beside weights files that are named by their content.
 
 Every step of a round is one transaction, so a coordinator that was killed finds the round it was in, the orders it
-gave and the updates it had committed. The whole of a run folder belongs to one federation file: another is refused.
+gave and the updates it had committed. A durable ledger is there after a power cut too: each transaction, and every file
+that it names, is on the disk before it counts. The whole of a run folder belongs to one federation file: another is
+refused.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptfl_dist.errors import ConfigError, StorageError
-from gptfl_dist.files import storage_error
-from gptfl_dist.weights import Layout, write_weights
+from gptfl_dist.errors import ConfigError, ModelError, StorageError
+from gptfl_dist.files import storage_error, sync_folder
+from gptfl_dist.weights import Layout, WeightsFile, write_weights
 
 _VERSION = 1  # of the schema; SQLite keeps it as user_version
 _SCHEMA = f"""
@@ -39,6 +41,8 @@ CREATE TABLE IF NOT EXISTS orders (
     PRIMARY KEY (arm, round, silo)
 );
 """
+
+_ANEW = "bring the run folder back from a backup, or start anew with --fresh"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +155,15 @@ def locked(folder: Path) -> Iterator[None]:
 class Ledger:
     """The record in a run folder. Every method is one transaction and safe to call from any thread."""
 
-    def __init__(self, folder: Path, request: str) -> None:
-        """Opens or makes the record. `request` is a text that stands for what the run computes.
+    def __init__(self, folder: Path, request: str, *, durable: bool = False) -> None:
+        """Opens or makes the record. `request` is a text that stands for what the run computes; `durable`: what was
+        noted survives a power cut, not only a killed process.
 
         Raises ConfigError if the folder holds a run of another request, StorageError if it cannot be written, if the
         database is damaged, or if another process holds it.
         """
         self.folder = folder
+        self.durable = durable
         self._path = folder / "ledger.sqlite"
         self._lock = threading.RLock()
         with contextlib.ExitStack() as undo:
@@ -173,7 +179,12 @@ class Ledger:
                 self._path.chmod(0o600)
                 self._database.execute("PRAGMA journal_mode=WAL")
                 self._require_our_schema()
+                # NORMAL: a power cut takes the last transactions, but never damages the database.
+                self._database.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
                 self._database.executescript(_SCHEMA)
+                if durable:
+                    sync_folder(folder)
+                    sync_folder(folder.parent)
             known = self.fact("request")
             if known is not None and known != request:
                 difference = _first_difference(known, request)
@@ -344,9 +355,22 @@ class Ledger:
     def add_weights(self, layout: Layout, blocks: Iterable[bytes | memoryview]) -> str:
         """Writes weights under their digest; returns it."""
         incoming = self.folder / "weights" / "incoming.safetensors"
-        digest = write_weights(incoming, layout, blocks, durable=False)
-        incoming.replace(self.weights_path(digest))  # found again by the row that names it, or written anew
+        digest = write_weights(incoming, layout, blocks, durable=self.durable)
+        with self._storing():
+            incoming.replace(self.weights_path(digest))
+            if self.durable:
+                sync_folder(incoming.parent)  # before the row that names it
         return digest
+
+    def require_weights(self, digest: str) -> None:
+        """Raises StorageError where the weights of this digest are missing or damaged, or their strategy's state is.
+
+        Reads all of them.
+        """
+        _require(self.weights_path(digest), digest)
+        state = self.fact(f"state/{digest}")
+        if state is not None:
+            _require(self.state_path(digest), state)
 
     @property
     def incoming_state(self) -> Path:
@@ -359,8 +383,14 @@ class Ledger:
 
     def keep_state(self, digest: str) -> None:
         """Puts the state that was written, if there is one, beside the weights of this digest."""
-        with self._storing(), contextlib.suppress(FileNotFoundError):
+        if not self.incoming_state.exists():
+            return
+        with WeightsFile(self.incoming_state) as state:
+            self.set_fact(f"state/{digest}", state.digest())
+        with self._storing():
             self.incoming_state.replace(self.state_path(digest))
+            if self.durable:
+                sync_folder(self.incoming_state.parent)
 
     def drop_weights_except(self, digests: Iterable[str]) -> None:
         """Deletes the weights that nothing needs any more, with their strategy's state."""
@@ -392,8 +422,18 @@ class Ledger:
         except sqlite3.Error as error:
             raise StorageError(
                 f"{self._path}: the record is damaged ({error})",
-                hint="bring the run folder back from a backup, or start anew with --fresh",
+                hint=_ANEW,
             ) from None
+
+
+def _require(path: Path, digest: str) -> None:
+    try:
+        with WeightsFile(path) as weights:
+            whole = weights.digest() == digest
+    except ModelError as error:
+        raise StorageError(f"weights of this run are lost: {error}", hint=_ANEW) from None
+    if not whole:
+        raise StorageError(f"{path} is damaged: its content is not what was written", hint=_ANEW)
 
 
 def _first_difference(old: str, new: str) -> str:

@@ -91,7 +91,7 @@ async def coordinate(
         raise DataError(
             f"the data {file.test_data} does not exist", hint=f"check test_data in {path}: it is relative to that file"
         )
-    ledger = Ledger(file.run_folder, _request(file))
+    ledger = Ledger(file.run_folder, _request(file), durable=file.durability == "power")
     try:
         if ledger.fact("finished") is not None and (file.run_folder / FILE_NAME).exists():
             say(f"{file.run_folder}: this run is finished; --fresh makes it anew")
@@ -107,8 +107,8 @@ async def coordinate(
 
 
 def _request(file: FederationFile) -> str:
-    """What makes a run another run: everything but where it lies and how it is reached."""
-    content = file.model_dump(mode="json", exclude={"run_folder", "exchange"})
+    """What makes a run another run: everything but where it lies, how it is reached and what it survives."""
+    content = file.model_dump(mode="json", exclude={"run_folder", "durability", "exchange"})
     for silo in content["silos"]:
         del silo["file"]
     return json.dumps(content, sort_keys=True)

@@ -100,6 +100,7 @@ class Federator:
             max_samples={entry.name: entry.max_samples for entry in file.silos},
             commit=self._commit,
             max_norm=file.federation.max_update_norm,
+            durable=ledger.durable,
         )
         self.exchange = make_exchange(self._inbox)
         self._connected: set[str] = set()
@@ -150,6 +151,7 @@ class Federator:
                 assert record.best_round is not None
                 for name, digest in ((arm, record.weights_of(record.best_round)), (f"{arm}-final", record.final)):
                     target = self._ledger.folder / "models" / f"{name}.safetensors"
+                    await asyncio.to_thread(self._ledger.require_weights, digest)
                     await asyncio.to_thread(_publish, self._ledger.weights_path(digest), target)
 
     @contextlib.contextmanager
@@ -232,6 +234,8 @@ class Federator:
             return
         arm = ArmRun(plan, self._file, self._silos, assembled=self._assembled)
         unfinished = next((r for r in record.rounds if r.kind == "train" and r.weights is None), None)
+        # No silo could start from damaged weights, and what this process writes later it need not doubt.
+        await asyncio.to_thread(self._ledger.require_weights, record.final)
         try:
             self._catch_up_with_tests(plan, record)
             delivered = await self._take_over(arm, record)
@@ -372,7 +376,8 @@ class Federator:
         weights = shares(samples, staleness, self._file.federation.staleness)
         updates = self._inbox.updates(tuple(counted))
         old = self._ledger.state_path(arm.base) if arm.round > 1 else None
-        with stepping(self._file.strategy, self._layout, old, self._ledger.incoming_state, durable=False) as optimizer:
+        new, durable = self._ledger.incoming_state, self._ledger.durable
+        with stepping(self._file.strategy, self._layout, old, new, durable=durable) as optimizer:
             blocks = weighted_mean(self._layout, arm.weights, updates, weights, optimizer.step)
             digest = self._ledger.add_weights(self._layout, blocks)
         self._ledger.keep_state(digest)

@@ -84,7 +84,10 @@ class OrderRunner(Protocol):
 
 
 class ProcessRunner:
-    """An OrderRunner whose trainer is a process of its own, started anew when it has ended."""
+    """An OrderRunner whose trainer is a process of its own, started anew when it has ended.
+
+    One that was killed, as the kernel does for want of memory, is given a second try in each order.
+    """
 
     def __init__(self, silo: SiloFile, folder: Path, log: Path) -> None:
         """`folder` is where the silo file lies; the trainer's output goes to `log`."""
@@ -99,6 +102,14 @@ class ProcessRunner:
 
     async def setup(self, plan: Plan) -> Layout:
         self._plan = plan
+        try:
+            return await self._start(plan)
+        except TrainerError:
+            if not self._killed():
+                raise
+            return await self._start(plan)
+
+    async def _start(self, plan: Plan) -> Layout:
         await self._process.stop()
         await self._process.start()
         message: Message = {
@@ -120,15 +131,24 @@ class ProcessRunner:
         try:
             answer = await self._process.ask(message, "result", progress)
         except TrainerError:
-            if self._process.exit_code != 0:
+            if self._process.exit_code == 0:
+                # A script whose own loop is over ends by itself, as it did before it was a silo's: it begins anew.
+                _log.warning("the trainer ended between two rounds and is started again")
+            elif not self._killed():
                 raise
-            # A script whose own loop is over ends by itself, as it did before it was a silo's: it begins anew.
-            _log.warning("the trainer ended between two rounds and is started again")
             assert self._plan is not None
-            await self.setup(self._plan)
+            await self._start(self._plan)
             answer = await self._process.ask(message, "result", progress)
         metrics = {str(name): float(value) for name, value in answer["metrics"].items()}
         return Result(str(answer["digest"]), int(answer["samples"]), metrics)
+
+    def _killed(self) -> bool:
+        """Whether the trainer was killed, and not by us; says so."""
+        code = self._process.exit_code
+        if code is None or code >= 0:
+            return False
+        _log.warning("the trainer was killed by signal %d and is started again", -code)
+        return True
 
     async def finish(self) -> None:
         await self._process.finish({"type": "finish"})

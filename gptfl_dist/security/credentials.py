@@ -14,6 +14,7 @@ from gptfl_dist.errors import IdentityError
 from gptfl_dist.security.authority import Credentials
 from gptfl_dist.security.identity import Identity
 
+_UNREADABLE = (ValueError, x509.InvalidVersion)
 _HINT = "`gptfl credentials` makes a set for every side"
 
 
@@ -34,11 +35,11 @@ def load_credentials(
         raise IdentityError(f"{key}: others may read this private key (mode {mode:04o})", hint=f"chmod 600 {key}")
     try:
         own = x509.load_pem_x509_certificate(pem[certificate])
-    except ValueError:
+    except _UNREADABLE:
         raise IdentityError(f"{certificate}: not a PEM certificate", hint=_HINT) from None
     try:
         issuer = x509.load_pem_x509_certificate(pem[authority])
-    except ValueError:
+    except _UNREADABLE:
         raise IdentityError(f"{authority}: not a PEM certificate", hint=_HINT) from None
     try:
         private = serialization.load_pem_private_key(pem[key], password=None)
@@ -64,7 +65,7 @@ def identity_in(certificate: bytes, name: str) -> Identity:
         extensions = x509.load_pem_x509_certificate(certificate).extensions
         names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         uris = names.get_values_for_type(x509.UniformResourceIdentifier)
-    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType, *_UNREADABLE):
         uris = []
     if len(uris) != 1:
         raise IdentityError(f"{name}: carries {len(uris)} URIs, expected exactly one", hint=_HINT)

@@ -25,7 +25,6 @@ from exchange_world import (
     train_order,
     whole,
 )
-from tcp_proxy import TcpProxy
 
 from gptfl_dist.errors import LaunchError, ProtocolError
 from gptfl_dist.exchange import inbox as inbox_module
@@ -46,6 +45,7 @@ from gptfl_dist.exchange.grpc.frames import encode_chunk
 from gptfl_dist.exchange.grpc.server import NONCE, SERVICE, GrpcCoordinatorExchange
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.security.handshake import is_loopback
+from gptfl_dist.testing.proxy import TcpProxy
 from gptfl_dist.weights import Layout, WeightsFile, write_weights
 
 LONG = Layout.of([("w", (6 << 20,), "F32")])  # 24 MiB

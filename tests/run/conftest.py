@@ -1,9 +1,10 @@
-"""For the federations in one event loop."""
+"""For the federations in one event loop. Whatever is imported first, grpc is loaded with our list of TLS suites."""
 
 from __future__ import annotations
 
 import pytest
 
+import gptfl_dist.exchange.grpc  # noqa: F401
 from gptfl_dist.run import silo as silo_module
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
 import sqlite3
 import ssl
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -226,15 +227,18 @@ def test_a_second_call_returns_what_was_found_as_json_and_fresh_makes_it_anew(wa
     assert anew["arms"]["fedavg_random"]["curve"] == before["arms"]["fedavg_random"]["curve"]
 
 
-def test_a_killed_trainer_costs_its_silo_the_round_and_no_more(
+def test_a_killed_trainer_is_started_again_and_killed_once_more_costs_its_silo_the_round_and_no_more(
     gptfl: Commands, federation: Callable[..., Federation]
 ) -> None:
     rules = {"rounds": 3, "quorum": "majority", "deadline": "120s", "join_deadline": "120s"}
     three = federation(silos=3, epochs=25, federation=rules)
     command = gptfl.start("run", three.path)
     wait_for(lambda: three.owed(2) == {"silo-1", "silo-2", "silo-3"})
-    victim = command.pids("gptfl_dist.run.trainer")[0]
-    subprocess.run(["kill", "-9", str(victim)], check=True)
+    first = set(command.pids("gptfl_dist.run.trainer"))
+    os.kill(min(first), signal.SIGKILL)
+    second = wait_for(lambda: set(command.pids("gptfl_dist.run.trainer")) - first)
+    for victim in second:
+        os.kill(victim, signal.SIGKILL)
     assert command.wait() == 0, command.stderr
     assert re.search(r"round 2: silo-\d failed: TrainerError: the trainer was killed by signal 9", command.stderr)
     arm = three.summary()["arms"]["fedavg_random"]

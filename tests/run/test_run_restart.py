@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -81,7 +82,7 @@ WRITES = [
     for name in vars(Ledger)
     if not name.startswith("_")
     and name not in ("folder", "close", "fact", "seconds", "arm", "arms", "add_seconds")
-    and name not in ("weights_path", "state_path", "incoming_state")
+    and name not in ("weights_path", "state_path", "incoming_state", "require_weights")
 ]
 for _name in WRITES:
     setattr(MortalLedger, _name, _mortal(_name))
@@ -287,3 +288,34 @@ async def test_the_bytes_of_a_round_are_counted_over_a_restart(tmp_path: Path) -
         held.release()
         record = await world.federate()
     assert (record.rounds[0].bytes_down, record.rounds[0].bytes_up) == (3 * LAYOUT.nbytes, 3 * LAYOUT.nbytes)
+
+
+@pytest.mark.parametrize("folder", ["weights", "strategy"])
+@pytest.mark.parametrize("damage", ["a byte", "its end", "all"])
+@in_loop
+async def test_damaged_weights_and_strategy_state_are_named_and_not_gone_on_from(
+    tmp_path: Path, folder: str, damage: str
+) -> None:
+    async with World(tmp_path, rounds=2, strategy={"momentum": 0.5}) as world:
+        held = world.network.hold("c", "upload", round=2)
+        world.join(*world.trainers)
+        async with world.coordinator() as federator:
+            run = asyncio.create_task(federator.run())
+            await held.reached.wait()
+            world.network.drop_coordinator()
+            run.cancel()
+            await asyncio.wait([run])
+        path = world.file.run_folder / folder / f"{world.record().final}.safetensors"
+        content = path.read_bytes()
+        if damage == "a byte":
+            path.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        elif damage == "its end":
+            path.write_bytes(content[:-3])
+        else:
+            path.unlink()
+        held.release()
+        async with world.coordinator() as federator:
+            with pytest.raises(StorageError, match=re.escape(str(path))) as error:
+                await federator.run()
+    assert "--fresh" in error.value.hint
+    assert world.trained("c") == [(ARM, 1), (ARM, 2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 
@@ -13,7 +14,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from gptfl_dist.errors import IdentityError
 from gptfl_dist.security.authority import Authority, Credentials
-from gptfl_dist.security.credentials import load_credentials
+from gptfl_dist.security.credentials import identity_in, load_credentials
 from gptfl_dist.security.identity import Identity
 
 AUTHORITY = Authority("fed", valid=timedelta(days=1))
@@ -168,3 +169,18 @@ def test_a_certificate_without_exactly_one_uri_of_ours_is_refused(tmp_path, uris
     Credentials(pem, pem, key).save(tmp_path)
     with pytest.raises(IdentityError, match="expected"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["authority", "certificate"])
+def test_a_certificate_of_no_version_that_there_is_is_named(folder, name):
+    """cryptography raises an error of its own for it, which is no ValueError."""
+    path = folder / f"{name}.pem"
+    der = x509.load_pem_x509_certificate(path.read_bytes()).public_bytes(serialization.Encoding.DER)
+    version = bytes.fromhex("a003020102")
+    assert der.count(version) == 1
+    text = b64encode(der.replace(version, bytes.fromhex("a003020142"))).decode()
+    path.write_text(f"-----BEGIN CERTIFICATE-----\n{text}\n-----END CERTIFICATE-----\n")
+    with pytest.raises(IdentityError, match=rf"{name}\.pem: not a PEM certificate"):
+        load(folder)
+    with pytest.raises(IdentityError, match="expected exactly one"):
+        identity_in(path.read_bytes(), "it")

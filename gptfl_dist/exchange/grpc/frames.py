@@ -50,7 +50,7 @@ def _read_varint(view: memoryview, position: int) -> tuple[int, int]:
         position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            if value >= 1 << 64:
+            if value >= 1 << 64 or (shift and not byte):  # too large, or longer than it need be
                 break
             return value, position
     raise ProtocolError("a chunk holds a broken number")

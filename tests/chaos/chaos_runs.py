@@ -1,0 +1,679 @@
+"""Federations of real processes that are killed, cut off and corrupted at random, and must come to the same weights.
+
+    make chaos N=200            200 runs, seeded by their numbers; prints kills by state; exits with 1 on any failure
+    python tests/chaos/chaos_runs.py --runs 1 --first 17        run 17 alone
+
+A run is a synchronous federation of ten rounds with full quorum: `gptfl coordinator`, and three `gptfl silo`, each
+behind a TCP proxy of its own, with trainers that need no torch (`null_trainer.py`). What strikes it, where, in which
+round and in which state of it, is drawn from the run's number: `kill -9` of coordinator, agent or trainer, connections
+reset, stalled, delayed or dead without a word, spools and work folders corrupted. Whoever was killed is started again
+by the driver, as an operator would. Of a run is expected that it ends, that its weights are bit by bit those of the
+undisturbed run, that no committed update is trained again, and that it leaves nothing half-written behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import functools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gptfl_dist.config.document import dump_yaml
+from gptfl_dist.testing.proxy import TcpProxy
+from gptfl_dist.weights import WeightsFile
+
+GPTFL = (sys.executable, "-m", "gptfl_dist")
+TRAINER = Path(__file__).with_name("null_trainer.py")
+SILOS = ("silo-1", "silo-2", "silo-3")
+ROUNDS = 10
+ARM = "fedavg_random"
+LONGEST = 300.0  # seconds of a run
+_WORDS = 16 << 10  # bytes that come down with a handshake and an order; more are of weights
+_STARTING = 1.5  # seconds from the start of a coordinator until it takes silos, about
+_TRAINING = 0.35  # seconds of the longest training
+
+PHASES = ("start", "download", "training", "upload", "check", "committed", "aggregate", "evaluate")
+FULL_DISK = "full disk"
+KILLS = ("kill coordinator", "kill agent", "kill trainer", "cut", "cut all")
+TROUBLES = ("stall", "delay", "freeze", "corrupt spool", "corrupt work folder", FULL_DISK)
+STATES = ("start", "gather", "download", "training", "upload", "check", "aggregate", "close", "evaluate", "report")
+
+
+@dataclass(frozen=True)
+class Blow:
+    """What strikes, where and when: `fraction` of the phase that is reached, `seconds` until it is over."""
+
+    round: int
+    phase: str
+    silo: str
+    what: str
+    fraction: float
+    seconds: float
+
+
+def plan(number: int) -> list[Blow]:
+    """The blows of a run, in order. Three to five kills or cuts, and now and then something else."""
+    draw = random.Random(f"chaos/{number}")
+    whats = draw.choices(KILLS, weights=(4, 3, 2, 2, 1), k=draw.randint(3, 5))
+    whats += draw.choices(TROUBLES[:-1], weights=(3, 3, 0.5, 2, 1), k=draw.randint(0, 2))
+    if number % 10 == 9 and can_mount():
+        whats += [FULL_DISK] * 2
+    blows = []
+    for count, what in enumerate(draw.sample(whats, len(whats))):
+        round_ = draw.randint(1, ROUNDS if count else 3)
+        phase = draw.choices(PHASES, weights=(2, 3, 3, 3, 4, 2, 4, 1))[0]
+        if what == "corrupt spool":
+            phase = "committed"
+        if phase == "start":
+            round_ = 0
+        elif phase == "evaluate":
+            round_ = ROUNDS + 1
+        blows.append(Blow(round_, phase, draw.choice(SILOS), what, draw.random(), draw.uniform(0.1, 1.5)))
+    return sorted(blows, key=lambda blow: (blow.round, PHASES.index(blow.phase)))
+
+
+@functools.cache
+def can_mount() -> bool:
+    """Whether a small disk can be had here, to be filled: a tmpfs, which takes root."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(["mount", "-t", "tmpfs", "none", folder], capture_output=True).returncode == 0
+        if done:
+            unmount(Path(folder))
+    return done
+
+
+def unmount(folder: Path) -> None:
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+class World:
+    """What all runs share: certificates, the start weights, and how the undisturbed run ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.layout = folder / "layout.json"
+        self.start = folder / "random.safetensors"
+        self.final = ""
+        self.seconds = 0.0
+
+    def prepare(self) -> None:
+        template = self.folder / "template"
+        path = write_federation(template, "127.0.0.1:0", dict.fromkeys(SILOS, 1), self.folder / "credentials")
+        code = (
+            "import sys; from pathlib import Path; from gptfl_dist.config.load import load_federation;"
+            "from gptfl_dist.learning.models import build_model; from gptfl_dist.weights.flat import FlatModel;"
+            "file = load_federation(Path(sys.argv[1]));"
+            "model = build_model(file.model, file.task, len(file.labels), file.seed);"
+            "FlatModel(model).save(Path(sys.argv[2]))"
+        )
+        subprocess.run([sys.executable, "-c", code, str(path), str(self.start)], check=True)
+        command = [*GPTFL, "credentials", str(path), "--host", "127.0.0.1", "--out", str(self.folder / "credentials")]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        with WeightsFile(self.start) as weights:
+            assert {tensor.dtype for tensor in weights.layout.tensors} == {"F32"}
+            self.layout.write_text(weights.layout.to_json())
+
+
+def write_federation(folder: Path, listen: str, ports: dict[str, int], credentials: Path, **settings: Any) -> Path:
+    """Writes the federation file and a silo file NAME.yaml for each silo; `ports` are those that the silos dial."""
+    folder.mkdir(parents=True)
+
+    def pems(side: str) -> dict[str, str]:
+        return {name: str(credentials / side / f"{name}.pem") for name in ("authority", "certificate", "key")}
+
+    for silo, port in ports.items():
+        content = {
+            "name": silo,
+            "coordinator": {"address": f"127.0.0.1:{port}", **pems(silo)},
+            "code": {"script": str(TRAINER)},
+        }
+        (folder / f"{silo}.yaml").write_text(dump_yaml(content))
+    rules = {"rounds": ROUNDS, "cohort": "all", "quorum": "all", "deadline": "600s", "join_deadline": "600s"}
+    content = {
+        "name": "chaos",
+        "labels": ["left", "right"],
+        "model": {"name": "cnn"},
+        "arms": [ARM],
+        "federation": rules,
+        "strategy": {"momentum": 0.5},  # which has a state on disk
+        "exchange": {"listen": listen, "chunk": "64KiB", "keepalive": "5s", **pems("coordinator")},
+        "silos": [{"name": silo} for silo in ports],
+        **settings,
+    }
+    path = folder / "federation.yaml"
+    path.write_text(dump_yaml(content))
+    return path
+
+
+def free_port() -> int:
+    """A port that is free now and is not handed out to those who ask for any: the coordinator comes back to it."""
+    for port in random.sample(range(10_000, 30_000), 1000):
+        with socket.socket() as trial, contextlib.suppress(OSError):
+            trial.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no port is free")
+
+
+@dataclass
+class Ledger:
+    """What a run's ledger says now."""
+
+    there: bool = False
+    round: int = 0
+    kind: str = ""
+    closed: bool = False
+    finished: bool = False
+    committed: set[str] = field(default_factory=set)  # in the newest round
+    weights: set[str] = field(default_factory=set)  # digests that it names
+
+    @classmethod
+    def read(cls, folder: Path) -> Ledger:
+        now, path = cls(), folder / "ledger.sqlite"
+        if not path.exists():
+            return now
+        try:
+            with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=1)) as database:
+                now.finished = bool(database.execute("SELECT count(*) FROM arms WHERE finished").fetchone()[0])
+                now.there = True
+                rows = database.execute("SELECT round, kind, weights FROM rounds ORDER BY round DESC LIMIT 1")
+                for round_, kind, weights in rows:
+                    now.round, now.kind, now.closed = round_, kind, weights is not None
+                rows = database.execute("SELECT start FROM arms UNION SELECT weights FROM rounds")
+                now.weights = {digest for (digest,) in rows}
+                rows = database.execute(
+                    "SELECT silo FROM orders WHERE round = ? AND samples IS NOT NULL AND failure IS NULL", (now.round,)
+                )
+                now.committed = {silo for (silo,) in rows}
+        except sqlite3.OperationalError:  # no table yet, or locked for the moment
+            pass
+        return now
+
+    def holds(self, silo: str, round_: int) -> bool:
+        """Whether a silo's update of a round is committed, as all are of the rounds before the newest."""
+        return self.round > round_ or (self.round == round_ and silo in self.committed)
+
+
+@dataclass
+class Process:
+    """A side: its process, started again by the driver whenever it was killed."""
+
+    arguments: list[str]
+    log: Path
+    process: asyncio.subprocess.Process | None = None
+    killed: bool = False
+    blow: Blow | None = None  # that killed it last
+
+    def kill(self, blow: Blow | None = None) -> bool:
+        """False where it does not run now."""
+        if self.process is None or self.process.returncode is not None:
+            return False
+        self.killed, self.blow = True, blow
+        self.process.kill()
+        return True
+
+
+class Run:
+    """One federation and what strikes it."""
+
+    def __init__(self, world: World, folder: Path, blows: list[Blow], **settings: Any) -> None:
+        """`settings` replace sections of the federation file."""
+        self.world = world
+        self._settings = settings
+        self.folder = folder
+        self.run_folder = folder / "run"
+        self.blows = blows
+        self._socket = f"gptfl-chaos-{uuid.uuid4().hex}"
+        self.struck: list[tuple[str, str]] = []  # what, and the state that it met
+        self.wrong: list[str] = []
+        self.given_up = 0  # how often the coordinator ended with the error that says so, and was started again
+        self.full = 0  # how often it ended with a full disk, and went on once there was room
+        self.asked_again = 0  # how often for a committed update that was corrupted on disk
+        self._at: dict[str, tuple[int, str]] = {}  # what each trainer said last: its round, and what of it
+        self._pids: dict[str, int] = {}
+        self._mark: dict[str, tuple[int, int]] = {}  # bytes up and down of each silo when its trainer spoke last
+        self._corrupted: set[tuple[str, int]] = set()  # committed updates that were corrupted on disk
+        self._news = asyncio.Event()
+        self._proxies: dict[str, TcpProxy] = {}
+        self._sides: dict[str, Process] = {}
+        with WeightsFile(world.start) as weights:
+            self._size = weights.nbytes
+
+    async def play(self) -> str:
+        """Runs it to its end; returns the digest of the final weights."""
+        port = free_port()
+        async with AsyncExitStack() as stack:
+            for silo in SILOS:
+                self._proxies[silo] = await stack.enter_async_context(TcpProxy(port))
+            ports = {silo: proxy.port for silo, proxy in self._proxies.items()}
+            credentials = self.world.folder / "credentials"
+            path = write_federation(self.folder, f"127.0.0.1:{port}", ports, credentials, **self._settings)
+            self.run_folder.mkdir()
+            if any(blow.what == FULL_DISK for blow in self.blows):
+                subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "none", str(self.run_folder)], check=True)
+                stack.callback(unmount, self.run_folder)
+            shutil.copy(self.world.start, self.run_folder / "random.safetensors")
+            listener, _ = await asyncio.get_running_loop().create_datagram_endpoint(
+                lambda: _Listener(self._hear), local_addr=f"\0{self._socket}", family=socket.AF_UNIX
+            )
+            stack.callback(listener.close)
+            self._sides["coordinator"] = Process(["coordinator", str(path)], self.folder / "coordinator.log")
+            for silo in SILOS:
+                self._sides[silo] = Process(["silo", str(self.folder / f"{silo}.yaml")], self.folder / f"{silo}.log")
+            tasks = {name: asyncio.create_task(self._keep_up(name)) for name in self._sides}
+            striking = asyncio.create_task(self._strike())
+            try:
+                async with asyncio.timeout(LONGEST):
+                    await asyncio.wait([tasks["coordinator"]])
+                    # A silo that was down when the federation ended is never told of it.
+                    await asyncio.wait([tasks[silo] for silo in SILOS], timeout=3)
+            except TimeoutError:
+                self.wrong.append(f"not at its end after {LONGEST:g} s: {Ledger.read(self.run_folder)}")
+            finally:
+                for task in (striking, *tasks.values()):
+                    task.cancel()
+                ended = await asyncio.gather(striking, *tasks.values(), return_exceptions=True)
+                for side in self._sides.values():
+                    if side.kill():
+                        assert side.process is not None
+                        await side.process.wait()
+                errors = [one for one in ended if isinstance(one, Exception) and not isinstance(one, TimeoutError)]
+                self.wrong += [f"{type(error).__name__}: {error}" for error in errors]
+            return self.check()
+
+    def environment_of(self, side: str) -> dict[str, str]:
+        """Variables of one side alone."""
+        return {}
+
+    def while_down(self, blow: Blow) -> None:
+        """Called between the death and the new start of a side that a blow killed."""
+        if blow.what == "corrupt spool":
+            self._corrupt_spool(blow)
+        elif blow.what == "corrupt work folder":
+            self._corrupt_work_folder(blow)
+
+    def holds(self, silo: str, round_: int) -> bool:
+        """Whether a silo's update of a round is committed."""
+        return Ledger.read(self.run_folder).holds(silo, round_)
+
+    def delivered(self) -> dict[str, Counter[int]]:
+        """By silo, in which rounds it was told that its update is committed, and how often."""
+        pattern = rf"round (\d+) of {ARM}: update delivered"
+        return {silo: Counter(map(int, re.findall(pattern, self.log_of(silo)))) for silo in SILOS}
+
+    def log_of(self, side: str) -> str:
+        """All that a side has said."""
+        log = self._sides[side].log
+        return log.read_text(errors="replace") if log.exists() else ""
+
+    async def _keep_up(self, name: str) -> None:
+        """Starts a side, again wherever it was killed."""
+        side = self._sides[name]
+        environment = {
+            "GPTFL_CHAOS_SOCKET": self._socket,
+            "GPTFL_CHAOS_LAYOUT": str(self.world.layout),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        while True:
+            with side.log.open("ab") as log:
+                side.killed = False
+                side.process = await asyncio.create_subprocess_exec(
+                    *(*GPTFL, *side.arguments),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env={**os.environ, **environment, **self.environment_of(name)},
+                    start_new_session=True,
+                )
+            code = await side.process.wait()
+            if not side.killed:
+                if code == 0:
+                    return
+                if code == 10 and self._ballast.exists() and "the disk is full" in self.log_of(name)[-500:]:
+                    self._ballast.unlink()
+                    self.full += 1
+                    continue
+                if code != 8:
+                    raise RuntimeError(f"{name} ended with exit code {code}: {self.log_of(name)[-1500:]}")
+                self.given_up += 1  # a trainer was killed so often that its silo failed in the round
+                continue
+            if side.blow is not None:
+                self.while_down(side.blow)
+                await asyncio.sleep(side.blow.seconds)
+
+    def _hear(self, silo: str, pid: int, what: str, round_: int) -> None:
+        """What a trainer tells of itself."""
+        self._pids[silo] = pid
+        if what == "setup":
+            return
+        if what == "train" and (silo, round_) not in self._corrupted and self.holds(silo, round_):
+            self.wrong.append(f"{silo} was asked again for its committed update of round {round_}")
+        proxy = self._proxies[silo]
+        self._at[silo], self._mark[silo] = (round_ or ROUNDS + 1, what), (proxy.up, proxy.down)
+        self._news.set()
+
+    async def _until(self, round_: int, what: str, silo: str | None) -> None:
+        """Waits until a trainer (None: each) is so far, or further."""
+        order = ("train", "evaluate", "done")
+
+        def there(name: str) -> bool:
+            at = self._at.get(name, (0, "done"))
+            return at[0] > round_ or (at[0] == round_ and order.index(at[1]) >= order.index(what))
+
+        while not all(there(name) for name in ([silo] if silo else SILOS)):
+            self._news.clear()
+            await self._news.wait()
+
+    async def _reached(self, blow: Blow) -> None:
+        """Waits for the moment of a blow; where the run is further than that already, it strikes at once."""
+        silo = blow.silo
+        if blow.phase == "start":
+            await asyncio.sleep(blow.fraction * 2 * _STARTING)
+        elif blow.phase == "evaluate":
+            await self._until(ROUNDS + 1, "evaluate", None)
+            await asyncio.sleep(blow.fraction * 0.2)
+        elif blow.phase == "training":
+            await self._until(blow.round, "train", silo)
+            await asyncio.sleep(blow.fraction * _TRAINING)
+        elif blow.phase == "download":
+            await self._until(blow.round - 1, "done", silo)
+            await self._passed("down", silo, blow.fraction, blow.round)
+        elif blow.phase == "upload":
+            await self._until(blow.round, "done", silo)
+            await self._passed("up", silo, blow.fraction, blow.round)
+        elif blow.phase == "check":
+            await self._until(blow.round, "done", silo)
+            await self._passed("up", silo, 1.0, blow.round)
+            await asyncio.sleep(0.03 * blow.fraction)
+        elif blow.phase == "committed":
+            # One silo's update is committed, and others are awaited.
+            await self._until(blow.round, "train", silo)
+            while (ledger := Ledger.read(self.run_folder)).round <= blow.round and not ledger.committed:
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(0.05 * blow.fraction)
+        else:
+            await self._until(blow.round, "done", None)
+            await asyncio.gather(*(self._passed("up", name, 1.0, blow.round) for name in SILOS))
+            await asyncio.sleep(0.05 * blow.fraction)
+
+    async def _passed(self, way: Any, silo: str, share: float, round_: int) -> None:
+        """Waits until a share of the model has passed a silo's proxy, or until the silo is in another round."""
+        mark = self._mark.get(silo, (0, 0))[way == "down"]
+        until = self._until(round_ + (way == "up"), "train", silo)
+        passed = self._proxies[silo].reached(way, mark + int(share * self._size))
+        tasks = [asyncio.create_task(until), asyncio.create_task(passed)]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _strike(self) -> None:
+        for blow in self.blows:
+            await self._reached(blow)
+            if blow.phase == "start" and blow.what in ("kill trainer", "corrupt spool", "corrupt work folder"):
+                await self._until(1, "train", blow.silo)  # there is none before
+            while not self._do(blow):  # it is down at the moment
+                await asyncio.sleep(0.02)
+
+    def _do(self, blow: Blow) -> bool:
+        silo, proxy, what = blow.silo, self._proxies[blow.silo], blow.what
+        state = self._state_of(silo)
+        if what in ("kill coordinator", "corrupt spool"):
+            if not self._sides["coordinator"].kill(blow):
+                return False
+            state = self._state()
+        elif what in ("kill agent", "corrupt work folder"):
+            if not self._sides[silo].kill(blow):
+                return False
+        elif what == "kill trainer":
+            try:
+                os.kill(self._pids[silo], signal.SIGKILL)
+            except (ProcessLookupError, KeyError):
+                return False
+            del self._pids[silo]
+        elif what == FULL_DISK:
+            if self._ballast.exists():  # of the blow before
+                return False
+            self._fill()
+            state = self._state()
+        elif what == "cut":
+            proxy.cut()
+        elif what == "cut all":
+            for each in self._proxies.values():
+                each.cut()
+            state = self._state()
+        elif what == "stall":
+            proxy.stall()
+            asyncio.get_running_loop().call_later(blow.seconds, proxy.resume)
+        elif what == "delay":
+            proxy.delay = 0.02 * blow.fraction
+            asyncio.get_running_loop().call_later(4 * blow.seconds, setattr, proxy, "delay", 0.0)
+        elif what == "freeze":
+            proxy.freeze()
+        self.struck.append((what, state))
+        return True
+
+    def _state(self) -> str:
+        """The state of the coordinator: of its round where all are alike, else that of the silo that is furthest."""
+        ledger = Ledger.read(self.run_folder)
+        if ledger.finished:
+            return "report"
+        if ledger.kind == "evaluate":
+            return "evaluate"
+        if ledger.round == 0:
+            return "gather" if ledger.there else "start"
+        if ledger.closed:
+            return "gather"
+        if ledger.committed == set(SILOS):
+            written = {path.stem for path in (self.run_folder / "weights").glob("*.safetensors")}
+            return "close" if written - ledger.weights - {"incoming"} else "aggregate"
+        return max((self._state_of(silo, ledger) for silo in SILOS), key=STATES.index)
+
+    def _state_of(self, silo: str, ledger: Ledger | None = None) -> str:
+        """The state of a silo."""
+        ledger = ledger or Ledger.read(self.run_folder)
+        round_, what = self._at.get(silo, (0, "done"))
+        if ledger.kind == "evaluate" or what == "evaluate":
+            return "evaluate"
+        if ledger.round == 0:
+            return "start"
+        if round_ == ledger.round and what == "train":
+            return "training"
+        if ledger.holds(silo, ledger.round):
+            return "gather"  # it has delivered, and waits
+        if round_ == ledger.round:
+            # The end of an upload is not seen from here to the byte: TLS adds to it.
+            return "check" if self._proxies[silo].up - self._mark[silo][0] >= self._size else "upload"
+        received = self._proxies[silo].down - self._mark.get(silo, (0, 0))[1]
+        return "download" if _WORDS < received < self._size else "gather"
+
+    @property
+    def _ballast(self) -> Path:
+        return self.run_folder / "ballast"
+
+    def _fill(self) -> None:
+        """Leaves no room on the disk of the run folder."""
+        with self._ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(1 << 12)):
+                pass
+
+    def _corrupt_spool(self, blow: Blow) -> None:
+        ledger = Ledger.read(self.run_folder)
+        committed = ledger.committed if ledger.kind == "train" and not ledger.closed else set()
+        silo = min(committed, default=blow.silo)
+        spool = self.run_folder / "spools" / f"{silo}.spool"
+        if not spool.exists():
+            return
+        _corrupt(spool, blow)
+        if silo in committed:
+            self._corrupted.add((silo, ledger.round))
+        for name in ("incoming.safetensors", ".incoming.safetensors.1.part"):
+            (self.run_folder / "weights" / name).write_bytes(b"half of a file")
+
+    def _corrupt_work_folder(self, blow: Blow) -> None:
+        folder = self.folder / f"{blow.silo}-work"
+        for name in ("weights.safetensors", "weights.safetensors.part", "update.safetensors"):
+            if (folder / name).exists():
+                _corrupt(folder / name, blow)
+
+    def check(self) -> str:
+        """Notes in `wrong` what is not as it must be; returns the digest of the final weights."""
+        if self._sides["coordinator"].process is None or self._sides["coordinator"].process.returncode != 0:
+            return ""
+        final: str = json.loads((self.run_folder / "summary.json").read_text())["weights"][ARM]["final"]
+        with WeightsFile(self.run_folder / "models" / f"{ARM}-final.safetensors") as weights:
+            if weights.digest() != final:
+                self.wrong.append("the published model is not that of the summary")
+        if self.world.final and final != self.world.final:
+            self.wrong.append(f"the final weights are {final[:12]}, of the undisturbed run {self.world.final[:12]}")
+        kills = sum(what in KILLS for what, _ in self.struck)
+        if self.blows and kills < 3:
+            self.wrong.append(f"only {kills} kills or cuts came about before its end")
+        self.wrong += [
+            f"a traceback in {side.log}" for name, side in self._sides.items() if "Traceback" in self.log_of(name)
+        ]
+        left = [*self.run_folder.rglob("*.part"), *self.run_folder.rglob("incoming.safetensors")]
+        if left:
+            self.wrong.append(f"left behind: {', '.join(map(str, left))}")
+        for silo, rounds in self.delivered().items():
+            for round_, count in rounds.items():
+                # A silo that is asked again need not train again: it has its update still.
+                if count > 1 and (silo, round_) not in self._corrupted:
+                    self.wrong.append(f"{silo} delivered its update of round {round_} {count} times")
+        self.asked_again = self.log_of("coordinator").count("is damaged on disk and is asked for again")
+        if self.asked_again < len(self._corrupted) or (self.asked_again and not self._corrupted):
+            self.wrong.append(
+                f"{len(self._corrupted)} committed updates were corrupted, {self.asked_again} were told of"
+            )
+        return final
+
+
+class _Listener(asyncio.DatagramProtocol):
+    def __init__(self, hear: Callable[[str, int, str, int], None]) -> None:
+        self._hear = hear
+
+    def datagram_received(self, data: bytes, _: Any) -> None:
+        silo, pid, what, round_ = data.decode().split()
+        self._hear(silo, int(pid), what, int(round_))
+
+
+def _corrupt(path: Path, blow: Blow) -> None:
+    """Turns a byte over, cuts the file short, writes rubbish, or deletes it."""
+    size = path.stat().st_size
+    kind = int(blow.seconds * 1000) % 4
+    if kind == 0 or not size:
+        path.unlink()
+    elif kind == 1:
+        os.truncate(path, int(blow.fraction * size))
+    else:
+        with path.open("r+b") as file:
+            file.seek(int(blow.fraction * (size - 1)))
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 0x40]) if kind == 2 else b"rubbish")
+        if kind == 3:
+            os.truncate(path, size)
+
+
+R = TypeVar("R", bound=Run)
+
+
+@contextlib.contextmanager
+def made_world(folder: Path) -> Iterator[World]:
+    """A world in a folder, with its undisturbed run."""
+    world = World(folder)
+    world.prepare()
+    started = time.monotonic()
+    run = Run(world, folder / "undisturbed", [])
+    world.final = asyncio.run(run.play())
+    if run.wrong:
+        raise RuntimeError(f"the undisturbed run: {'; '.join(run.wrong)}")
+    world.seconds = time.monotonic() - started
+    yield world
+
+
+async def runs(make: Callable[[int], R], numbers: range, jobs: int, say: Callable[[str], None]) -> list[R]:
+    """Plays the runs of these numbers, `jobs` at a time."""
+    turns = asyncio.Semaphore(jobs)
+
+    async def one(number: int) -> R:
+        async with turns:
+            started = time.monotonic()
+            run = make(number)
+            await run.play()
+            seconds = time.monotonic() - started
+            struck = ", ".join(f"{what} ({state})" for what, state in run.struck)
+            say(f"run {number}: {'FAILED' if run.wrong else 'ok'} in {seconds:.1f} s: {struck}")
+            for wrong in run.wrong:
+                say(f"    {wrong}")
+            if not run.wrong:
+                shutil.rmtree(run.folder)
+            return run
+
+    return list(await asyncio.gather(*(one(number) for number in numbers)))
+
+
+def table(done: Sequence[Run]) -> str:
+    """What struck by the state that it met."""
+    counts = Counter(blow for run in done for blow in run.struck)
+    lines = ["".join([f"{'':20}", *(f"{state:>10}" for state in STATES), f"{'all':>8}"])]
+    for what in (*KILLS, *TROUBLES):
+        row = [counts[what, state] for state in STATES]
+        lines.append("".join([f"{what:20}", *(f"{count or '.':>10}" for count in row), f"{sum(row):>8}"]))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="number of the first run")
+    parser.add_argument("--jobs", type=int, default=3 * (os.cpu_count() or 1), help="runs at a time")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+    started = time.monotonic()
+    with made_world(folder) as world:
+        print(f"undisturbed: {world.seconds:.1f} s, final weights {world.final[:12]}", flush=True)
+
+        def make(number: int) -> Run:
+            return Run(world, folder / str(number), plan(number))
+
+        numbers = range(arguments.first, arguments.first + arguments.runs)
+        done = asyncio.run(runs(make, numbers, arguments.jobs, lambda text: print(text, flush=True)))
+    failed = sum(bool(run.wrong) for run in done)
+    kills = sum(what in KILLS for run in done for what, _ in run.struck)
+    print(f"\n{table(done)}\n")
+    print(f"{len(done)} runs, {failed} failed, {kills} kills and cuts, in {(time.monotonic() - started) / 60:.1f} min")
+    print(f"asked again because the committed update was corrupted on disk: {sum(run.asked_again for run in done)}")
+    print(f"ended with a full disk and went on once there was room: {sum(run.full for run in done)}")
+    if not can_mount():
+        print("no disk was filled: that needs root, to mount a small one")
+    print(f"gave up for lack of a quorum and were started again: {sum(run.given_up for run in done)}")
+    if failed:
+        print(f"what the failed runs left: {folder}")
+        return 1
+    shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""What reads bytes that another side sent, as functions of bytes, with real messages to begin from.
+
+A target does with its input what the receiving side does. It may raise only what that side is prepared for: what is
+named here with it. Anything else is a fault.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+
+from gptfl_dist.config.federation import Model, Task
+from gptfl_dist.config.plan import LocalTraining, Plan
+from gptfl_dist.errors import IdentityError, ModelError, ProtocolError, TrainerError
+from gptfl_dist.exchange.base import UpdateHeader, Welcome
+from gptfl_dist.exchange.grpc import convert, frames
+from gptfl_dist.exchange.grpc import exchange_pb2 as pb
+from gptfl_dist.exchange.inbox import Busy, Inbox, Refused
+from gptfl_dist.federation.orders import Order, Report
+from gptfl_dist.launch.channel import encode, error_from_message, error_to_message
+from gptfl_dist.launch.trainer import _decode
+from gptfl_dist.security.authority import Authority
+from gptfl_dist.security.credentials import identity_in
+from gptfl_dist.security.identity import Identity, peer_identity
+from gptfl_dist.weights import Layout, WeightsFile, write_weights
+
+_LAYOUT = Layout.of([("layer.weight", (3, 5), "F32"), ("layer.bias", (3,), "BF16"), ("seen", (1,), "I64")])
+_TRAINING = LocalTraining(
+    epochs=1, batch_size=8, learning_rate=0.1, momentum=0.0, weight_decay=0.0, augmentation=False, threads=1
+)
+_PLAN = Plan(federation="fed", seed=1, labels=["cat", "dog"], task=Task(), model=Model())
+_TRAIN = Order("train", "nonce-1", "gptfl", 3, "ab" * 32, 60.0, _TRAINING)
+_EVALUATE = Order("evaluate", "nonce-1", "gptfl", 3, "ab" * 32, 60.0)
+_REPORT = Report("nonce-1", 100, {"accuracy": 0.5, "loss": 1.25})
+_HEADER = UpdateHeader(_REPORT, _TRAIN.base, _LAYOUT.digest, "cd" * 32, _LAYOUT.nbytes)
+
+
+@dataclass(frozen=True)
+class Target:
+    """`read` may raise `allowed`."""
+
+    read: Callable[[bytes], None]
+    seeds: Callable[[], Sequence[bytes]]
+    allowed: tuple[type[BaseException], ...]
+
+
+@cache
+def _folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="fuzz-"))
+
+
+@cache
+def _file_in_memory() -> int:
+    return os.memfd_create("weights")
+
+
+@cache
+def _inbox() -> Inbox:
+    return Inbox(_folder(), _LAYOUT, {"silo": 1000}, lambda silo, order, report, digest: None)
+
+
+def _chunk(data: bytes) -> None:
+    offset, payload = frames.decode_chunk(data)
+    chunk = pb.Chunk.FromString(data)  # any protobuf reader understands what we take
+    assert (chunk.offset, chunk.data) == (offset, bytes(payload))
+
+
+def _from_silo(data: bytes) -> None:
+    message = pb.FromSilo.FromString(data)
+    kind = message.WhichOneof("message")
+    if kind == "report":
+        _inbox().expect("silo", _EVALUATE)
+        _inbox().accept("silo", convert.report_from_message(message.report))
+    elif kind == "failure":
+        assert len(convert.legible(message.failure.reason)) <= 4000
+
+
+def _update_header(data: bytes) -> None:
+    header = convert.header_from_message(pb.UpdateHeader.FromString(data))
+    _inbox().expect("silo", _TRAIN)
+    assert _inbox().announce("silo", header) == (0, False)
+
+
+def _to_silo(data: bytes) -> None:
+    message = pb.ToSilo.FromString(data)
+    kind = message.WhichOneof("message")
+    if kind == "welcome":
+        convert.welcome_from_message(message.welcome)
+    elif kind == "order":
+        convert.order_from_message(message.order)
+    elif kind == "recall":
+        convert.legible(message.recall.reason)
+
+
+def _layout(data: bytes) -> None:
+    layout = Layout.from_json(data)
+    assert Layout.from_json(layout.to_json()) == layout
+    assert layout.difference(layout) == ""
+    assert [segment.stop for segment in layout.segments()][-1:] == [layout.nbytes] * bool(layout.nbytes)
+
+
+def _weights_file(data: bytes) -> None:
+    file = _file_in_memory()
+    os.pwrite(file, data, 0)
+    os.ftruncate(file, len(data))
+    with WeightsFile(Path(f"/proc/self/fd/{file}")) as weights:
+        assert weights.nbytes < len(data)
+        weights.digest()
+
+
+def _trainer_line(data: bytes) -> None:
+    message = _decode(data)
+    if message["type"] == "failed":
+        error_from_message(message)
+
+
+def _identity(data: bytes) -> None:
+    text = data.decode(errors="replace")
+    assert Identity.from_uri(text).uri == text
+    peer_identity({"ssl_tls_version": [b"TLSv1.3"], "peer_uri": [data]})
+
+
+def _certificate(data: bytes) -> None:
+    identity_in(data, "the certificate")
+
+
+def _weights_seeds() -> list[bytes]:
+    path = _folder() / "seed.safetensors"
+    write_weights(path, _LAYOUT, [bytes(_LAYOUT.nbytes)])
+    return [path.read_bytes()]
+
+
+def _messages_up() -> list[bytes]:
+    messages = (
+        pb.FromSilo(hello=pb.Hello(oldest_version=1, newest_version=1, release="0.1.0", instance="a1")),
+        pb.FromSilo(progress=pb.Progress(nonce="nonce-1", done=3, total=9)),
+        pb.FromSilo(failure=pb.Failure(nonce="nonce-1", reason="TrainerError: out of memory")),
+        pb.FromSilo(report=convert.report_to_message(_REPORT)),
+        pb.FromSilo(ready=pb.Ready()),
+    )
+    return [message.SerializeToString() for message in messages]
+
+
+def _messages_down() -> list[bytes]:
+    messages = (
+        pb.ToSilo(welcome=convert.welcome_to_message(Welcome("run", _PLAN, _LAYOUT), 1, "0.1.0")),
+        pb.ToSilo(order=convert.order_to_message(_TRAIN)),
+        pb.ToSilo(order=convert.order_to_message(_EVALUATE)),
+        pb.ToSilo(recall=pb.Recall(nonce="nonce-1", reason="the deadline of the round has passed")),
+        pb.ToSilo(goodbye=pb.Goodbye(finished=True, reason="the federation is finished")),
+    )
+    return [message.SerializeToString() for message in messages]
+
+
+def _lines() -> list[bytes]:
+    failed = error_to_message(ModelError("a model", hint="another"))
+    result = {"type": "result", "digest": "ab" * 32, "samples": 100, "metrics": {"loss": 0.5}}
+    return [encode(failed), encode(result), encode({"type": "progress", "done": 1, "total": 2})]
+
+
+def _certificates() -> list[bytes]:
+    authority = Authority("fed", valid=timedelta(days=1))
+    return [authority.issue_silo("silo-1").certificate, authority.issue_coordinator(["localhost"]).certificate]
+
+
+TARGETS = {
+    "chunk": Target(
+        _chunk,
+        lambda: [frames.encode_chunk(0, b"x"), frames.encode_chunk(1 << 40, bytes(300))],
+        (ProtocolError,),
+    ),
+    "from_silo": Target(_from_silo, _messages_up, (DecodeError, Refused)),
+    "update_header": Target(
+        _update_header,
+        lambda: [convert.header_to_message(_HEADER).SerializeToString()],
+        (DecodeError, Refused, Busy),
+    ),
+    "to_silo": Target(_to_silo, _messages_down, (DecodeError, ProtocolError)),
+    "layout": Target(
+        _layout,
+        lambda: [_LAYOUT.to_json().encode(), json.dumps([["a", [], "F64"]]).encode()],
+        (ModelError,),
+    ),
+    "weights_file": Target(_weights_file, _weights_seeds, (ModelError,)),
+    "trainer_line": Target(_trainer_line, _lines, (ValueError, TrainerError)),
+    "identity": Target(
+        _identity,
+        lambda: [b"gptfl://fed/silo/silo-1", b"gptfl://fed/coordinator", b"gptfl://f%20d/silo/a%2Fb"],
+        (IdentityError,),
+    ),
+    "certificate": Target(_certificate, _certificates, (IdentityError,)),
+}
