@@ -18,11 +18,12 @@ from pathlib import Path
 from blake3 import blake3
 
 from gptfl_dist.aggregation.mean import is_finite
-from gptfl_dist.errors import StorageError
+from gptfl_dist.errors import ProtocolError, StorageError
 from gptfl_dist.exchange.base import UpdateHeader
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.files import storage_error
-from gptfl_dist.weights import BLOCK, Layout
+from gptfl_dist.weights import BLOCK, Codec, Layout
+from gptfl_dist.weights.codec import FlatReader
 
 _METRIC = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _MAX_METRICS = 64
@@ -88,6 +89,10 @@ class Spool:
             raise StorageError(f"{self.path}: ends at byte {offset + len(data)}, expected {self.size} bytes")
         return data
 
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fills `buffer` with the bytes from `offset`. Raises StorageError as `read` does."""
+        buffer[:] = self.read(offset, len(buffer))
+
     def digest(self) -> str:
         """BLAKE3 of the whole, in hex."""
         hasher = blake3()
@@ -113,17 +118,22 @@ class _Expected:
 class Inbox:
     """`max_samples` holds the registered maximum of each silo; `commit(silo, order, report, digest)` makes it durable.
 
-    `digest` is "" for an evaluation. `finish` may run in a thread beside all other calls: what it checks cannot be
-    overwritten meanwhile, and an order that is withdrawn meanwhile is not committed.
+    `digest` is "" for an evaluation. Updates arrive encoded by `codec`; they are checked and read decoded.
+    `finish` may run in a thread beside all other calls: what it checks cannot be overwritten meanwhile, and an order
+    that is withdrawn meanwhile is not committed.
     """
 
     folder: Path
     layout: Layout
     max_samples: Mapping[str, int]
     commit: Callable[[str, Order, Report, str], None]
+    codec: Codec = field(default=Codec("none"))
     _expected: dict[str, _Expected] = field(default_factory=dict)
     _spools: dict[str, Spool] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # around every change of what is expected
+
+    def __post_init__(self) -> None:
+        self._encoded = self.codec.layout(self.layout)
 
     def expect(self, silo: str, order: Order) -> None:
         """From now on this silo may answer this order, and no other."""
@@ -171,12 +181,14 @@ class Inbox:
             expected = self._check_report(silo, header.report, "train")
             if header.base != expected.order.base:
                 raise Refused(f"trained from the weights {header.base[:12]}, expected {expected.order.base[:12]}")
-            if header.layout != self.layout.digest:
-                raise Refused("the layout of the update is not the federation's: the model is defined differently")
-            if header.size != self.layout.nbytes:
-                raise Refused(f"announces {header.size} bytes, the layout has {self.layout.nbytes}")
+            if header.layout != self._encoded.digest:
+                raise Refused(
+                    "the layout of the update is not the federation's: the model is defined or encoded differently"
+                )
+            if header.size != self._encoded.nbytes:
+                raise Refused(f"announces {header.size} bytes, the layout has {self._encoded.nbytes}")
             if expected.committed:
-                return self.layout.nbytes, True
+                return self._encoded.nbytes, True
             if expected.checking:
                 raise Busy
             spool = self._spool(silo)
@@ -211,7 +223,7 @@ class Inbox:
             if spool.digest() != header.digest:
                 wrong = "the bytes that arrived do not have the announced digest"
             else:
-                wrong = "" if is_finite(self.layout, spool) else "the update holds NaN or infinite values"
+                wrong = self._wrong_with(self.codec.decoded(self.layout, spool))
             with self._lock:
                 # The spool may be another order's by now: then nothing of it is touched.
                 if self._expected.get(silo) is not expected:
@@ -232,19 +244,26 @@ class Inbox:
                 self.commit(silo, expected.order, report, "")
                 expected.committed = True
 
-    def updates(self, silos: tuple[str, ...]) -> dict[str, Spool]:
-        """The spools of committed updates."""
+    def updates(self, silos: tuple[str, ...]) -> dict[str, FlatReader]:
+        """Readers of committed updates, decoded."""
         assert all(self._expected[silo].committed for silo in silos)
-        return {silo: self._spools[silo] for silo in silos}
+        return {silo: self.codec.decoded(self.layout, self._spools[silo]) for silo in silos}
 
     def close(self) -> None:
         for spool in self._spools.values():
             spool.close()
         self._spools.clear()
 
+    def _wrong_with(self, update: FlatReader) -> str:
+        """Why the content of an update cannot be taken; "" where it can."""
+        try:
+            return "" if is_finite(self.layout, update) else "the update holds NaN or infinite values"
+        except ProtocolError as error:
+            return error.message
+
     def _spool(self, silo: str) -> Spool:
         if silo not in self._spools:
-            self._spools[silo] = Spool(self.folder / f"{silo}.spool", self.layout.nbytes)
+            self._spools[silo] = Spool(self.folder / f"{silo}.spool", self._encoded.nbytes)
         return self._spools[silo]
 
     def _check_report(self, silo: str, report: Report, kind: str) -> _Expected:

@@ -98,6 +98,17 @@ class ArmRecord:
     def finished_rounds(self) -> int:
         return sum(r.weights is not None for r in self.rounds)
 
+    def last_committed(self, silo: str, before: int) -> str:
+        """The nonce of a silo's newest committed update of the rounds before one; "" where there is none."""
+        nonces = [
+            order.nonce
+            for r in self.rounds
+            if r.kind == "train" and r.round < before
+            for order in r.orders
+            if order.silo == silo and order.digest is not None
+        ]
+        return nonces[-1] if nonces else ""
+
     def weights_of(self, round_: int) -> str:
         """The digest of the weights after a round; round 0 is the start."""
         if round_ == 0:
@@ -281,6 +292,11 @@ class Ledger:
         digest = write_weights(incoming, layout, blocks)
         incoming.replace(self.weights_path(digest))  # found again by the row that names it, or written anew
         return digest
+
+    @property
+    def handed_out(self) -> Path:
+        """Where the encoded form of the weights lies that the silos get."""
+        return self.folder / "handed-out.safetensors"
 
     @property
     def incoming_state(self) -> Path:

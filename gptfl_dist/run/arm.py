@@ -71,7 +71,8 @@ class ArmRun:
         self.deadlines: list[asyncio.TimerHandle] = []
         self._kind: Kind = "train"
         self._base = ""
-        self._weights: WeightsFile | None = None
+        self._follows: Mapping[str, str] = {}
+        self._held: tuple[WeightsFile, WeightsFile] | None = None
         self._began: tuple[float, int, int] | None = None  # time and traffic; None once the round is closed
         self._seconds = rules.deadline
         self._file = file
@@ -79,24 +80,35 @@ class ArmRun:
     @property
     def weights(self) -> WeightsFile:
         """The weights that the round starts from."""
-        assert self._weights is not None
-        return self._weights
+        assert self._held is not None
+        return self._held[0]
 
-    def open_round(self, round_: int, kind: Kind, base: str, nonces: Mapping[str, str]) -> None:
-        self.round, self._kind, self._base = round_, kind, base
+    def open_round(
+        self, round_: int, kind: Kind, base: str, nonces: Mapping[str, str], follows: Mapping[str, str]
+    ) -> None:
+        """`base` is the digest of what is handed out; `follows` has each silo's last committed nonce."""
+        self.round, self._kind, self._base, self._follows = round_, kind, base, follows
         self.nonces, self.taken_over, self.spent_before = dict(nonces), set(), (0.0, 0, 0)
 
-    def hold(self, weights: WeightsFile) -> None:
-        """Keeps the round's weights open in place of the last round's."""
-        if self._weights is not None:
-            self._weights.close()
-        self._weights = weights
+    def hold(self, weights: WeightsFile, handed_out: WeightsFile) -> None:
+        """Keeps the round's weights, and what is handed out of them, open in place of the last round's."""
+        self._let_go()
+        self._held = weights, handed_out
 
     def order_for(self, silo: str) -> Order:
         training = None
         if self._kind == "train":
             training = LocalTraining.of(self._file, self.plan.learning_rate, self.round)
-        return Order(self._kind, self.nonces[silo], self.plan.name, self.round, self._base, self._seconds, training)
+        return Order(
+            self._kind,
+            self.nonces[silo],
+            self.plan.name,
+            self.round,
+            self._base,
+            self._seconds,
+            training,
+            self._follows[silo],
+        )
 
     def begin_counting(self, traffic: Traffic) -> None:
         self._began = (time.monotonic(), traffic.down, traffic.up)
@@ -116,8 +128,12 @@ class ArmRun:
     def close(self) -> None:
         for deadline in self.deadlines:
             deadline.cancel()
-        if self._weights is not None:
-            self._weights.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for file in self._held or ():
+            file.close()
+        self._held = None
 
 
 def validation_of(record: ArmRecord, round_: int) -> tuple[float, float] | None:

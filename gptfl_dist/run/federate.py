@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -44,7 +44,7 @@ from gptfl_dist.observe.wording import choice_text
 from gptfl_dist.run.arm import ArmPlan, ArmRun, best_round, choice_name, trial_name, validation_of
 from gptfl_dist.run.candidates import PRETRAINED_WEIGHTS, adopt, asks_silos, candidate_files
 from gptfl_dist.run.evaluation import RANDOM_WEIGHTS, Evaluator
-from gptfl_dist.weights import BLOCK, Layout, WeightsFile
+from gptfl_dist.weights import BLOCK, Codec, Layout, WeightsFile, write_weights
 
 _log = logging.getLogger(__name__)
 
@@ -85,9 +85,12 @@ class Federator:
         self._evaluator = evaluator
         self._watcher = watcher
         self._silos = tuple(sorted(entry.name for entry in file.silos))
+        self._down = Codec(file.compression.down)
+        self._handed_out: tuple[str, str, Path] | None = None  # digest of weights, and of what is handed out of them
         self._inbox = Inbox(
             folder=ledger.folder / "spools",
             layout=layout,
+            codec=Codec(file.compression.up, file.compression.top_share),
             max_samples={entry.name: entry.max_samples for entry in file.silos},
             commit=self._commit,
         )
@@ -261,7 +264,9 @@ class Federator:
 
     async def _take_over(self, arm: ArmRun, interrupted: RoundRecord) -> list[str]:
         """Takes an interrupted round over, under its old nonces. Returns who has delivered already."""
-        arm.open_round(interrupted.round, "train", interrupted.base, {o.silo: o.nonce for o in interrupted.orders})
+        base, _ = await self._hand_out(interrupted.base)
+        nonces = {order.silo: order.nonce for order in interrupted.orders}
+        arm.open_round(interrupted.round, "train", base, nonces, self._follows(arm.plan, interrupted.round, nonces))
         arm.spent_before = (interrupted.seconds or 0.0, interrupted.bytes_down or 0, interrupted.bytes_up or 0)
         for record in interrupted.orders:
             if record.digest is None:
@@ -277,16 +282,19 @@ class Federator:
         plan, ledger = arm.plan, self._ledger
         if isinstance(command, machine.StartRound):
             base = self._record(plan.name).weights_of(command.round - 1)
+            given, path = await self._hand_out(base)
             if arm.round != command.round:
                 nonces = {silo: secrets.token_hex(16) for silo in command.cohort}
                 ledger.open_round(plan.name, command.round, command.kind, base, command.cohort, nonces)
-                arm.open_round(command.round, command.kind, base, nonces)
+                follows = self._follows(plan, command.round, nonces)
+                arm.open_round(command.round, command.kind, given, nonces, follows)
             for silo in sorted(arm.machine.awaited):
                 self._inbox.expect(silo, arm.order_for(silo))
             self._assembled = True
             arm.begin_counting(self.exchange.traffic)
-            arm.hold(WeightsFile(ledger.weights_path(base)))
-            await self.exchange.publish(base, arm.weights)
+            handed_out = WeightsFile(path)
+            arm.hold(WeightsFile(ledger.weights_path(base)), handed_out)
+            await self.exchange.publish(given, handed_out)
         elif isinstance(command, machine.Call):
             await self.exchange.send(command.silo, arm.order_for(command.silo))
         elif isinstance(command, machine.Recall):
@@ -316,6 +324,26 @@ class Federator:
                 f"arm {plan.name}, {command.reason}",
                 hint="look at the silos' logs; the same command goes on from this round and calls them again",
             )
+
+    async def _hand_out(self, base: str) -> tuple[str, Path]:
+        """What the silos get of the weights of a digest: its own digest, and where it lies.
+
+        With a codec that is the encoded form, written beside the weights: the same whenever it is made again.
+        """
+        if self._down.name == "none":
+            return base, self._ledger.weights_path(base)
+        if self._handed_out is None or self._handed_out[0] != base:
+            path = self._ledger.handed_out
+            with WeightsFile(self._ledger.weights_path(base)) as weights:
+                encoded = self._down.encode(self._layout, weights)
+                digest = await asyncio.to_thread(write_weights, path, self._down.layout(self._layout), encoded)
+            self._handed_out = base, digest, path
+        return self._handed_out[1:]
+
+    def _follows(self, plan: ArmPlan, round_: int, silos: Iterable[str]) -> dict[str, str]:
+        """The nonce of each silo's last committed update before a round."""
+        record = self._record(plan.name)
+        return {silo: record.last_committed(silo, round_) for silo in silos}
 
     def _note_spent(self, arm: ArmRun) -> None:
         spent = arm.spent(self.exchange.traffic)

@@ -118,10 +118,10 @@ def write_weights(path: Path, layout: Layout, blocks: Iterable[bytes | bytearray
     """
     hasher, written = blake3(), 0
     with replacing(path) as fd:
-        _write_all(fd, memoryview(header_of(layout)))
+        write_all(fd, memoryview(header_of(layout)))
         for block in blocks:
             view = memoryview(block).cast("B")
-            _write_all(fd, view)
+            write_all(fd, view)
             hasher.update(view)
             written += len(view)
         if written != layout.nbytes:
@@ -129,6 +129,7 @@ def write_weights(path: Path, layout: Layout, blocks: Iterable[bytes | bytearray
     return hasher.hexdigest()
 
 
-def _write_all(fd: int, view: memoryview) -> None:
+def write_all(fd: int, view: memoryview) -> None:
+    """Writes all of it to where the descriptor stands."""
     while view:
         view = view[os.write(fd, view) :]

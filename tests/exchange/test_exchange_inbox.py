@@ -70,7 +70,7 @@ def test_a_good_update_is_committed_and_handed_to_the_aggregation(inbox, commits
         ({"report": Report("nonce-2", 10)}, "answers no order"),
         ({"report": Report("", 10)}, "answers no order"),
         ({"base": "cd" * 32}, "trained from the weights cdcd"),
-        ({"layout": "00" * 32}, "model is defined differently"),
+        ({"layout": "00" * 32}, "model is defined or encoded differently"),
         ({"size": LAYOUT.nbytes + 1}, f"announces {LAYOUT.nbytes + 1} bytes"),
         ({"size": 2**63}, "announces"),
         ({"report": Report("nonce-1", 0)}, "claims 0 samples, expected 1 to 100"),
