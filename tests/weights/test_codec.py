@@ -1,4 +1,4 @@
-"""What a codec makes of a flat buffer: its size, its error, any range of it, and what it does with what is not sound."""
+"""What a codec makes of a flat buffer: its size, its error, any range of it, and what it does with damaged bytes."""
 
 from __future__ import annotations
 

@@ -35,7 +35,8 @@ from gptfl_dist.security.handshake import Unreachable, is_loopback, shake_hands
 from gptfl_dist.weights import Layout, WeightsFile
 from gptfl_dist.weights.file import header_of
 
-_LARGEST_MESSAGE = 64 << 20  # a welcome with a very large layout; the coordinator bounds its chunks to 16 MiB
+_LARGEST_MESSAGE = 64 << 20  # a welcome with a very large layout
+_LARGEST_CHUNK = 16 << 20  # that exchange.chunk may ask for
 
 _FINAL = {
     grpc.StatusCode.PERMISSION_DENIED: IdentityError,
@@ -59,6 +60,7 @@ class GrpcSiloExchange:
         self._instance = secrets.token_hex(8)
         self._channel: grpc.aio.Channel | None = None
         self._call: grpc.aio.StreamStreamCall[pb.FromSilo, pb.ToSilo] | None = None
+        self._packed = False  # whether chunks are
         self._partial: tuple[str, int] = ("", 0)  # digest and bytes of a download that broke off
         self._writing = asyncio.Lock()  # a stream takes one write at a time
 
@@ -107,6 +109,7 @@ class GrpcSiloExchange:
                 hint="install matching releases",
             )
         welcome = convert.welcome_from_message(message.welcome)
+        self._packed = welcome.plan.compression.lossless == "zstd"
         return welcome
 
     async def ready(self) -> None:
@@ -134,7 +137,7 @@ class GrpcSiloExchange:
             try:
                 os.pwrite(fd, header, 0)
                 async for frame in chunks:
-                    offset, data = frames.decode_chunk(frame)
+                    offset, data, _ = frames.decode_chunk(frame, _LARGEST_CHUNK if self._packed else 0)
                     if offset != received or offset + len(data) > layout.nbytes:
                         raise ProtocolError(f"the coordinator sent bytes from {offset}, expected from {received}")
                     while data:
@@ -165,6 +168,7 @@ class GrpcSiloExchange:
         if answer.committed:
             return Receipt(True)
 
+        width = frames.width_of(update.layout)
         unreadable: list[StorageError] = []
 
         async def chunks() -> AsyncIterator[bytes]:
@@ -174,7 +178,7 @@ class GrpcSiloExchange:
                 except StorageError as error:
                     unreadable.append(error)  # gRPC would tell it as a broken connection, which trying again mends
                     raise
-                yield frames.encode_chunk(offset, data)
+                yield frames.pack_chunk(offset, data, width)[0] if self._packed else frames.encode_chunk(offset, data)
 
         send: grpc.aio.StreamUnaryMultiCallable[bytes, pb.Receipt] = channel.stream_unary(
             f"/{SERVICE}/Upload", response_deserializer=pb.Receipt.FromString
