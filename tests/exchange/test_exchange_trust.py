@@ -420,6 +420,8 @@ async def test_a_wrong_welcome_ends_the_silo_with_a_reason(word, kind, said):
         (pb.ToSilo(order=order(nonce="a\nb")), "nonce"),
         (pb.ToSilo(order=order(nonce="ä")), "nonce"),
         (pb.ToSilo(order=order(nonce="n" * 65)), "nonce"),
+        (pb.ToSilo(order=order(follows="../n")), "nonce"),
+        (pb.ToSilo(order=order(follows="n" * 65)), "nonce"),
         (pb.ToSilo(order=order(training=b"")), "training settings"),
         (pb.ToSilo(order=order(training=b'{"epochs": -1}')), "training settings"),
         (pb.ToSilo(welcome=welcome()), "unexpected welcome"),

@@ -101,7 +101,7 @@ async def test_a_silo_that_fails_in_a_round_keeps_what_it_owes(tmp_path: Path) -
     assert np.allclose(weights(fed.model()), expected(nothing(), [set("abc"), set("ab"), set("abc")]))
 
 
-@pytest.fixture(scope="module", params=["int8", "topk", "fp16"])
+@pytest.fixture(scope="module", params=["topk", "fp16"])
 def undisturbed(request, tmp_path_factory) -> tuple[dict[str, object], bytes]:
     """Settings of both ways, and the final weights of a run with them that nothing disturbed."""
     compression = {"up": request.param, "down": "int8", "top_share": 0.25}
@@ -118,7 +118,7 @@ def undisturbed(request, tmp_path_factory) -> tuple[dict[str, object], bytes]:
 
 def uneven(silo: str, order: Order) -> float:
     """A step that no codec represents exactly."""
-    return STEPS[silo] / (3 + order.round)
+    return STEPS[silo] / (3.1 + order.round)
 
 
 STEPS_OF_AN_ORDER = ["download", "upload", "half", "sent", "committed"]
