@@ -237,6 +237,7 @@ class Federation(Section):
     quorum: Literal["all", "majority"] | PositiveInt = "majority"
     deadline: Duration = 600.0
     join_deadline: Duration = 300.0
+    max_update_norm: PositiveFloat | None = None
 
 
 class Strategy(Section):

@@ -286,10 +286,10 @@ class Ledger:
         """Where the weights of this digest lie."""
         return self.folder / "weights" / f"{digest}.safetensors"
 
-    def add_weights(self, layout: Layout, blocks: Iterable[bytes]) -> str:
+    def add_weights(self, layout: Layout, blocks: Iterable[bytes | memoryview]) -> str:
         """Writes weights under their digest; returns it."""
         incoming = self.folder / "weights" / "incoming.safetensors"
-        digest = write_weights(incoming, layout, blocks)
+        digest = write_weights(incoming, layout, blocks, durable=False)
         incoming.replace(self.weights_path(digest))  # found again by the row that names it, or written anew
         return digest
 

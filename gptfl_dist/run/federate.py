@@ -93,6 +93,7 @@ class Federator:
             codec=Codec(file.compression.up, file.compression.top_share),
             max_samples={entry.name: entry.max_samples for entry in file.silos},
             commit=self._commit,
+            max_norm=file.federation.max_update_norm,
         )
         self.exchange = make_exchange(self._inbox)
         self._connected: set[str] = set()
@@ -336,7 +337,9 @@ class Federator:
             path = self._ledger.handed_out
             with WeightsFile(self._ledger.weights_path(base)) as weights:
                 encoded = self._down.encode(self._layout, weights)
-                digest = await asyncio.to_thread(write_weights, path, self._down.layout(self._layout), encoded)
+                layout = self._down.layout(self._layout)
+                # A new file each time: silos that are late may still be reading the last one.
+                digest = await asyncio.to_thread(write_weights, path, layout, encoded, durable=False)
             self._handed_out = base, digest, path
         return self._handed_out[1:]
 
@@ -354,7 +357,7 @@ class Federator:
         samples = {order.silo: order.samples for order in record.orders if order.samples is not None}
         updates = self._inbox.updates(silos)
         old = self._ledger.state_path(record.base) if record.round > 1 else None
-        with stepping(self._file.strategy, self._layout, old, self._ledger.incoming_state) as optimizer:
+        with stepping(self._file.strategy, self._layout, old, self._ledger.incoming_state, durable=False) as optimizer:
             blocks = weighted_mean(self._layout, arm.weights, updates, samples, optimizer.step)
             digest = self._ledger.add_weights(self._layout, blocks)
         self._ledger.keep_state(digest)

@@ -33,7 +33,7 @@ from gptfl_dist.federation.silo import PolicyGuard
 from gptfl_dist.files import storage_error
 from gptfl_dist.launch.channel import Message
 from gptfl_dist.launch.trainer import TrainerProcess, python_module
-from gptfl_dist.weights import BLOCK, Codec, Layout, WeightsFile, write_weights
+from gptfl_dist.weights import BLOCK, Codec, Layout, WeightsFile, overwrite_weights
 from gptfl_dist.weights.feedback import Residuals
 
 _log = logging.getLogger(__name__)
@@ -323,7 +323,7 @@ class Silo:
                     weights.read_into(start, block)
                     yield block
 
-            write_weights(self._weights, layout, blocks())
+            overwrite_weights(self._weights, layout, blocks())
 
     def _encode(self, order: Order) -> str:
         """Encodes the update of an order; returns the digest of what is to be sent."""
@@ -331,7 +331,8 @@ class Silo:
         with WeightsFile(self._update) as update:
             if self._welcome.plan.compression.error_feedback:
                 return self._residuals.encode(self._up, update, self._encoded, nonce=order.nonce, follows=order.follows)
-            return write_weights(self._encoded, self._up.layout(update.layout), self._up.encode(update.layout, update))
+            blocks = self._up.encode(update.layout, update)
+            return overwrite_weights(self._encoded, self._up.layout(update.layout), blocks)
 
     async def _answer(self, order: Order, result: Result) -> bool:
         """Whether the answer was taken."""

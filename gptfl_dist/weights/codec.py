@@ -25,6 +25,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from gptfl_dist.errors import ProtocolError
+from gptfl_dist.weights.file import FlatReader
 from gptfl_dist.weights.layout import FLOATS, ITEM_SIZE, Layout, Segment
 from gptfl_dist.weights.numbers import Numbers, narrow, numbers
 
@@ -32,14 +33,6 @@ CodecName = Literal["none", "fp16", "bf16", "int8", "topk"]
 
 _STEP = 1 << 18  # elements that are encoded or decoded at a time: a multiple of every form's unit
 _LARGEST = {"F16": 65504.0, "BF16": float(np.uint32(0x7F7F0000).view(np.float32))}
-
-
-class FlatReader(Protocol):
-    """Reads ranges of a flat buffer, as `WeightsFile` and a spool do."""
-
-    def read(self, offset: int, size: int) -> bytes: ...
-
-    def read_into(self, offset: int, buffer: memoryview) -> None: ...
 
 
 class _Form(Protocol):
@@ -261,10 +254,6 @@ class Decoded:
     def __init__(self, pieces: list[_Piece], encoded: FlatReader) -> None:
         self._pieces = pieces
         self._encoded = encoded
-
-    def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`. Raises ProtocolError where what is encoded there makes no sense."""
-        return _read(self, offset, size)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fills `buffer` with the bytes from `offset`. Raises ProtocolError where what is encoded makes no sense."""

@@ -13,9 +13,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from gptfl_dist.errors import ModelError
-from gptfl_dist.files import replacing, storage_error
+from gptfl_dist.files import replacing, storage_error, write_at
 from gptfl_dist.weights.codec import Codec
-from gptfl_dist.weights.file import WeightsFile, header_of, write_all, write_weights
+from gptfl_dist.weights.file import WeightsFile, header_of, overwrite_weights
 from gptfl_dist.weights.layout import Layout
 
 _log = logging.getLogger(__name__)
@@ -40,14 +40,17 @@ class Residuals:
             if before is not None:
                 stack.enter_context(before)
             after = stack.enter_context(replacing(self._path(nonce)))
-            write_all(after, memoryview(header_of(shape)))
+            header = memoryview(header_of(shape))
+            write_at(after, 0, header)
 
             def blocks() -> Iterator[bytes]:
+                place = len(header)
                 for block, lost in codec.encode_with(update.layout, update, before):
-                    write_all(after, memoryview(lost))
+                    write_at(after, place, memoryview(lost))
+                    place += len(lost)
                     yield block
 
-            return write_weights(encoded, codec.layout(update.layout), blocks())
+            return overwrite_weights(encoded, codec.layout(update.layout), blocks())
 
     def _path(self, nonce: str) -> Path:
         return self._folder / f"{nonce}.safetensors"
