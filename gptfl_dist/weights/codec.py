@@ -229,11 +229,10 @@ class Codec:
             else:
                 triples.append((name, (form.size(count) // ITEM_SIZE[form.dtype],), form.dtype))
         layout = Layout.of(triples)
-        pieces = [
-            _Piece(segments[t.name], form, t.offset, _limit(segments[t.name].dtype, form))
-            for t in layout.tensors
-            for form in (forms[t.name],)
-        ]
+        pieces = []
+        for tensor in layout.tensors:
+            segment, form = segments[tensor.name], forms[tensor.name]
+            pieces.append(_Piece(segment, form, tensor.offset, _limit(segment.dtype, form)))
         return pieces, layout
 
     def _form(self, dtype: str) -> _Form | None:
