@@ -14,13 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptfl_dist.weights import FLOATS, ITEM_SIZE, FlatReader, Layout
+from gptfl_dist.weights.numbers import NUMPY, narrow, numbers
 
 BLOCK_ELEMENTS = 1 << 16
 """Numbers that are read and added at a time; blocks are counted from the start of each segment of the layout."""
 
 Array = NDArray[np.float64]
-
-_NUMPY = {"I64": "<i8", "F64": "<f8", "F32": "<f4", "I32": "<i4", "F16": "<f2", "I16": "<i2", "I8": "i1", "U8": "u1"}
 
 
 def weighted_mean(
@@ -62,7 +61,7 @@ def weighted_mean(
                 continue
             base.read_into(start, block)
             if segment.dtype != "BOOL":
-                dtype = np.dtype(_NUMPY[segment.dtype])
+                dtype = np.dtype(NUMPY[segment.dtype])
                 increases = []
                 for silo in silos:
                     increase = np.empty(len(block) // dtype.itemsize, dtype)
@@ -70,23 +69,6 @@ def weighted_mean(
                     increases.append(increase)
                 np.frombuffer(block, dtype)[:] += np.maximum.reduce(increases)
             yield bytes(block)
-
-
-def numbers(block: memoryview, dtype: str) -> NDArray[np.floating]:
-    """A block of a floating dtype as numbers. NumPy has no bfloat16: its bits are the upper half of a float32's."""
-    if dtype == "BF16":
-        return (np.frombuffer(block, "<u2").astype(np.uint32) << 16).view(np.float32)
-    return np.frombuffer(block, _NUMPY[dtype])
-
-
-def narrow(values: Array, dtype: str) -> NDArray[np.generic]:
-    """Numbers as those of a floating dtype (the bits of a BF16), rounded to nearest even."""
-    if dtype == "BF16":
-        bits = values.astype(np.float32).view(np.uint32)
-        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-        # Rounding the bits of a NaN could carry it into another number.
-        return np.where(np.isnan(values), 0x7FC0, rounded >> 16).astype("<u2")
-    return values.astype(_NUMPY[dtype])
 
 
 def norm(layout: Layout, update: FlatReader) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from gptfl_dist.config.base import Name, Section
 from gptfl_dist.config.federation import (
     Arm,
+    Compression,
     Exchange,
     Federation,
     FederationFile,
@@ -30,6 +31,7 @@ from gptfl_dist.config.silo import Code, Coordinator, Data, Policy, SiloFile
 __all__ = [
     "Arm",
     "Code",
+    "Compression",
     "Coordinator",
     "Data",
     "Exchange",

@@ -320,6 +320,16 @@ class Exchange(Section):
         return self
 
 
+class Compression(Section):
+    """How updates (up) and weights (down) are encoded on their way; `top_share` and `error_feedback` are of updates."""
+
+    up: Literal["none", "fp16", "bf16", "int8", "topk"] = "none"
+    down: Literal["none", "fp16", "bf16", "int8"] = "none"
+    top_share: Share = 0.01
+    error_feedback: bool = True
+    lossless: Literal["none", "zstd"] = "none"
+
+
 class SiloEntry(Section):
     """A silo that may take part. `file` is its silo file, for runs on this machine or under MPI."""
 
@@ -346,6 +356,7 @@ class FederationFile(Section):
     federation: Federation = Federation()
     strategy: Strategy = Strategy()
     exchange: Exchange = Exchange()
+    compression: Compression = Compression()
     test_data: Path | None = None
     silos: list[SiloEntry] = Field(min_length=1)
 

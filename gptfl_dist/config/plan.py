@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from gptfl_dist.config.base import Name, Section
-from gptfl_dist.config.federation import FederationFile, Model, Momentum, Task, Training
+from gptfl_dist.config.federation import Compression, FederationFile, Model, Momentum, Task, Training
 
 
 class Plan(Section):
@@ -22,11 +22,19 @@ class Plan(Section):
     labels: list[str] = Field(min_length=2)
     task: Task
     model: Model
+    compression: Compression = Compression()
 
     @classmethod
     def of(cls, file: FederationFile) -> Plan:
         """The plan of a federation file."""
-        return cls(federation=file.name, seed=file.seed, labels=file.labels, task=file.task, model=file.model)
+        return cls(
+            federation=file.name,
+            seed=file.seed,
+            labels=file.labels,
+            task=file.task,
+            model=file.model,
+            compression=file.compression,
+        )
 
 
 class LocalTraining(Section):

@@ -117,7 +117,7 @@ ExchangeEvent = SiloJoined | SiloLeft | Answered | OrderFailed | SiloProgress | 
 
 @dataclass(slots=True)
 class Traffic:
-    """Bytes of weights and updates carried since the start, without framing."""
+    """Bytes of weights and updates carried since the start, as they travelled, without framing."""
 
     down: int = 0
     up: int = 0

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gptfl_dist.aggregation.mean import norm
-from gptfl_dist.errors import StorageError
+from gptfl_dist.errors import ProtocolError, StorageError
 from gptfl_dist.exchange.base import UpdateHeader
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.files import storage_error, sync_folder, write_at
-from gptfl_dist.weights import Layout, digest_of
+from gptfl_dist.weights import Codec, FlatReader, Layout, digest_of
 
 _METRIC = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _MAX_METRICS = 64
@@ -115,9 +115,9 @@ class Inbox:
     """`max_samples` holds the registered maximum of each silo; `commit(silo, order, report, digest)` makes it count.
     `durable`: a committed update is there after a power cut too.
 
-    `max_norm` bounds the Euclidean norm of an update; None does not.
-    `digest` is "" for an evaluation. `finish` may run in a thread beside all other calls: what it checks cannot be
-    overwritten meanwhile, and an order that is withdrawn meanwhile is not committed.
+    `digest` is "" for an evaluation. Updates arrive encoded by `codec`; they are checked and read decoded. `max_norm`
+    bounds the Euclidean norm of an update; None does not. `finish` may run in a thread beside all other calls: what it
+    checks cannot be overwritten meanwhile, and an order that is withdrawn meanwhile is not committed.
     """
 
     folder: Path
@@ -126,9 +126,13 @@ class Inbox:
     commit: Callable[[str, Order, Report, str], None]
     max_norm: float | None = None
     durable: bool = False
+    codec: Codec = field(default=Codec("none"))
     _expected: dict[str, _Expected] = field(default_factory=dict)
     _spools: dict[str, Spool] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # around every change of what is expected
+
+    def __post_init__(self) -> None:
+        self._encoded = self.codec.layout(self.layout)
 
     def expect(self, silo: str, order: Order) -> None:
         """From now on this silo may answer this order, and no other."""
@@ -181,12 +185,14 @@ class Inbox:
             expected = self._check_report(silo, header.report, "train")
             if header.base != expected.order.base:
                 raise Refused(f"trained from the weights {header.base[:12]}, expected {expected.order.base[:12]}")
-            if header.layout != self.layout.digest:
-                raise Refused("the layout of the update is not the federation's: the model is defined differently")
-            if header.size != self.layout.nbytes:
-                raise Refused(f"announces {header.size} bytes, the layout has {self.layout.nbytes}")
+            if header.layout != self._encoded.digest:
+                raise Refused(
+                    "the layout of the update is not the federation's: the model is defined or encoded differently"
+                )
+            if header.size != self._encoded.nbytes:
+                raise Refused(f"announces {header.size} bytes, the layout has {self._encoded.nbytes}")
             if expected.committed:
-                return self.layout.nbytes, True
+                return self._encoded.nbytes, True
             if expected.checking:
                 raise Busy
             spool = self._spool(silo)
@@ -241,10 +247,10 @@ class Inbox:
                 self.commit(silo, expected.order, report, "")
                 expected.committed = True
 
-    def updates(self, silos: tuple[str, ...]) -> dict[str, Spool]:
-        """The spools of committed updates."""
+    def updates(self, silos: tuple[str, ...]) -> dict[str, FlatReader]:
+        """Readers of committed updates, decoded."""
         assert all(self._expected[silo].committed for silo in silos)
-        return {silo: self._spools[silo] for silo in silos}
+        return {silo: self.codec.decoded(self.layout, self._spools[silo]) for silo in silos}
 
     def close(self) -> None:
         for spool in self._spools.values():
@@ -253,14 +259,17 @@ class Inbox:
 
     def _spool(self, silo: str) -> Spool:
         if silo not in self._spools:
-            self._spools[silo] = Spool(self.folder / f"{silo}.spool", self.layout.nbytes)
+            self._spools[silo] = Spool(self.folder / f"{silo}.spool", self._encoded.nbytes)
         return self._spools[silo]
 
     def _what_is_wrong(self, spool: Spool, header: UpdateHeader) -> str:
         """Why what arrived cannot count, or ""."""
         if spool.digest() != header.digest:
             return "the bytes that arrived do not have the announced digest"
-        length = norm(self.layout, spool)
+        try:
+            length = norm(self.layout, self.codec.decoded(self.layout, spool))
+        except ProtocolError as error:
+            return error.message
         if math.isnan(length):
             return "the update holds NaN or infinite values"
         if self.max_norm is not None and length > self.max_norm:

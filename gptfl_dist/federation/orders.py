@@ -16,7 +16,7 @@ class Order:
     """One task for one silo: to train from the weights whose BLAKE3 is `base`, or to evaluate them.
 
     `nonce` is unique to this order and silo. `seconds` is how long the coordinator waits. `training` is None for an
-    evaluation.
+    evaluation. `follows` is the nonce of this silo's last committed update in this arm, "" where there is none.
     """
 
     kind: Kind
@@ -26,6 +26,7 @@ class Order:
     base: str
     seconds: float
     training: LocalTraining | None = None
+    follows: str = ""
 
 
 @dataclass(frozen=True, slots=True)

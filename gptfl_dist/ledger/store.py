@@ -132,6 +132,17 @@ class ArmRecord:
             if order.failure is None and order.counted is None
         ]
 
+    def last_committed(self, silo: str, before: int) -> str:
+        """The nonce of a silo's newest committed update of the rounds before one; "" where there is none."""
+        nonces = [
+            order.nonce
+            for r in self.rounds
+            if r.kind == "train" and r.round < before
+            for order in r.orders
+            if order.silo == silo and order.digest is not None
+        ]
+        return nonces[-1] if nonces else ""
+
     def weights_of(self, round_: int) -> str:
         """The digest of the weights after a round; round 0 is the start."""
         if round_ == 0:

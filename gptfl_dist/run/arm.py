@@ -70,11 +70,13 @@ class ArmRun:
         )
         self.round = 0  # that is open, or was open last
         self.base = ""  # the digest of the weights that it starts from
+        self.given = ""  # and of what the silos get of them
         self.cohort: tuple[str, ...] = ()  # who has an order of this round
         self.orders: dict[str, Order] = {}  # by silo: those that are open, or whose updates wait to be counted
-        self.bases: dict[str, WeightsFile] = {}  # by digest: what these orders and the round start from
+        self.bases: dict[str, WeightsFile] = {}  # by digest: what the silos get for these orders and the round
         self.spent_before = (0.0, 0, 0)  # seconds, bytes down and up of this round, in an earlier process
         self.deadlines: list[asyncio.TimerHandle] = []
+        self._weights: WeightsFile | None = None
         self._began: float | None = None  # the time; None once the round is closed
         self._counted: tuple[int, int] | None = None  # the traffic, down and up, that is not this round's
         self._seconds = rules.deadline
@@ -83,25 +85,34 @@ class ArmRun:
     @property
     def weights(self) -> WeightsFile:
         """The weights that the round starts from."""
-        return self.bases[self.base]
+        assert self._weights is not None
+        return self._weights
 
-    def open_round(self, round_: int, base: str, cohort: tuple[str, ...]) -> None:
-        self.round, self.base, self.cohort, self.spent_before = round_, base, cohort, (0.0, 0, 0)
+    def open_round(self, round_: int, base: str, given: str, cohort: tuple[str, ...]) -> None:
+        """`base` is the digest of the round's weights, `given` that of what the silos get of them."""
+        self.round, self.base, self.given, self.cohort = round_, base, given, cohort
+        self.spent_before = (0.0, 0, 0)
+
+    def hold(self, weights: WeightsFile) -> None:
+        """Keeps the round's weights open in place of the last round's."""
+        if self._weights is not None:
+            self._weights.close()
+        self._weights = weights
 
     def hold_bases(self, path_of: Callable[[str], Path]) -> list[WeightsFile]:
-        """Opens the weights that open orders and the round start from; returns those that nothing needs any more."""
-        needed = {order.base for order in self.orders.values()} | ({self.base} if self.base else set())
+        """Opens what open orders and the round start from; returns the files that nothing needs any more."""
+        needed = {order.base for order in self.orders.values()} | ({self.given} if self.given else set())
         unneeded = [self.bases.pop(digest) for digest in self.bases.keys() - needed]
         for digest in needed - self.bases.keys():
             self.bases[digest] = WeightsFile(path_of(digest))
         return unneeded
 
-    def order(self, kind: Kind, nonce: str, round_: int, base: str) -> Order:
-        """An order of a round of this arm."""
+    def order(self, kind: Kind, nonce: str, round_: int, given: str, follows: str) -> Order:
+        """An order of a round of this arm; `follows` is the nonce of the silo's last committed update before."""
         training = None
         if kind == "train":
             training = LocalTraining.of(self._file, self.plan.learning_rate, round_)
-        return Order(kind, nonce, self.plan.name, round_, base, self._seconds, training)
+        return Order(kind, nonce, self.plan.name, round_, given, self._seconds, training, follows)
 
     def begin_counting(self, traffic: Traffic) -> None:
         """From now on time counts for the round; bytes do since the round before was closed."""
@@ -126,6 +137,8 @@ class ArmRun:
             deadline.cancel()
         for weights in self.bases.values():
             weights.close()
+        if self._weights is not None:
+            self._weights.close()
 
 
 def validation_of(record: ArmRecord, round_: int) -> tuple[float, float] | None:

@@ -53,7 +53,8 @@ from gptfl_dist.run.arm import (
 )
 from gptfl_dist.run.candidates import PRETRAINED_WEIGHTS, adopt, asks_silos, candidate_files
 from gptfl_dist.run.evaluation import RANDOM_WEIGHTS, Evaluator
-from gptfl_dist.weights import BLOCK, Layout, WeightsFile
+from gptfl_dist.run.handout import HandOut
+from gptfl_dist.weights import BLOCK, Codec, Layout, WeightsFile
 
 _log = logging.getLogger(__name__)
 
@@ -94,9 +95,12 @@ class Federator:
         self._evaluator = evaluator
         self._watcher = watcher
         self._silos = tuple(sorted(entry.name for entry in file.silos))
+        down = Codec(file.compression.down)
+        self._hand_out = HandOut(ledger.folder / "handed-out", ledger.weights_path, layout, down)
         self._inbox = Inbox(
             folder=ledger.folder / "spools",
             layout=layout,
+            codec=Codec(file.compression.up, file.compression.top_share),
             max_samples={entry.name: entry.max_samples for entry in file.silos},
             commit=self._commit,
             max_norm=file.federation.max_update_norm,
@@ -242,7 +246,8 @@ class Federator:
             owed = {silo: order.round for silo, order in arm.orders.items() if silo not in delivered}
             if unfinished is not None:
                 self._watcher.note(f"going on in round {unfinished.round} of {plan.name}")
-                arm.open_round(unfinished.round, unfinished.base, unfinished.cohort)
+                given = await self._hand_out.prepare(unfinished.base)
+                arm.open_round(unfinished.round, unfinished.base, given, unfinished.cohort)
                 arm.spent_before = (unfinished.seconds or 0.0, unfinished.bytes_down or 0, unfinished.bytes_up or 0)
                 failed = {order.silo: order.failure for order in unfinished.orders if order.failure is not None}
                 commands = arm.machine.resume(
@@ -283,12 +288,14 @@ class Federator:
     async def _take_over(self, arm: ArmRun, record: ArmRecord) -> dict[str, int]:
         """Takes the orders of an interrupted run over, under their old nonces. Returns the round of those delivered."""
         delivered: dict[str, int] = {}
-        for given, told in record.pending:
-            order = arm.orders[told.silo] = arm.order("train", told.nonce, given.round, given.base)
+        for round_, told in record.pending:
+            given = await self._hand_out.prepare(round_.base)
+            follows = record.last_committed(told.silo, round_.round)
+            order = arm.orders[told.silo] = arm.order("train", told.nonce, round_.round, given, follows)
             if told.digest is None:
                 self._inbox.expect(told.silo, order)
             elif await asyncio.to_thread(self._inbox.expect_committed, told.silo, order, told.digest):
-                delivered[told.silo] = given.round
+                delivered[told.silo] = round_.round
             else:
                 self._watcher.note(f"the committed update of {told.silo} is damaged on disk and is asked for again")
                 self._inbox.expect(told.silo, order)
@@ -296,15 +303,18 @@ class Federator:
 
     async def _publish(self, arm: ArmRun) -> None:
         """Makes the weights available that open orders and the round start from, and no others."""
-        unneeded = arm.hold_bases(self._ledger.weights_path)
+        unneeded = arm.hold_bases(self._hand_out.path)
         await self.exchange.publish(arm.bases)
         for weights in unneeded:
             weights.close()
+        self._hand_out.keep_only(arm.bases)
 
     def _enlist(self, arm: ArmRun, kind: Kind, nonces: Mapping[str, str]) -> None:
         """Expects the answers to new orders of the open round."""
+        record = self._record(arm.plan.name)
         for silo, nonce in sorted(nonces.items()):
-            order = arm.orders[silo] = arm.order(kind, nonce, arm.round, arm.base)
+            follows = record.last_committed(silo, arm.round)
+            order = arm.orders[silo] = arm.order(kind, nonce, arm.round, arm.given, follows)
             self._inbox.expect(silo, order)
 
     async def _do(self, arm: ArmRun, command: machine.Command) -> None:
@@ -314,10 +324,11 @@ class Federator:
                 base = self._record(plan.name).weights_of(command.round - 1)
                 nonces = _nonces(command.cohort)
                 ledger.open_round(plan.name, command.round, command.kind, base, command.cohort, nonces)
-                arm.open_round(command.round, base, command.cohort)
+                arm.open_round(command.round, base, await self._hand_out.prepare(base), command.cohort)
                 self._enlist(arm, command.kind, nonces)
             self._assembled = True
             arm.begin_counting(self.exchange.traffic)
+            arm.hold(WeightsFile(ledger.weights_path(arm.base)))
             await self._publish(arm)
         elif isinstance(command, machine.Enlist):
             nonces = _nonces(command.silos)

@@ -17,6 +17,7 @@ PRIVATE = 0o700
 _MADE_BY_A_RUN = (
     *("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "weights", "strategy", "spools", "silos", "models"),
     *("logs", "summary.json", "report.html", "pretrained.safetensors", "pretrained.json", "random.safetensors"),
+    "handed-out",
     *(CONTACT_SHEET, DROPPED_SHEET, CANDIDATES, CHOICE),
 )
 """What `--fresh` deletes: never the federation file, data or a synthetic set that lie in the same folder."""

@@ -11,10 +11,10 @@ import contextlib
 import logging
 import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from gptfl_dist.config.plan import Plan
 from gptfl_dist.config.silo import SiloFile
@@ -33,12 +33,15 @@ from gptfl_dist.federation.silo import PolicyGuard
 from gptfl_dist.files import storage_error
 from gptfl_dist.launch.channel import Message
 from gptfl_dist.launch.trainer import TrainerProcess, python_module
-from gptfl_dist.weights import Layout, WeightsFile
+from gptfl_dist.weights import BLOCK, Codec, Layout, WeightsFile, overwrite_weights
+from gptfl_dist.weights.feedback import Residuals
 
 _log = logging.getLogger(__name__)
 
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 30.0
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 _PROGRESS_EVERY = 1.0  # seconds between two reports of a training's progress
 
 
@@ -161,13 +164,17 @@ class Silo:
     """Runs a silo over one exchange until the coordinator says goodbye."""
 
     def __init__(self, *, silo: SiloFile, exchange: SiloExchange, runner: OrderRunner, folder: Path) -> None:
-        """`folder` takes the received weights and the update."""
+        """`folder` takes the received weights, the update, and what its encoding lost."""
         self._exchange = exchange
         self._runner = runner
         self._guard = PolicyGuard(silo.policy)
         self._seconds = silo.policy.max_seconds_per_round
         self._weights = folder / "weights.safetensors"
         self._update = folder / "update.safetensors"
+        self._received = folder / "received.safetensors"  # encoded, where weights are
+        self._encoded = folder / "encoded.safetensors"  # the encoded update, where updates are
+        self._residuals = Residuals(folder / "residuals")
+        self._up = self._down = Codec("none")
         self._held = ""  # digest of what lies in `_weights`
         self._layout: Layout | None = None
         self._welcome: Welcome | None = None
@@ -225,6 +232,9 @@ class Silo:
                 f"the model built here is not the federation's: {difference}",
                 hint="use the coordinator's model definition and release",
             )
+        compression = welcome.plan.compression
+        self._up = Codec(compression.up, compression.top_share)
+        self._down = Codec(compression.down)
         self._welcome = welcome
 
     async def _listen(self) -> Goodbye:
@@ -291,9 +301,12 @@ class Silo:
             if self._result is None:
                 self._guard.check(order)
                 await self._fetch(order)
-                self._result = await asyncio.wait_for(
+                result = await asyncio.wait_for(
                     self._runner.run(order, self._weights, self._update, self._progress_of(order)), self._seconds
                 )
+                if order.kind == "train" and self._up.name != "none":
+                    result = replace(result, digest=await _to_its_end(self._encode, order))
+                self._result = result
             return await self._answer(order, self._result)
         except TimeoutError:
             await self._runner.stop()
@@ -311,8 +324,35 @@ class Silo:
         if self._held != order.base:
             assert self._layout is not None
             self._held = ""
-            await self._exchange.download(order.base, self._layout, self._weights)
+            if self._down.name == "none":
+                await self._exchange.download(order.base, self._layout, self._weights)
+            else:
+                await self._exchange.download(order.base, self._down.layout(self._layout), self._received)
+                await _to_its_end(self._decode, self._layout)
             self._held = order.base
+
+    def _decode(self, layout: Layout) -> None:
+        """Makes the weights that are trained from of those that were received."""
+        with WeightsFile(self._received) as received:
+            weights = self._down.decoded(layout, received)
+            buffer = memoryview(bytearray(BLOCK))
+
+            def blocks() -> Iterator[memoryview]:
+                for start in range(0, layout.nbytes, BLOCK):
+                    block = buffer[: layout.nbytes - start]
+                    weights.read_into(start, block)
+                    yield block
+
+            overwrite_weights(self._weights, layout, blocks())
+
+    def _encode(self, order: Order) -> str:
+        """Encodes the update of an order; returns the digest of what is to be sent."""
+        assert self._welcome is not None
+        with WeightsFile(self._update) as update:
+            if self._welcome.plan.compression.error_feedback:
+                return self._residuals.encode(self._up, update, self._encoded, nonce=order.nonce, follows=order.follows)
+            blocks = self._up.encode(update.layout, update)
+            return overwrite_weights(self._encoded, self._up.layout(update.layout), blocks)
 
     async def _answer(self, order: Order, result: Result) -> bool:
         """Whether the answer was taken."""
@@ -326,8 +366,9 @@ class Silo:
             self._pause = FIRST_PAUSE
             return True
         assert self._layout is not None
-        with WeightsFile(self._update) as update:
-            header = UpdateHeader(report, order.base, self._layout.digest, result.digest, update.nbytes)
+        with WeightsFile(self._update if self._up.name == "none" else self._encoded) as update:
+            layout = self._up.layout(self._layout)
+            header = UpdateHeader(report, order.base, layout.digest, result.digest, update.nbytes)
             receipt = await self._exchange.upload(header, update)
         self._pause = FIRST_PAUSE
         if receipt.committed:
@@ -355,6 +396,16 @@ class Silo:
                 task.add_done_callback(reports.discard)
 
         return report
+
+
+async def _to_its_end(function: Callable[[_T], _R], argument: _T) -> _R:
+    """Calls a function in a thread, which nothing can stop. Whoever is cancelled here waits for its end all the same,
+    for the next call writes the same files."""
+    task = asyncio.create_task(asyncio.to_thread(function, argument))
+    try:
+        return await asyncio.shield(task)
+    finally:
+        await _ended(task)
 
 
 async def _ended(task: asyncio.Task[Any]) -> None:

@@ -1,5 +1,6 @@
 """Weights as one flat buffer: its layout, its file, and PyTorch models bound to it (`flat`, which loads torch)."""
 
+from gptfl_dist.weights.codec import Codec
 from gptfl_dist.weights.file import BLOCK, FlatReader, WeightsFile, digest_of, overwrite_weights, write_weights
 from gptfl_dist.weights.layout import FLOATS, ITEM_SIZE, Layout, Segment, TensorSpec
 
@@ -7,6 +8,7 @@ __all__ = [
     "BLOCK",
     "FLOATS",
     "ITEM_SIZE",
+    "Codec",
     "FlatReader",
     "Layout",
     "Segment",

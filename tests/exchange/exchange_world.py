@@ -73,9 +73,10 @@ class World:
 
     def __init__(
         self, folder: Path, layout: Layout = SMALL, *, chunk: int = 1 << 20, credentials: Credentials = COORDINATOR,
-        keepalive: float = 30.0,
+        plan: Plan = PLAN, keepalive: float = 30.0,
     ) -> None:  # fmt: skip
         self.layout = layout
+        self.plan = plan
         self.commits: list[tuple[str, Order, Report, str]] = []
         self.inbox = Inbox(
             folder / "spools", layout, dict.fromkeys(SILOS, 1000), lambda *commit: self.commits.append(commit)
@@ -93,7 +94,7 @@ class World:
         self._silos: list[GrpcSiloExchange] = []
 
     async def __aenter__(self) -> Self:
-        await self.server.open(Welcome("run-1", PLAN, self.layout))
+        await self.server.open(Welcome("run-1", self.plan, self.layout))
         return self
 
     async def __aexit__(self, *_: object) -> None:

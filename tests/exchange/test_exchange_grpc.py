@@ -109,7 +109,7 @@ async def test_a_round_from_welcome_to_goodbye(tmp_path):
         assert await world.event() == SiloJoined("alice")
         await world.server.publish({digest: base})
 
-        order = train_order("n1", digest)
+        order = dataclasses.replace(train_order("n1", digest), follows="n0")
         await world.give("alice", order)
         assert await silo.receive() == order
         await silo.download(digest, SMALL, tmp_path / "got")

@@ -18,7 +18,7 @@ from gptfl_dist.exchange import inbox as inbox_module
 from gptfl_dist.exchange.base import UpdateHeader
 from gptfl_dist.exchange.inbox import Busy, Inbox, Refused, Spool, Superseded
 from gptfl_dist.federation.orders import Order, Report
-from gptfl_dist.weights import Layout
+from gptfl_dist.weights import Codec, Layout
 
 LAYOUT = Layout.of([("w", (16,), "F32"), ("n", (1,), "I64")])
 BASE = "ab" * 32
@@ -81,7 +81,7 @@ def test_a_good_update_is_committed_and_handed_to_the_aggregation(inbox, commits
         ({"report": Report("nonce-2", 10)}, "answers no order"),
         ({"report": Report("", 10)}, "answers no order"),
         ({"base": "cd" * 32}, "trained from the weights cdcd"),
-        ({"layout": "00" * 32}, "model is defined differently"),
+        ({"layout": "00" * 32}, "model is defined or encoded differently"),
         ({"size": LAYOUT.nbytes + 1}, f"announces {LAYOUT.nbytes + 1} bytes"),
         ({"size": 2**63}, "announces"),
         ({"report": Report("nonce-1", 0)}, "claims 0 samples, expected 1 to 100"),
@@ -392,3 +392,27 @@ def test_a_disk_without_room_is_told_and_leaves_no_descriptor(tmp_path):
     with pytest.raises(StorageError):
         Spool(tmp_path / "x.spool", 2**62)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize(
+    ("codec", "content", "said"),
+    [
+        (Codec("topk", 0.1), np.array([3, 3], "<u2").tobytes() + bytes(8), "places"),
+        (Codec("topk", 0.1), np.array([3, 16], "<u2").tobytes() + bytes(8), "places"),
+        (Codec("topk", 0.1), np.array([3, 4], "<u2").tobytes() + np.array([1, math.nan], "<f4").tobytes(), "NaN"),
+        (Codec("int8"), np.array([math.nan], "<f4").tobytes() + bytes(16), "NaN or infinite"),
+        (Codec("int8"), np.array([3e38], "<f4").tobytes() + b"\x7f" * 16, "NaN or infinite"),
+        (Codec("fp16"), np.full(16, math.inf, "<f2").tobytes(), "NaN or infinite"),
+    ],
+)
+def test_what_makes_no_sense_once_it_is_decoded_is_refused(tmp_path, commits, codec, content, said):
+    inbox = Inbox(tmp_path / "spools", LAYOUT, {"alice": 100}, lambda *commit: commits.append(commit), codec=codec)
+    inbox.expect("alice", ORDER)
+    content = bytes(8) + content
+    layout = codec.layout(LAYOUT)
+    inbox.announce("alice", header(content, layout=layout.digest, size=layout.nbytes))
+    send(inbox, content)
+    with pytest.raises(Refused, match=said):
+        inbox.finish("alice", "nonce-1")
+    assert commits == []
+    inbox.close()

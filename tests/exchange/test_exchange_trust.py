@@ -346,6 +346,10 @@ async def test_releases_without_a_common_protocol_refuse_each_other_clearly(tmp_
 # A coordinator that does not keep to the protocol.
 
 
+OF_A_LATER_RELEASE = PLAN.model_dump_json().replace('"up":"none"', '"up":"int4"').encode()
+"""A plan with a codec that this release does not know."""
+
+
 def welcome(**changes: object) -> pb.Welcome:
     message = convert.welcome_to_message(Welcome("run", PLAN, SMALL), 1, "1.0")
     for name, value in changes.items():
@@ -398,6 +402,7 @@ async def impostor(*words: pb.ToSilo, chunks: tuple[bytes, ...] = ()):
         (pb.ToSilo(welcome=welcome(version=2)), ConnectionFailed, "speaks protocol 2"),
         (pb.ToSilo(welcome=welcome(plan=b"{}")), ProtocolError, "does not validate"),
         (pb.ToSilo(welcome=welcome(plan=b"\xff")), ProtocolError, "does not validate"),
+        (pb.ToSilo(welcome=welcome(plan=OF_A_LATER_RELEASE)), ProtocolError, r"compression\.up"),
         (pb.ToSilo(welcome=welcome(layout=b"[1]")), ProtocolError, "does not validate"),
         (pb.ToSilo(welcome=welcome(layout=b'[["w",[Infinity],"F32"]]')), ProtocolError, "does not validate"),
         (pb.ToSilo(welcome=welcome(layout=b"[" * 100_000)), ProtocolError, "does not validate"),
@@ -420,6 +425,8 @@ async def test_a_wrong_welcome_ends_the_silo_with_a_reason(word, kind, said):
         (pb.ToSilo(order=order(nonce="a\nb")), "nonce"),
         (pb.ToSilo(order=order(nonce="ä")), "nonce"),
         (pb.ToSilo(order=order(nonce="n" * 65)), "nonce"),
+        (pb.ToSilo(order=order(follows="../n")), "nonce"),
+        (pb.ToSilo(order=order(follows="n" * 65)), "nonce"),
         (pb.ToSilo(order=order(training=b"")), "training settings"),
         (pb.ToSilo(order=order(training=b'{"epochs": -1}')), "training settings"),
         (pb.ToSilo(welcome=welcome()), "unexpected welcome"),

@@ -110,6 +110,7 @@ class World:
         rates: list[float] | None = None,
         tuning: int = 1,
         strategy: Mapping[str, object] | None = None,
+        compression: Mapping[str, object] | None = None,
         **rules: Any,
     ) -> None:
         """`script` gives a silo's metrics or raises TrainerError; `released` are the metrics that may leave a silo."""
@@ -126,6 +127,7 @@ class World:
                 "training": {"learning_rate": rates or 0.25, "warm_up_rounds": 0},
                 "tuning": {"rounds": tuning},
                 "strategy": strategy or {},
+                "compression": compression or {},
                 "federation": {
                     "rounds": ROUNDS,
                     "quorum": "all",
@@ -159,6 +161,12 @@ class World:
         for task in self._running.values():
             task.cancel()
         await asyncio.gather(*self._running.values(), return_exceptions=True)
+
+    async def kill(self, silo: str) -> None:
+        """Ends a silo's agent at this instant; `join` starts it anew on the same files."""
+        task = self._running.pop(silo)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
     def join(self, *names: str) -> None:
         """Starts silos, in this order."""

@@ -46,6 +46,17 @@ def test_all_is_well(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_what_travels_is_told_and_what_is_thrown_away_is_doubted(tmp_path: Path) -> None:
+    file = tiny_federation(tmp_path, compression={"up": "int8", "lossless": "zstd"})
+    found = by_name(check_file(file))["compression"]
+    assert found.status == "ok"
+    assert found.found.startswith("updates take 25.2% and weights 100.0% of")
+    edit(file, "up: int8", "up: topk\n  error_feedback: false")
+    found = by_name(check_file(file))["compression"]
+    assert found.status == "warning"
+    assert "99% of each update is lost" in found.found
+
+
 def test_no_mistake_hides_another(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -91,3 +91,19 @@ def test_a_coordinator_that_cannot_write_an_update_ends_the_job(
     assert command.wait(60) == 10
     assert "silo-1.spool" in command.stderr
     command.wait_until_gone()
+
+
+def test_compressed_federations_come_to_the_same_weights_over_both_wires(
+    gptfl: Commands, federation: Callable[..., Federation]
+) -> None:
+    compression = {"up": "int8", "down": "int8", "lossless": "zstd"}
+    over_grpc, over_mpi = (federation(name, epochs=2, compression=compression) for name in ("grpc", "mpi"))
+    gptfl.run("run", over_grpc.path)
+    command = gptfl.mpi(3, "run", over_mpi.path)
+    assert command.wait() == 0, command.stderr
+    assert over_mpi.result() == over_grpc.result()
+    told, packed = (each.summary() for each in (over_mpi, over_grpc))
+    arm = told["arms"]["fedavg_random"]
+    assert 0.25 < arm["bytes_up"] / (2 * 3 * told["model_bytes"]) < 0.27
+    assert 0.25 < arm["bytes_down"] / (2 * 4 * told["model_bytes"]) < 0.27  # with the final evaluation
+    assert packed["arms"]["fedavg_random"]["bytes_up"] < arm["bytes_up"]

@@ -35,7 +35,7 @@ from gptfl_dist.exchange.base import (
 from gptfl_dist.exchange.inbox import Inbox, Refused
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.files import storage_error
-from gptfl_dist.weights import Layout, WeightsFile
+from gptfl_dist.weights import Codec, Layout, WeightsFile
 from gptfl_dist.weights.file import header_of
 
 _CONTROL, _DATA = 1, 2  # message tags
@@ -130,6 +130,7 @@ class MpiCoordinatorExchange:
             "base": order.base,
             "seconds": order.seconds,
             "training": training,
+            "follows": order.follows,
         }
         await _say(self._world, self._rank_of[silo], message)
 
@@ -208,7 +209,7 @@ class MpiSiloExchange:
         self._answers: asyncio.Queue[Message] = asyncio.Queue()
         self._arrived: set[str] = set()  # digests of the weights that lie in the folder
         self._arrival = asyncio.Condition()
-        self._layout: Layout | None = None
+        self._layout: Layout | None = None  # of what is broadcast
         self._listener: asyncio.Task[None] | None = None
         self._uploading = asyncio.Lock()
         self._first: Message | None = None
@@ -224,9 +225,10 @@ class MpiSiloExchange:
             _, message = await _hear(self._world, 0)
         if message["type"] != "welcome":
             raise ProtocolError(f"rank 0 sent {message['type']!r}, expected a welcome")
-        self._layout = Layout.from_json(message["layout"])
+        welcome = Welcome(message["run"], Plan.model_validate(message["plan"]), Layout.from_json(message["layout"]))
+        self._layout = Codec(welcome.plan.compression.down).layout(welcome.layout)
         self._listener = asyncio.create_task(self._listen())
-        return Welcome(message["run"], Plan.model_validate(message["plan"]), self._layout)
+        return welcome
 
     async def ready(self) -> None:
         await _say(self._world, 0, {"type": "ready"})

@@ -39,7 +39,8 @@ from gptfl_dist.security.handshake import Unreachable, is_loopback, shake_hands
 from gptfl_dist.weights import Layout, WeightsFile
 from gptfl_dist.weights.file import header_of
 
-_LARGEST_MESSAGE = 64 << 20  # a welcome with a very large layout; the coordinator bounds its chunks to 16 MiB
+_LARGEST_MESSAGE = 64 << 20  # a welcome with a very large layout
+_LARGEST_CHUNK = 16 << 20  # that exchange.chunk may ask for
 
 _FINAL = {
     grpc.StatusCode.PERMISSION_DENIED: IdentityError,
@@ -72,6 +73,7 @@ class GrpcSiloExchange:
         self._instance = secrets.token_hex(8)
         self._channel: grpc.aio.Channel | None = None
         self._call: grpc.aio.StreamStreamCall[pb.FromSilo, pb.ToSilo] | None = None
+        self._packed = False  # whether chunks are
         self._partial = _Partial()
         self._writing = asyncio.Lock()  # a stream takes one write at a time
 
@@ -120,6 +122,7 @@ class GrpcSiloExchange:
                 hint="install matching releases",
             )
         welcome = convert.welcome_from_message(message.welcome)
+        self._packed = welcome.plan.compression.lossless == "zstd"
         return welcome
 
     async def ready(self) -> None:
@@ -170,7 +173,7 @@ class GrpcSiloExchange:
         )
         try:
             async for frame in chunks:
-                offset, data = frames.decode_chunk(frame)
+                offset, data, _ = frames.decode_chunk(frame, _LARGEST_CHUNK if self._packed else 0)
                 if offset != partial.received or offset + len(data) > size:
                     raise ProtocolError(f"the coordinator sent bytes from {offset}, expected from {partial.received}")
                 write_at(fd, start + offset, data)
@@ -190,6 +193,7 @@ class GrpcSiloExchange:
         if answer.committed:
             return Receipt(True)
 
+        width = frames.width_of(update.layout)
         unreadable: list[StorageError] = []
 
         async def chunks() -> AsyncIterator[bytes]:
@@ -199,7 +203,7 @@ class GrpcSiloExchange:
                 except StorageError as error:
                     unreadable.append(error)  # gRPC would tell it as a broken connection, which trying again mends
                     raise
-                yield frames.encode_chunk(offset, data)
+                yield frames.pack_chunk(offset, data, width)[0] if self._packed else frames.encode_chunk(offset, data)
 
         send: grpc.aio.StreamUnaryMultiCallable[bytes, pb.Receipt] = channel.stream_unary(
             f"/{SERVICE}/Upload", response_deserializer=pb.Receipt.FromString

@@ -17,7 +17,7 @@ from gptfl_dist.weights import Layout
 if TYPE_CHECKING:
     from gptfl_dist.federation.orders import Kind
 
-_NONCE = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it travels in a call's metadata, which takes no other text
+_NONCE = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it travels in a call's metadata and stands in file names
 _TEXT_LIMIT = 4000
 
 _KINDS: dict[Kind, pb.Order.Kind] = {"train": pb.Order.TRAIN, "evaluate": pb.Order.EVALUATE}
@@ -37,6 +37,7 @@ def order_to_message(order: Order) -> pb.Order:
         base=order.base,
         training=order.training.model_dump_json().encode() if order.training else b"",
         seconds=order.seconds,
+        follows=order.follows,
     )
 
 
@@ -46,13 +47,23 @@ def order_from_message(message: pb.Order) -> Order:
     if message.kind not in kinds:
         raise ProtocolError(f"an order of the unknown kind {message.kind}", hint="update gptfl_dist on this side")
     kind = kinds[message.kind]
-    if not _NONCE.fullmatch(message.nonce):
-        raise ProtocolError(f"an order with the nonce {message.nonce[:80]!r}, expected letters and digits")
+    for nonce in (message.nonce, message.follows or message.nonce):
+        if not _NONCE.fullmatch(nonce):
+            raise ProtocolError(f"an order with the nonce {nonce[:80]!r}, expected letters and digits")
     try:
         training = LocalTraining.model_validate_json(message.training) if kind == "train" else None
     except ValidationError as error:
         raise ProtocolError(f"the order's training settings do not validate: {error}") from None
-    return Order(kind, message.nonce, legible(message.arm), message.round, message.base, message.seconds, training)
+    return Order(
+        kind=kind,
+        nonce=message.nonce,
+        arm=legible(message.arm),
+        round=message.round,
+        base=message.base,
+        seconds=message.seconds,
+        training=training,
+        follows=message.follows,
+    )
 
 
 def welcome_to_message(welcome: Welcome, version: int, release: str) -> pb.Welcome:

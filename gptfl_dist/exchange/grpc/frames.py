@@ -1,19 +1,42 @@
 """Chunk messages, encoded and decoded by hand: a flat buffer's bytes never pass through protobuf.
 
-A frame is a protobuf encoding of `Chunk{offset, data}` with both fields always present and in field order, so any
-protobuf reader understands it. Its numbers are padded to their full length, as protobuf allows, so that the data begins
-at byte 16 of every frame: aligned for the arithmetic on it.
+A frame is a protobuf encoding of `Chunk{offset, data}`, or of `Chunk{offset, zstd, width}` where the chunk is packed,
+with these fields always present and in this order, so any protobuf reader understands it. Its numbers are padded to
+their full length, as protobuf allows, so that the data begins at byte 16 of every frame: aligned for the arithmetic on
+it.
+
+Packing is zstd at its quickest level. The bytes of numbers stand in planes first: all first bytes, then all second
+bytes, for signs and exponents are alike and mantissas are noise. Of real updates in fp32 that leaves 68 % instead of
+81 % of the bytes. Offsets count unpacked bytes, so a broken transfer goes on wherever it stopped.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+import zstandard
+
 from gptfl_dist.errors import ProtocolError
+from gptfl_dist.weights import ITEM_SIZE, Layout
 
 MAX_OVERHEAD = 32
-"""A frame is at most this many bytes longer than its data; ours are 16."""
+"""A frame is at most this many bytes longer than its data; ours are 16, or 18 where packed."""
 
 _OFFSET_TAG = 0x08  # field 1, varint
 _DATA_TAG = 0x12  # field 2, length-delimited
+_ZSTD_TAG = 0x1A  # field 3, length-delimited
+_WIDTH_TAG = 0x20  # field 4, varint
+_LEVEL = 1  # higher ones take their time for less than a hundredth
+
+
+class Chunk(NamedTuple):
+    """A piece of the flat buffer from `offset` on; `carried` bytes of it travelled."""
+
+    offset: int
+    data: memoryview
+    carried: int
 
 
 def encode_chunk(offset: int, data: bytes) -> bytes:
@@ -21,19 +44,78 @@ def encode_chunk(offset: int, data: bytes) -> bytes:
     return b"".join((b"\x08", _varint(offset, 10), b"\x12", _varint(len(data), 4), data))
 
 
-def decode_chunk(frame: bytes) -> tuple[int, memoryview]:
-    """The offset and the data, which is a view into `frame`. Raises ProtocolError."""
+def pack_chunk(offset: int, data: bytes, width: int) -> tuple[bytes, int]:
+    """The frame of packed data, and how many bytes of content it carries. Data that would not shrink go as they are.
+
+    `width` is the size of the numbers in `data`, in bytes.
+    """
+    packed = zstandard.ZstdCompressor(_LEVEL).compress(_in_planes(data, width))
+    if len(packed) >= len(data):
+        return encode_chunk(offset, data), len(data)
+    parts = (b"\x08", _varint(offset, 10), b"\x1a", _varint(len(packed), 4), packed, b"\x20", _varint(width, 1))
+    return b"".join(parts), len(packed)
+
+
+def width_of(layout: Layout) -> int:
+    """The size of the numbers that make up most of a flat buffer, in bytes."""
+    sizes: Counter[int] = Counter()
+    for tensor in layout.tensors:
+        sizes[ITEM_SIZE[tensor.dtype]] += tensor.nbytes
+    return sizes.most_common(1)[0][0] if sizes else 1
+
+
+def decode_chunk(frame: bytes, largest: int = 0) -> Chunk:
+    """The chunk in a frame; data that are not packed are a view into it. Raises ProtocolError.
+
+    Packed data are taken where they unpack to at most `largest` bytes, which is known before memory is.
+    """
     view = memoryview(frame)
     position = 0
     offset = 0
     if position < len(view) and view[position] == _OFFSET_TAG:
         offset, position = _read_varint(view, position + 1)
-    if position >= len(view) or view[position] != _DATA_TAG:
+    tag = view[position] if position < len(view) else None
+    if tag not in (_DATA_TAG, _ZSTD_TAG):
         raise ProtocolError("a frame is no chunk: its data field is missing")
     length, position = _read_varint(view, position + 1)
-    if length == 0 or position + length != len(view):
+    data, rest = view[position : position + length], view[position + length :]
+    if length == 0 or length != len(data) or (tag == _DATA_TAG and rest):
         raise ProtocolError(f"a chunk announces {length} bytes and carries {len(view) - position}")
-    return offset, view[position:]
+    if tag == _DATA_TAG:
+        return Chunk(offset, data, length)
+    if not largest:
+        raise ProtocolError("a chunk is packed, which was not agreed on")
+    if not rest or rest[0] != _WIDTH_TAG:
+        raise ProtocolError("a packed chunk does not tell the width of its numbers")
+    width, end = _read_varint(rest, 1)
+    if end != len(rest) or width not in (1, 2, 4, 8):
+        raise ProtocolError(f"a packed chunk of numbers of {width} bytes, or with {len(rest) - end} bytes behind it")
+    return Chunk(offset, memoryview(_out_of_planes(_unpack(data, largest), width)), length)
+
+
+def _unpack(data: memoryview, largest: int) -> bytes:
+    try:
+        announced = zstandard.get_frame_parameters(data)
+        if not 0 < announced.content_size <= largest or announced.window_size > max(largest, 1024):
+            raise ProtocolError(f"a packed chunk does not say that it unpacks to at most {largest} bytes")
+        unpacked: bytes = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise ProtocolError(f"a packed chunk cannot be unpacked: {error}") from None
+    if len(unpacked) != announced.content_size:
+        raise ProtocolError(f"a packed chunk unpacks to {len(unpacked)} bytes, it says {announced.content_size}")
+    return unpacked
+
+
+def _in_planes(data: bytes, width: int) -> bytes:
+    """All first bytes of the numbers, then all second bytes ..., then what is left over."""
+    whole = len(data) // width * width
+    return np.frombuffer(data, np.uint8, whole).reshape(-1, width).T.tobytes() + data[whole:]
+
+
+def _out_of_planes(data: bytes, width: int) -> bytes:
+    """The inverse of `_in_planes`."""
+    whole = len(data) // width * width
+    return np.frombuffer(data, np.uint8, whole).reshape(width, -1).T.tobytes() + data[whole:]
 
 
 def _varint(value: int, length: int) -> bytes:

@@ -87,6 +87,7 @@ class GrpcCoordinatorExchange:
         self._published: dict[str, WeightsFile] = {}
         self._welcome: Welcome | None = None
         self._server: grpc.aio.Server | None = None
+        self._packed = False  # whether chunks are
         self._closing = False
         self._checks: set[asyncio.Task[pb.Receipt]] = set()
 
@@ -94,6 +95,7 @@ class GrpcCoordinatorExchange:
         """Binds the port; `port` is then the one in use. Raises LaunchError where it cannot be had."""
         keep_buffers()
         self._welcome = welcome
+        self._packed = welcome.plan.compression.lossless == "zstd"
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", UPLOAD_CHUNK + frames.MAX_OVERHEAD),
@@ -255,12 +257,17 @@ class GrpcCoordinatorExchange:
             )
         if request.offset > weights.nbytes:
             await context.abort(grpc.StatusCode.OUT_OF_RANGE, f"the weights end at byte {weights.nbytes}")
+        packed, width = self._packed, frames.width_of(weights.layout)
         for offset in range(request.offset, weights.nbytes, self._chunk):
             if self._closing or self._published.get(request.digest) is not weights:
                 await context.abort(grpc.StatusCode.ABORTED, "the weights are not handed out any more")
             block = weights.read(offset, min(self._chunk, weights.nbytes - offset))
-            yield frames.encode_chunk(offset, block)
-            self.traffic.down += len(block)
+            if packed:
+                frame, carried = frames.pack_chunk(offset, block, width)
+            else:
+                frame, carried = frames.encode_chunk(offset, block), len(block)
+            yield frame
+            self.traffic.down += carried
 
     async def _open_upload(self, data: bytes, context: _Context) -> pb.UploadOffset:
         silo = await self._identify(context)
@@ -286,10 +293,11 @@ class GrpcCoordinatorExchange:
         try:
             spool = self._inbox.spool(silo, nonce)
             ticket = spool.claim()
+            largest = UPLOAD_CHUNK if self._packed else 0
             async for frame in requests:
-                offset, data = frames.decode_chunk(frame)
-                spool.write(ticket, offset, data)
-                self.traffic.up += len(data)
+                chunk = frames.decode_chunk(frame, largest)
+                spool.write(ticket, chunk.offset, chunk.data)
+                self.traffic.up += chunk.carried
             if spool.received < spool.size:
                 # A stream that breaks may look as if it ended: the silo shall come back and go on from here.
                 await context.abort(grpc.StatusCode.ABORTED, f"ended after {spool.received} of {spool.size} bytes")

@@ -39,6 +39,7 @@ from gptfl_dist.run.check.common import (
 )
 from gptfl_dist.run.check.findings import Checklist, Doubt
 from gptfl_dist.run.filter import FILTER_SOURCE, load_judge
+from gptfl_dist.weights import Codec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,6 +56,7 @@ def check_federation(checks: Checklist, path: Path, file: FederationFile) -> Non
         for name, candidate in (candidate_files(file) or {"": file}).items():
             _synthesis(checks, candidate, f" of {name}" if name else "")
     checks.run("training", lambda: _recipe(file))
+    checks.run("compression", lambda: _compression(path, file))
     checks.run("run folder", lambda: writable(file.run_folder))
     if _synthesises(file):
         checks.run("synthesis.folder", lambda: writable(file.synthesis.folder))
@@ -163,6 +165,23 @@ def _recipe(file: FederationFile) -> str:
     return told
 
 
+def _compression(path: Path, file: FederationFile) -> str:
+    """How much of the model's bytes travels each way."""
+    from gptfl_dist.weights.flat import layout_of
+
+    settings = file.compression
+    if settings.up == "topk" and not settings.error_feedback:
+        raise Doubt(
+            f"compression.up is topk without error_feedback: {1 - settings.top_share:.0%} of each update is lost",
+            hint="set compression.error_feedback to true, so that the silos send it later",
+        )
+    layout = layout_of(_built(path, file))
+    up = Codec(settings.up, settings.top_share).layout(layout).nbytes / layout.nbytes
+    down = Codec(settings.down).layout(layout).nbytes / layout.nbytes
+    packed = "" if settings.lossless == "none" else f", over gRPC packed by {settings.lossless} besides"
+    return f"updates take {up:.1%} and weights {down:.1%} of {size(layout.nbytes)}{packed}"
+
+
 def _generator(settings: Generator, labels: Sequence[str]) -> str:
     """Loads the generator from its folder. One of the hub is only asked for: it may have many gigabytes."""
     from gptfl_dist.synthesis.generator import load_generator, require_known_labels
@@ -242,7 +261,11 @@ def _space(path: Path, file: FederationFile) -> str:
     sets = len(file.synthesis.candidates) or 1
     named = 2 * arms + 2 + 2 * sets  # models/ARM, models/ARM-final; random, pretrained; each candidate's and its start
     spools = len(file.silos)
-    silos = 2 * sum(entry.file is not None for entry in file.silos)  # received weights and update of silos run here
+    travelling = [name for name in (file.compression.up, file.compression.down) if name != "none"]
+    owed = 2 if file.compression.up != "none" and file.compression.error_feedback else 0  # the last, and the next
+    # Of silos run here the received weights and the update, each in its encoded form too, and what encoding lost.
+    silos = (2 + len(travelling) + owed) * sum(entry.file is not None for entry in file.silos)
+    spools += len(travelling)  # what is handed out is encoded once for all silos
     wanted = {file.run_folder: model * (kept + named + spools + silos)}
     if _synthesises(file):
         image = file.task.size**2 * file.task.channels
