@@ -230,13 +230,17 @@ class Tuning(Section):
 
 
 class Federation(Section):
-    """The rounds: how many, with whom, and how long to wait."""
+    """The rounds: how many, with whom, how long to wait, what ends an arm before its last, which weights are kept."""
 
     rounds: PositiveInt = 30
     cohort: Literal["all"] | PositiveInt = "all"
     quorum: Literal["all", "majority"] | PositiveInt = "majority"
     deadline: Duration = 600.0
     join_deadline: Duration = 300.0
+    max_time: Duration | None = None
+    target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
+    patience: PositiveInt | None = None
+    keep: Literal["best", "all"] = "best"
 
 
 class Strategy(Section):

@@ -7,6 +7,8 @@ silos of the federation, up to the join deadline, so that the draw does not depe
 for a cohort. A round ends when every silo of the cohort has delivered or failed, or at its deadline; it counts if a
 quorum delivered. A silo that leaves in mid-round gets its order again when it comes back before the deadline. After
 the last round every connected silo evaluates the final weights on its validation part.
+
+While it is paused no round is opened: a round in progress ends as ever, then the state is `paused` until it goes on.
 """
 
 from __future__ import annotations
@@ -60,14 +62,25 @@ class DeadlinePassed:
 
 @dataclass(frozen=True, slots=True)
 class Aggregated:
-    """The weights that this round leads to are there."""
+    """The weights that this round leads to are there. `last`: no other round shall follow, whatever was planned."""
 
     round: int
+    last: bool = False
 
 
-Event = Joined | Left | Delivered | Failed | DeadlinePassed | Aggregated
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """The operator wants no other round to be opened."""
 
-State = Literal["gather", "train", "aggregate", "evaluate", "done"]
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The operator lets it go on."""
+
+
+Event = Joined | Left | Delivered | Failed | DeadlinePassed | Aggregated | Paused | Resumed
+
+State = Literal["paused", "gather", "train", "aggregate", "evaluate", "done"]
 
 # Commands
 
@@ -159,13 +172,17 @@ class Coordinator:
         self._delivered: set[str] = set()
         self._failed: dict[str, str] = {}
         self._late: set[str] = set()  # who missed the deadline
+        self._paused = False
+        self._last = rules.rounds
         self.round = 0
         self.state: State = "gather"
 
-    def begin(self, connected: Iterable[str], finished_rounds: int = 0) -> list[Command]:
-        """Starts after so many finished rounds, with the silos that are connected already."""
+    def begin(self, connected: Iterable[str], finished_rounds: int = 0, *, last: bool = False) -> list[Command]:
+        """Starts after so many finished rounds (the `last` of them, perhaps), with the silos that are connected."""
         self._connected = set(connected)
         self.round = finished_rounds
+        if last:
+            self._last = finished_rounds
         return self._next_round()
 
     def resume(
@@ -195,6 +212,14 @@ class Coordinator:
                 self._failed[event.silo] = "left"
                 return self._end_if_complete()
             return []
+        if isinstance(event, Paused):
+            self._paused = True
+            if self.state == "gather":
+                self.state = "paused"
+            return []
+        if isinstance(event, Resumed):
+            self._paused = False
+            return self._gather() if self.state == "paused" else []
         if self.state == "done" or event.round != self.round:
             return []
         if isinstance(event, Delivered) and event.silo in self.awaited:
@@ -206,6 +231,8 @@ class Coordinator:
         if isinstance(event, DeadlinePassed) and event.state == self.state:
             return self._deadline_passed()
         if isinstance(event, Aggregated) and self.state == "aggregate":
+            if event.last:
+                self._last = event.round
             return self._next_round()
         return []
 
@@ -224,13 +251,19 @@ class Coordinator:
 
     def _next_round(self) -> list[Command]:
         self.round += 1
+        if self._paused:
+            self.state = "paused"
+            return []
+        return self._gather()
+
+    def _gather(self) -> list[Command]:
         self.state = "gather"
         commands: list[Command] = [SetDeadline(self.round, "gather", self._rules.join_deadline)]
         return commands + self._start_if_enough(late=False)
 
     def _start_if_enough(self, *, late: bool) -> list[Command]:
         """Starts once a whole cohort is connected; after the join deadline a quorum will do."""
-        final = self.round > self._rules.rounds
+        final = self.round > self._last
         present = sorted(self._connected)
         wanted = self._rules.cohort if self._assembled and not final else len(self._rules.silos)
         if len(present) < (self._rules.quorum if late else wanted):

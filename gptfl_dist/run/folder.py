@@ -7,7 +7,8 @@ from pathlib import Path
 
 from gptfl_dist.config.load import load_federation
 from gptfl_dist.files import storage_error
-from gptfl_dist.ledger.store import locked
+from gptfl_dist.ledger.store import FILE_NAME, locked
+from gptfl_dist.observe.live import LIVE
 from gptfl_dist.observe.logs import configure
 from gptfl_dist.run.candidates import CANDIDATES, CHOICE, CONTACT_SHEET, DROPPED_SHEET
 
@@ -15,7 +16,7 @@ PRIVATE = 0o700
 """The mode of a silo's work folder, which nobody but its owner enters."""
 
 _MADE_BY_A_RUN = (
-    *("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "weights", "strategy", "spools", "silos", "models"),
+    *(FILE_NAME, f"{FILE_NAME}-wal", f"{FILE_NAME}-shm", LIVE, "weights", "strategy", "spools", "silos", "models"),
     *("logs", "summary.json", "report.html", "pretrained.safetensors", "pretrained.json", "random.safetensors"),
     *(CONTACT_SHEET, DROPPED_SHEET, CANDIDATES, CHOICE),
 )
@@ -28,7 +29,7 @@ def open_run_folder(path: Path, fresh: bool) -> None:
     Raises StorageError, also where `fresh` meets a coordinator at work.
     """
     folder = load_federation(path).run_folder
-    if fresh and (folder / "ledger.sqlite").exists():
+    if fresh and (folder / FILE_NAME).exists():
         with locked(folder):
             delete_run(folder)
     configure(folder / "logs" / "coordinator.jsonl")

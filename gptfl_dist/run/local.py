@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import load_federation, load_silo
-from gptfl_dist.errors import ConfigError, SiloFailed
+from gptfl_dist.errors import ConfigError, RunAborted, SiloFailed
 from gptfl_dist.exchange.base import CoordinatorExchange
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.launch.lifeline import Child
@@ -85,6 +85,9 @@ async def run_locally(path: Path, say: Callable[[str], None]) -> Summary:
 
         try:
             summary = await coordinate(path, make_exchange=make_exchange, opened=start_silos, say=say)
+        except RunAborted:  # the silos were told so, and end by themselves
+            await _all_ended(children)
+            raise
         finally:
             for watcher in watchers:
                 watcher.cancel()
