@@ -69,6 +69,7 @@ class LiveFile:
         if before is not None:
             self._live.silos = {name: LiveSilo(seen=silo.seen) for name, silo in before.silos.items()}
         self._due: asyncio.TimerHandle | None = None
+        self._write()  # at once: what the earlier one wrote of connections is not true any more
 
     def stage(self, name: str) -> None:
         """A stage of the run begins."""

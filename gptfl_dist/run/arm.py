@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from gptfl_dist.config.federation import Federation, FederationFile
 from gptfl_dist.config.plan import LocalTraining
@@ -14,6 +13,7 @@ from gptfl_dist.exchange.base import Traffic
 from gptfl_dist.federation import coordinator as machine
 from gptfl_dist.federation.orders import Kind, Order
 from gptfl_dist.ledger.store import ArmRecord
+from gptfl_dist.observe.summary import StopCriterion
 from gptfl_dist.observe.wording import duration, percent
 from gptfl_dist.weights import WeightsFile
 
@@ -160,7 +160,7 @@ def best_round(record: ArmRecord) -> int:
 class Stop:
     """Why an arm ends before its last round: the setting, and what was found, for the operator."""
 
-    by: Literal["max_time", "target_accuracy", "patience"]
+    by: StopCriterion
     found: str
 
 

@@ -30,14 +30,12 @@ from gptfl_dist.run.arm import rounds_planned, stopped_name
 from gptfl_dist.run.candidates import PRETRAINED_WEIGHTS
 from gptfl_dist.run.evaluation import Evaluator
 from gptfl_dist.run.federate import Federator
+from gptfl_dist.run.folder import ENDED
 from gptfl_dist.run.requests import aborted, unless_aborted
 from gptfl_dist.run.result import federated_arms, settings_text, write_results
 from gptfl_dist.run.stages import run_stage
 
 _log = logging.getLogger(__name__)
-
-ENDED = "ended"
-"""The fact that tells how the last coordinator ended; empty where one is at work, or was killed."""
 
 
 class Terminal:

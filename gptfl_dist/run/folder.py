@@ -23,6 +23,15 @@ _MADE_BY_A_RUN = (
 """What `--fresh` deletes: never the federation file, data or a synthetic set that lie in the same folder."""
 
 
+ENDED = "ended"
+"""The fact in the ledger that tells how the last coordinator ended; empty where one is at work, or was killed."""
+
+
+def run_folder_of(path: Path) -> Path:
+    """`path` itself where it is a folder, else the run folder of the federation file there. Raises ConfigError."""
+    return path if path.is_dir() else load_federation(path).run_folder
+
+
 def open_run_folder(path: Path, fresh: bool) -> None:
     """Starts the log in the run folder of the federation file at `path`; `fresh` deletes first what a run left there.
 

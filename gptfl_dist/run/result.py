@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from pydantic import TypeAdapter
+
 from gptfl_dist.config.federation import Arm, FederationFile
 from gptfl_dist.ledger.store import ArmRecord, Ledger
 from gptfl_dist.observe.report import ReportDetails, write_report
@@ -15,6 +17,7 @@ from gptfl_dist.observe.summary import (
     Choice,
     FederatedArm,
     RoundRecord,
+    StopCriterion,
     Summary,
     SyntheticArm,
     WeightDigests,
@@ -22,7 +25,7 @@ from gptfl_dist.observe.summary import (
     with_target,
     write_summary,
 )
-from gptfl_dist.run.arm import trial_name, validation_of
+from gptfl_dist.run.arm import stopped_name, trial_name, validation_of
 from gptfl_dist.run.candidates import CHOICE, CONTACT_SHEET, DROPPED_SHEET, PRETRAINED_FACTS
 from gptfl_dist.weights import Layout
 
@@ -67,6 +70,7 @@ def write_results(
             learning_rate=record.learning_rate,
             start=start,
             curve_of=curve_of,
+            stopped_by=_stopped_by(ledger, name),
         )
         weights[name] = WeightDigests(final=record.final, best=record.weights_of(record.best_round))
     started = ledger.fact("started")
@@ -115,6 +119,11 @@ def _finished(ledger: Ledger, name: str) -> ArmRecord:
     assert record is not None
     assert record.finished
     return record
+
+
+def _stopped_by(ledger: Ledger, arm: str) -> StopCriterion | None:
+    fact = ledger.fact(stopped_name(arm))
+    return None if fact is None else TypeAdapter[StopCriterion](StopCriterion).validate_python(fact)
 
 
 def _validation(record: ArmRecord, round_: int) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -100,9 +100,10 @@ def _read_header(fd: int, path: Path) -> tuple[Layout, int]:
     return layout, 8 + length
 
 
-def header_of(layout: Layout) -> bytes:
+def header_of(layout: Layout, metadata: Mapping[str, str] | None = None) -> bytes:
     """The safetensors header of a layout: eight bytes of length, then JSON padded so that the data is aligned."""
-    entries = {
+    entries: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    entries |= {
         t.name: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.offset, t.offset + t.nbytes]}
         for t in layout.tensors
     }
@@ -111,14 +112,21 @@ def header_of(layout: Layout) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_weights(path: Path, layout: Layout, blocks: Iterable[bytes | bytearray | memoryview]) -> str:
+def write_weights(
+    path: Path,
+    layout: Layout,
+    blocks: Iterable[bytes | bytearray | memoryview],
+    metadata: Mapping[str, str] | None = None,
+) -> str:
     """Writes the flat buffer given as consecutive blocks; returns its BLAKE3 digest in hex.
+
+    `metadata` stands in the header, for people and other programs: nothing here reads it.
 
     Raises StorageError where the disk refuses, ModelError if the blocks are not as long as the layout.
     """
     hasher, written = blake3(), 0
     with replacing(path) as fd:
-        _write_all(fd, memoryview(header_of(layout)))
+        _write_all(fd, memoryview(header_of(layout, metadata)))
         for block in blocks:
             view = memoryview(block).cast("B")
             _write_all(fd, view)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from blake3 import blake3
 from torch import nn
 
 from gptfl_dist.errors import ModelError
@@ -89,6 +90,15 @@ class FlatModel:
         """Writes the buffer as a weights file; returns its BLAKE3 digest."""
         flat = _bytes_of(self.buffer.cpu())
         return write_weights(path, self.layout, (flat[i : i + BLOCK] for i in range(0, len(flat), BLOCK)))
+
+    def digest(self) -> str:
+        """BLAKE3 of the buffer, in hex."""
+        return blake3(_bytes_of(self.buffer.cpu())).hexdigest()
+
+    def release(self) -> None:
+        """Gives every tensor memory of its own, for code that takes tensors of one buffer for shared ones."""
+        for tensor in _named_tensors(self.model).values():
+            tensor.data = tensor.data.clone()
 
     def save_update(self, received: Path, path: Path) -> str:
         """Writes the update (the buffer minus the weights in `received`) as a weights file; returns its BLAKE3 digest.
