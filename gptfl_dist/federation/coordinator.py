@@ -228,7 +228,7 @@ class Coordinator:
         if isinstance(event, Failed) and event.silo in self.awaited:
             self._failed[event.silo] = event.reason
             return self._end_if_complete()
-        if isinstance(event, DeadlinePassed) and event.state == self.state:
+        if isinstance(event, DeadlinePassed) and event.state == self.state != "paused":
             return self._deadline_passed()
         if isinstance(event, Aggregated) and self.state == "aggregate":
             if event.last:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
-
-from pydantic import TypeAdapter
+from typing import Literal, cast
 
 from gptfl_dist.config.federation import Arm, FederationFile
 from gptfl_dist.ledger.store import ArmRecord, Ledger
@@ -70,7 +68,7 @@ def write_results(
             learning_rate=record.learning_rate,
             start=start,
             curve_of=curve_of,
-            stopped_by=_stopped_by(ledger, name),
+            stopped_by=cast("StopCriterion | None", ledger.fact(stopped_name(name))),  # checked by FederatedArm
         )
         weights[name] = WeightDigests(final=record.final, best=record.weights_of(record.best_round))
     started = ledger.fact("started")
@@ -119,11 +117,6 @@ def _finished(ledger: Ledger, name: str) -> ArmRecord:
     assert record is not None
     assert record.finished
     return record
-
-
-def _stopped_by(ledger: Ledger, arm: str) -> StopCriterion | None:
-    fact = ledger.fact(stopped_name(arm))
-    return None if fact is None else TypeAdapter[StopCriterion](StopCriterion).validate_python(fact)
 
 
 def _validation(record: ArmRecord, round_: int) -> float | None:
