@@ -1,4 +1,8 @@
-"""Files that are whole or not there, also after a power cut: written under a temporary name, then renamed."""
+"""Files that are whole or not there: written under a temporary name, then renamed.
+
+Those that are durable are so after a power cut, too. The others are so after any process was killed, which costs no
+wait for the disk.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,11 @@ from pathlib import Path
 
 from gptfl_dist.errors import StorageError
 
-__all__ = ["replacing", "storage_error", "write_file"]
+__all__ = ["replacing", "storage_error", "write_at", "write_file"]
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[int]:
+def replacing(path: Path, *, durable: bool = True) -> Iterator[int]:
     """A descriptor of a temporary file (0600) that becomes `path` when the block ends well, and vanishes if not."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -22,11 +26,13 @@ def replacing(path: Path) -> Iterator[int]:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             yield fd
-            os.fsync(fd)
+            if durable:
+                os.fsync(fd)
         finally:
             os.close(fd)
         temporary.replace(path)
-        _sync_folder(path.parent)
+        if durable:
+            _sync_folder(path.parent)
     except OSError as error:
         raise storage_error(error, path) from None
     finally:
@@ -48,6 +54,13 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"{path}: the disk is full", hint="free some space; the same command goes on from there")
     return StorageError(f"{path}: {error.strerror or error}", hint="check the folder and its permissions")
+
+
+def write_at(fd: int, offset: int, view: memoryview) -> None:
+    """Writes all bytes of a view at `offset` of a file. Raises OSError."""
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
 
 
 def write_file(path: Path, content: bytes | str) -> None:

@@ -1,8 +1,9 @@
 """The server's optimiser: from the mean update of a round to what is added to the weights.
 
-Its state (one or two numbers for each weight) lies in a file of its own beside the weights that it belongs to. It is
-read and written block by block, so memory does not grow with the model. The formulas are those of FedOpt
-(arXiv:2003.00295, algorithm 2) and, for `sgd` with momentum, of FedAvgM (arXiv:1909.06335, section 4.1).
+Its state (up to two numbers for each weight, and a float32 master of weights in half precision) lies in a file of its
+own beside the weights that it belongs to. It is read and written block by block, so memory does not grow with the
+model. The formulas are those of FedOpt (arXiv:2003.00295, algorithm 2) and, for `sgd` with momentum, of FedAvgM
+(arXiv:1909.06335, section 4.1).
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from numpy.typing import NDArray
 
 from gptfl_dist.config.federation import Strategy
 from gptfl_dist.errors import ModelError, StorageError
-from gptfl_dist.files import replacing
-from gptfl_dist.weights import Layout, WeightsFile
+from gptfl_dist.files import replacing, write_at
+from gptfl_dist.weights import FLOATS, ITEM_SIZE, Layout, WeightsFile
 from gptfl_dist.weights.file import header_of
 
 Array = NDArray[np.float64]
@@ -61,47 +62,76 @@ def advance(strategy: Strategy, mean: Array, moments: list[Array]) -> tuple[Arra
 class ServerOptimizer:
     """Steps through the blocks of one round; see `stepping`."""
 
-    def __init__(
-        self, strategy: Strategy, old: WeightsFile | None, new: int | None, start: int, parameters: int
-    ) -> None:
+    def __init__(self, strategy: Strategy, layout: Layout, old: WeightsFile | None, new: int | None) -> None:
+        """`layout` is the weights', `old` the state that was left, `new` a descriptor of the file for the next."""
         self._strategy, self._old, self._new = strategy, old, new
-        self._start, self._parameters = start, parameters
+        self._first_half = _first_half(layout)
+        self._state = _state_layout(strategy, layout)
+        self._offsets = {tensor.name: tensor.offset for tensor in self._state.tensors}
+        self._start = len(header_of(self._state))
 
-    def step(self, place: int, mean: Array) -> Array:
-        """What is added to the `len(mean)` weights that follow `place` others. Moments are kept as float32."""
-        names, size = moment_names(self._strategy), len(mean)
-        offsets = [4 * (number * self._parameters + place) for number in range(len(names))]
-        if self._old is None:
-            moments = first_moments(self._strategy, size)
-        else:
-            blocks = [self._old.read(offset, 4 * size) for offset in offsets]
-            moments = [np.frombuffer(block, "<f4").astype(np.float64) for block in blocks]
+    def step(self, place: int, weights: Array, mean: Array) -> Array:
+        """The next weights of the `len(mean)` that follow `place` others, each float64 (n,). State is kept as float32.
+
+        Weights of half precision step from their full-precision master, which is part of the state: what a round adds
+        may be too small to show in a half.
+        """
+        moments = first_moments(self._strategy, len(mean))
+        if self._old is not None:
+            moments = [self._read(name, place, len(mean)) for name in moment_names(self._strategy)]
         increase, moments = advance(self._strategy, mean, moments)
-        for offset, moment in zip(offsets, moments, strict=True):
-            assert self._new is not None  # there are moments, so there is a file for them
-            _write_at(self._new, self._start + offset, moment.astype("<f4").tobytes())
-        return increase
+        for name, moment in zip(moment_names(self._strategy), moments, strict=True):
+            self._write(name, place, moment)
+        if place < self._first_half:
+            return weights + increase
+        master = weights if self._old is None else self._read("master", place - self._first_half, len(mean))
+        stepped = master + increase
+        self._write("master", place - self._first_half, stepped)
+        return stepped
+
+    def _read(self, name: str, place: int, count: int) -> Array:
+        assert self._old is not None
+        block = np.empty(count, "<f4")
+        self._old.read_into(self._offsets[name] + 4 * place, block.data.cast("B"))
+        return block.astype(np.float64)
+
+    def _write(self, name: str, place: int, values: Array) -> None:
+        assert self._new is not None
+        write_at(self._new, self._start + self._offsets[name] + 4 * place, values.astype("<f4").data.cast("B"))
+
+
+def _first_half(layout: Layout) -> int:
+    """How many floating elements lie before those of half precision, which a layout puts last."""
+    return sum(s.nbytes // ITEM_SIZE[s.dtype] for s in layout.tensors if s.dtype in FLOATS and ITEM_SIZE[s.dtype] > 2)
+
+
+def _state_layout(strategy: Strategy, layout: Layout) -> Layout:
+    """What is remembered from round to round: each moment, and the master of what has half precision."""
+    halves = layout.parameters - _first_half(layout)
+    moments = [(name, (layout.parameters,), "F32") for name in moment_names(strategy)]
+    return Layout.of([*moments, ("master", (halves,), "F32")] if halves else moments)
 
 
 @contextmanager
-def stepping(strategy: Strategy, layout: Layout, old: Path | None, new: Path) -> Iterator[ServerOptimizer]:
+def stepping(
+    strategy: Strategy, layout: Layout, old: Path | None, new: Path, *, durable: bool
+) -> Iterator[ServerOptimizer]:
     """The optimiser of one round: goes on from the state in `old` (None in the first round), leaves its own in `new`.
 
-    Reads and writes nothing where the strategy remembers nothing. Raises StorageError, also where `old` is missing or
-    is no state of this strategy and model.
+    Reads and writes nothing where nothing is remembered. Raises StorageError, also where `old` is missing or is no
+    state of this strategy and model.
     """
-    names = moment_names(strategy)
-    if not names:
-        yield ServerOptimizer(strategy, None, None, 0, layout.parameters)
+    shape = _state_layout(strategy, layout)
+    if not shape.nbytes:
+        yield ServerOptimizer(strategy, layout, None, None)
         return
-    shape = Layout.of((name, (layout.parameters,), "F32") for name in names)
     with ExitStack() as stack:
         state = None if old is None else stack.enter_context(_opened(old, shape))
-        fd = stack.enter_context(replacing(new))
+        fd = stack.enter_context(replacing(new, durable=durable))
         header = header_of(shape)
-        _write_at(fd, 0, header)
+        write_at(fd, 0, memoryview(header))
         os.truncate(fd, len(header) + shape.nbytes)
-        yield ServerOptimizer(strategy, state, fd, len(header), layout.parameters)
+        yield ServerOptimizer(strategy, layout, state, fd)
 
 
 def _opened(path: Path, shape: Layout) -> WeightsFile:
@@ -113,10 +143,3 @@ def _opened(path: Path, shape: Layout) -> WeightsFile:
         state.close()
         raise StorageError(f"{path} is no state of this strategy: {difference}", hint=_ANEW)
     return state
-
-
-def _write_at(fd: int, offset: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written

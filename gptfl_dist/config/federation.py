@@ -241,6 +241,7 @@ class Federation(Section):
     target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
     patience: PositiveInt | None = None
     keep: Literal["best", "all"] = "best"
+    max_update_norm: PositiveFloat | None = None
 
 
 class Strategy(Section):

@@ -2,7 +2,7 @@
 
 Each silo has one spool file, preallocated and used again every round. What a silo announces is checked before any
 byte is taken (the order it answers, the weights it started from, layout, size, samples, metrics); what it sent is
-checked before it counts (digest, finite values). Only then is `commit` called, which writes the ledger.
+checked before it counts (digest, finite values, norm). Only then is `commit` called, which writes the ledger.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from blake3 import blake3
-
-from gptfl_dist.aggregation.mean import is_finite
+from gptfl_dist.aggregation.mean import norm
 from gptfl_dist.errors import StorageError
 from gptfl_dist.exchange.base import UpdateHeader
 from gptfl_dist.federation.orders import Order, Report
-from gptfl_dist.files import storage_error
-from gptfl_dist.weights import BLOCK, Layout
+from gptfl_dist.files import storage_error, write_at
+from gptfl_dist.weights import Layout, digest_of
 
 _METRIC = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _MAX_METRICS = 64
@@ -42,7 +40,7 @@ class Busy(Exception):
 
 
 class Spool:
-    """A file that takes one update of `size` bytes in order. `read` makes it a flat buffer for the aggregation."""
+    """A file that takes one update of `size` bytes in order. `read_into` makes it a flat buffer for the aggregation."""
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
@@ -73,27 +71,21 @@ class Spool:
             raise Superseded
         if offset != self.received or offset + len(data) > self.size:
             raise Refused(f"bytes {offset} to {offset + len(data)} sent, expected from {self.received} of {self.size}")
-        while data:
-            try:
-                written = os.pwrite(self._fd, data, self.received)
-            except OSError as error:
-                raise storage_error(error, self.path) from None
-            self.received += written
-            data = data[written:]
+        try:
+            write_at(self._fd, offset, data)
+        except OSError as error:
+            raise storage_error(error, self.path) from None
+        self.received += len(data)
 
-    def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`. Raises StorageError if the file was cut short under our hands."""
-        data = os.pread(self._fd, size, offset)
-        if len(data) != size:
-            raise StorageError(f"{self.path}: ends at byte {offset + len(data)}, expected {self.size} bytes")
-        return data
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fills `buffer` from `offset`. Raises StorageError if the file was cut short under our hands."""
+        count = os.preadv(self._fd, [buffer], offset)
+        if count != len(buffer):
+            raise StorageError(f"{self.path}: ends at byte {offset + count}, expected {self.size} bytes")
 
     def digest(self) -> str:
         """BLAKE3 of the whole, in hex."""
-        hasher = blake3()
-        for offset in range(0, self.size, BLOCK):
-            hasher.update(self.read(offset, min(BLOCK, self.size - offset)))
-        return hasher.hexdigest()
+        return digest_of(self, self.size)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -113,6 +105,7 @@ class _Expected:
 class Inbox:
     """`max_samples` holds the registered maximum of each silo; `commit(silo, order, report, digest)` makes it durable.
 
+    `max_norm` bounds the Euclidean norm of an update; None does not.
     `digest` is "" for an evaluation. `finish` may run in a thread beside all other calls: what it checks cannot be
     overwritten meanwhile, and an order that is withdrawn meanwhile is not committed.
     """
@@ -121,6 +114,7 @@ class Inbox:
     layout: Layout
     max_samples: Mapping[str, int]
     commit: Callable[[str, Order, Report, str], None]
+    max_norm: float | None = None
     _expected: dict[str, _Expected] = field(default_factory=dict)
     _spools: dict[str, Spool] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # around every change of what is expected
@@ -208,10 +202,7 @@ class Inbox:
                 raise Refused(f"ended after {spool.received} of {spool.size} bytes")
             expected.checking = True
         try:
-            if spool.digest() != header.digest:
-                wrong = "the bytes that arrived do not have the announced digest"
-            else:
-                wrong = "" if is_finite(self.layout, spool) else "the update holds NaN or infinite values"
+            wrong = self._what_is_wrong(spool, header)
             with self._lock:
                 # The spool may be another order's by now: then nothing of it is touched.
                 if self._expected.get(silo) is not expected:
@@ -246,6 +237,17 @@ class Inbox:
         if silo not in self._spools:
             self._spools[silo] = Spool(self.folder / f"{silo}.spool", self.layout.nbytes)
         return self._spools[silo]
+
+    def _what_is_wrong(self, spool: Spool, header: UpdateHeader) -> str:
+        """Why what arrived cannot count, or ""."""
+        if spool.digest() != header.digest:
+            return "the bytes that arrived do not have the announced digest"
+        length = norm(self.layout, spool)
+        if math.isnan(length):
+            return "the update holds NaN or infinite values"
+        if self.max_norm is not None and length > self.max_norm:
+            return f"the update's norm is {length:.4g}, federation.max_update_norm allows {self.max_norm:g}"
+        return ""
 
     def _check_report(self, silo: str, report: Report, kind: str) -> _Expected:
         expected = self._expected.get(silo)

@@ -334,10 +334,10 @@ class Ledger(Record):
     def finish_arm(self, arm: str, best_round: int) -> None:
         self._execute("UPDATE arms SET finished = 1, best_round = ? WHERE arm = ?", (best_round, arm))
 
-    def add_weights(self, layout: Layout, blocks: Iterable[bytes]) -> str:
+    def add_weights(self, layout: Layout, blocks: Iterable[bytes | memoryview]) -> str:
         """Writes weights under their digest; returns it."""
         incoming = self.folder / "weights" / "incoming.safetensors"
-        digest = write_weights(incoming, layout, blocks)
+        digest = write_weights(incoming, layout, blocks, durable=False)
         incoming.replace(self.weights_path(digest))  # found again by the row that names it, or written anew
         return digest
 

@@ -14,6 +14,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from gptfl_dist.errors import StorageError
+from gptfl_dist.files import replacing, write_at
+
 LIVE = "live.json"
 """In the run folder."""
 
@@ -117,11 +120,10 @@ class LiveFile:
 
     def _write(self) -> None:
         self._due = None
-        part = self._path.with_name(f".{LIVE}.{os.getpid()}.part")
-        with contextlib.suppress(OSError):  # nobody ends a run because its progress cannot be told
-            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as file:
-                json.dump(asdict(self._live), file)
-            part.replace(self._path)
+        content = memoryview(json.dumps(asdict(self._live)).encode())
+        # Nobody ends a run because its progress cannot be told.
+        with contextlib.suppress(StorageError), replacing(self._path, durable=False) as fd:
+            write_at(fd, 0, content)
 
 
 def read_live(folder: Path) -> Live | None:

@@ -24,11 +24,17 @@ class Evaluator:
         self._asking = asyncio.Lock()
 
     async def start(self) -> Layout:
-        """Starts the process, which writes the random start weights; returns the layout.
+        """The layout; starts the process, unless the random start weights lie there and nothing is to be tested.
 
         Raises DataError or ModelError.
         """
         random_weights = self._folder / RANDOM_WEIGHTS
+        if self._file.test_data is not None or not random_weights.exists():
+            await self._start_process(random_weights)
+        with WeightsFile(random_weights) as file:
+            return file.layout
+
+    async def _start_process(self, random_weights: Path) -> None:
         await self._process.start()
         await self._process.ask(
             {
@@ -39,8 +45,6 @@ class Evaluator:
             },
             "ready",
         )
-        with WeightsFile(random_weights) as file:
-            return file.layout
 
     async def test(self, weights: Path) -> tuple[float, list[list[int]]] | None:
         """Accuracy and confusion (rows: true label) on the test data; None where there is none."""

@@ -60,7 +60,7 @@ def export(
     if out is not None:
         told = {"format": "pt", "federation": file.name, "arm": name, "round": str(round_ or 0), "blake3": digest}
         with WeightsFile(source) as weights:
-            write_weights(out, weights.layout, _checked(weights, digest), told)
+            write_weights(out, weights.layout, _checked(weights, digest), metadata=told)
     if transformers is not None:
         _as_transformers(file, path.parent, source, digest, transformers)
     return Exported(name, round_, digest, out, transformers)
@@ -137,9 +137,11 @@ def _checked(weights: WeightsFile, digest: str) -> Iterator[bytes]:
         hasher.update(block)
         yield block
     if hasher.hexdigest() != digest:
-        raise StorageError(
-            f"{weights.path} is damaged: its content is not what its name says", hint="export another round"
-        )
+        raise _damaged(weights.path)
+
+
+def _damaged(path: Path) -> StorageError:
+    return StorageError(f"{path} is damaged: its content is not what was written", hint="export another round")
 
 
 def _as_transformers(file: FederationFile, folder: Path, source: Path, digest: str, target: Path) -> None:
@@ -151,8 +153,9 @@ def _as_transformers(file: FederationFile, folder: Path, source: Path, digest: s
     model = build_model(file.model.model_copy(update={"pretrained": False}), file.task, len(file.labels), file.seed)
     flat = FlatModel(model)
     flat.load(source)
-    if flat.digest() != digest:
-        raise StorageError(f"{source} is damaged: its content is not what its name says", hint="export another round")
+    with WeightsFile(source) as weights:
+        if weights.digest() != digest:
+            raise _damaged(source)
     flat.release()
     model.config.id2label = dict(enumerate(file.labels))  # type: ignore[union-attr]
     model.config.label2id = {label: number for number, label in enumerate(file.labels)}  # type: ignore[union-attr]

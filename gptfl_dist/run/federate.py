@@ -111,6 +111,7 @@ class Federator:
             layout=layout,
             max_samples={entry.name: entry.max_samples for entry in file.silos},
             commit=self._commit,
+            max_norm=file.federation.max_update_norm,
         )
         self.exchange = make_exchange(self._inbox)
         self._connected: set[str] = set()
@@ -376,7 +377,7 @@ class Federator:
         samples = {order.silo: order.samples for order in record.orders if order.samples is not None}
         updates = self._inbox.updates(silos)
         old = self._ledger.state_path(record.base) if record.round > 1 else None
-        with stepping(self._file.strategy, self._layout, old, self._ledger.incoming_state) as optimizer:
+        with stepping(self._file.strategy, self._layout, old, self._ledger.incoming_state, durable=False) as optimizer:
             blocks = weighted_mean(self._layout, arm.weights, updates, samples, optimizer.step)
             digest = self._ledger.add_weights(self._layout, blocks)
         self._ledger.keep_state(digest)

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from blake3 import blake3
 from torch import nn
 
 from gptfl_dist.errors import ModelError
-from gptfl_dist.weights.file import BLOCK, WeightsFile, write_weights
+from gptfl_dist.weights.file import BLOCK, WeightsFile, overwrite_weights, write_weights
 from gptfl_dist.weights.layout import Layout
 
 _DTYPES = {
@@ -91,10 +90,6 @@ class FlatModel:
         flat = _bytes_of(self.buffer.cpu())
         return write_weights(path, self.layout, (flat[i : i + BLOCK] for i in range(0, len(flat), BLOCK)))
 
-    def digest(self) -> str:
-        """BLAKE3 of the buffer, in hex."""
-        return blake3(_bytes_of(self.buffer.cpu())).hexdigest()
-
     def release(self) -> None:
         """Gives every tensor memory of its own, for code that takes tensors of one buffer for shared ones."""
         for tensor in _named_tensors(self.model).values():
@@ -103,21 +98,25 @@ class FlatModel:
     def save_update(self, received: Path, path: Path) -> str:
         """Writes the update (the buffer minus the weights in `received`) as a weights file; returns its BLAKE3 digest.
 
-        Works block by block, so it takes no second model in memory. Subtraction is in each tensor's own dtype;
-        a BOOL carries the local value itself.
+        Works block by block, so it takes no second model in memory, and over the pages of the update before.
+        Subtraction is in each tensor's own dtype; a BOOL carries the local value itself.
         """
         flat = self.buffer.cpu()
+        memory = torch.empty(2, BLOCK, dtype=torch.uint8)
 
         def blocks(file: WeightsFile) -> Iterator[memoryview]:
             for segment in self.layout.segments():
                 for start in range(segment.start, segment.stop, BLOCK):
                     stop = min(start + BLOCK, segment.stop)
-                    local = flat[start:stop].view(_DTYPES[segment.dtype])
+                    local = flat[start:stop]
                     if segment.dtype == "BOOL":
-                        yield _bytes_of(local.view(torch.uint8))
+                        yield _bytes_of(local)
                         continue
-                    base = torch.frombuffer(bytearray(file.read(start, stop - start)), dtype=_DTYPES[segment.dtype])
-                    yield _bytes_of(torch.sub(local, base).view(torch.uint8))
+                    base, update = memory[:, : stop - start]
+                    file.read_into(start, _bytes_of(base))
+                    dtype = _DTYPES[segment.dtype]
+                    torch.sub(local.view(dtype), base.view(dtype), out=update.view(dtype))
+                    yield _bytes_of(update)
 
         with WeightsFile(received) as file:
-            return write_weights(path, self.layout, blocks(file))
+            return overwrite_weights(path, self.layout, blocks(file))

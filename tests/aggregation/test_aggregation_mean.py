@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptfl_dist.aggregation.mean import is_finite, narrow, weighted_mean, widen
-from gptfl_dist.weights import BLOCK, FLOATS, ITEM_SIZE, Layout
+from gptfl_dist.aggregation.mean import BLOCK_ELEMENTS, narrow, norm, numbers, weighted_mean
+from gptfl_dist.weights import FLOATS, ITEM_SIZE, Layout
 
 TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -26,9 +26,9 @@ class Flat:
     def __init__(self, data: bytes) -> None:
         self.data = data
 
-    def read(self, offset: int, size: int) -> bytes:
-        assert offset + size <= len(self.data)
-        return self.data[offset : offset + size]
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        assert offset + len(buffer) <= len(self.data)
+        buffer[:] = self.data[offset : offset + len(buffer)]
 
 
 def flat_of(layout: Layout, seed: int, scale: float = 1.0) -> tuple[Flat, dict[str, torch.Tensor]]:
@@ -48,7 +48,7 @@ def flat_of(layout: Layout, seed: int, scale: float = 1.0) -> tuple[Flat, dict[s
 
 def times(rate: float):
     """The step of a server that multiplies the mean update."""
-    return lambda place, mean: rate * mean
+    return lambda place, weights, mean: weights + rate * mean
 
 
 layouts = st.lists(
@@ -109,11 +109,13 @@ def test_a_silo_counts_by_its_share_of_the_samples():
 
 
 def test_a_buffer_of_several_blocks_and_dtypes_is_taken_block_by_block():
-    layout = Layout.of([("a", (3 * BLOCK // 8 + 5,), "F64"), ("b", (BLOCK // 2 + 7,), "BF16"), ("c", (9,), "I8")])
+    layout = Layout.of(
+        [("a", (3 * BLOCK_ELEMENTS + 5,), "F64"), ("b", (BLOCK_ELEMENTS + 7,), "BF16"), ("c", (9,), "I8")]
+    )
     base, weights = flat_of(layout, 1)
     update, delta = flat_of(layout, 2)
-    blocks = list(weighted_mean(layout, base, {"s": update}, {"s": 10}, times(1.0)))
-    assert max(map(len, blocks)) <= BLOCK
+    blocks = [bytes(block) for block in weighted_mean(layout, base, {"s": update}, {"s": 10}, times(1.0))]
+    assert max(map(len, blocks)) <= 8 * BLOCK_ELEMENTS
     result = b"".join(blocks)
     for spec in layout.tensors:
         got = torch.frombuffer(bytearray(result[spec.offset : spec.offset + spec.nbytes]), dtype=TORCH[spec.dtype])
@@ -126,7 +128,7 @@ def test_a_buffer_of_several_blocks_and_dtypes_is_taken_block_by_block():
 @given(st.lists(st.floats(width=64), min_size=1, max_size=50))
 def test_bfloat16_is_rounded_as_torch_rounds(values):
     expected = torch.tensor(values, dtype=torch.float64).to(torch.bfloat16)
-    got = torch.frombuffer(bytearray(narrow(np.array(values), "BF16")), dtype=torch.bfloat16)
+    got = torch.frombuffer(bytearray(narrow(np.array(values), "BF16").tobytes()), dtype=torch.bfloat16)
     assert torch.equal(got.isnan(), expected.isnan())
     assert torch.equal(got.nan_to_num(0.0), expected.nan_to_num(0.0))
 
@@ -135,49 +137,64 @@ def test_bfloat16_is_rounded_as_torch_rounds(values):
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_every_16_bit_number_survives_the_round_trip(dtype):
     bits = np.arange(2**16, dtype="<u2")
-    wide = widen(bits.tobytes(), dtype)
+    wide = numbers(memoryview(bits).cast("B"), dtype).astype(np.float64)
     expected = torch.from_numpy(bits.view("<i2").copy()).view(TORCH[dtype]).to(torch.float64).numpy()
     np.testing.assert_array_equal(wide, expected)
-    back = np.frombuffer(narrow(wide, dtype), "<u2")
-    numbers = ~np.isnan(wide)
-    np.testing.assert_array_equal(back[numbers], bits[numbers])
-    assert np.isnan(widen(back[~numbers].tobytes(), dtype)).all()
+    back = narrow(wide, dtype).view("<u2")
+    told = ~np.isnan(wide)
+    np.testing.assert_array_equal(back[told], bits[told])
+    assert np.isnan(numbers(memoryview(back[~told]).cast("B"), dtype)).all()
 
 
 @pytest.mark.parametrize("dtype", sorted(FLOATS))
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", ["first", "border", "last"])
 def test_one_bad_number_is_found_anywhere(dtype, value, place):
-    count = BLOCK // ITEM_SIZE[dtype] + 3
+    count = BLOCK_ELEMENTS + 3
     layout = Layout.of([("a", (2,), "F64"), ("b", (2,), "F32"), ("c", (2,), "BF16"), ("d", (count,), dtype)])
     good, tensors = flat_of(layout, 0)
-    assert is_finite(layout, good)
+    assert not math.isnan(norm(layout, good))
     spec = next(s for s in layout.tensors if s.name == "d")
-    index = {"first": 0, "border": BLOCK // ITEM_SIZE[dtype] - 1, "last": count - 1}[place]
+    index = {"first": 0, "border": BLOCK_ELEMENTS - 1, "last": count - 1}[place]
     tensors["d"][index] = value
     raw = bytearray(good.data)
     raw[spec.offset : spec.offset + spec.nbytes] = tensors["d"].view(torch.uint8).numpy().tobytes()
-    assert not is_finite(layout, Flat(bytes(raw)))
+    assert math.isnan(norm(layout, Flat(bytes(raw))))
 
 
 def test_a_signalling_nan_is_found_without_a_warning():
     layout = Layout.of([("a", (1,), "BF16")])
-    assert not is_finite(layout, Flat(b"\x81\x7f"))
+    assert math.isnan(norm(layout, Flat(b"\x81\x7f")))
+
+
+@given(st.sampled_from(sorted(FLOATS)), st.integers(0, 2**32), st.sampled_from([1e-3, 1.0, 1e4]))
+def test_the_norm_is_that_of_all_floating_elements(dtype, seed, scale):
+    layout = Layout.of([("a", (3, 5), dtype), ("b", (BLOCK_ELEMENTS // 64 + 1,), "F32"), ("c", (9,), "I32")])
+    flat, tensors = flat_of(layout, seed, scale)
+    expected = math.hypot(*(float(tensors[name].to(torch.float64).norm()) for name in "ab"))
+    assert norm(layout, flat) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_finite_number_whose_square_is_not_still_counts():
+    layout = Layout.of([("a", (2,), "F32")])
+    assert norm(layout, Flat(np.array([3e30, 4e30], "<f4").tobytes())) == pytest.approx(5e30)
 
 
 def test_integers_and_booleans_are_never_called_infinite():
     layout = Layout.of([("a", (64,), "I64"), ("b", (64,), "U8"), ("c", (64,), "BOOL")])
-    assert is_finite(layout, Flat(b"\xff" * layout.nbytes))
+    assert norm(layout, Flat(b"\xff" * layout.nbytes)) == 0
 
 
 def test_the_step_is_told_how_many_floating_elements_lie_before_its_block():
-    layout = Layout.of([("a", (BLOCK // 8 + 5,), "F64"), ("b", (7,), "I32"), ("c", (9,), "F32"), ("d", (3,), "F16")])
+    layout = Layout.of(
+        [("a", (BLOCK_ELEMENTS + 5,), "F64"), ("b", (7,), "I32"), ("c", (9,), "F32"), ("d", (3,), "F16")]
+    )
     base, _ = flat_of(layout, 1)
     seen = []
 
-    def step(place, mean):
+    def step(place, weights, mean):
         seen.append((place, len(mean)))
-        return mean
+        return weights
 
     b"".join(weighted_mean(layout, base, {"s": base}, {"s": 1}, step))
     assert [place for place, _ in seen] == [sum(count for _, count in seen[:n]) for n in range(len(seen))]

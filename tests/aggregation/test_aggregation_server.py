@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from gptfl_dist.aggregation.mean import narrow, numbers
 from gptfl_dist.aggregation.server import advance, first_moments, stepping
 from gptfl_dist.config.federation import Strategy
 from gptfl_dist.errors import StorageError
-from gptfl_dist.weights import Layout
+from gptfl_dist.weights import Layout, WeightsFile
 
 LAYOUT = Layout.of([("w", (10,), "F32"), ("seen", (3,), "I64")])
 ADAPTIVE = ("adam", "yogi", "adagrad")
@@ -77,11 +78,12 @@ def steps(folder: Path, strategy: Strategy, rounds: int, cuts: list[int]) -> np.
     """The sum of what several rounds add, each block by block, cut at these places."""
     total = np.zeros(LAYOUT.parameters)
     for round_ in range(rounds):
+        before = total.copy()
         old = folder / f"{round_ - 1}.safetensors" if round_ else None
         mean = np.sin(np.arange(LAYOUT.parameters) + round_)
-        with stepping(strategy, LAYOUT, old, folder / f"{round_}.safetensors") as optimizer:
+        with stepping(strategy, LAYOUT, old, folder / f"{round_}.safetensors", durable=False) as optimizer:
             for start, stop in zip([0, *cuts], [*cuts, LAYOUT.parameters], strict=True):
-                total[start:stop] += optimizer.step(start, mean[start:stop])
+                total[start:stop] = optimizer.step(start, before[start:stop], mean[start:stop])
     return total
 
 
@@ -102,12 +104,34 @@ def test_plain_averaging_keeps_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_weights_in_half_precision_step_from_a_full_precision_master(tmp_path, dtype):
+    """A hundred steps, each too small to show in a half of 1.0, add up; single precision beside it is kept as it is."""
+    layout = Layout.of([("half", (5,), dtype), ("single", (3,), "F32")])
+    weights = np.ones(layout.parameters)
+    for round_ in range(100):
+        old = tmp_path / f"{round_ - 1}.safetensors" if round_ else None
+        with stepping(Strategy(), layout, old, tmp_path / f"{round_}.safetensors", durable=False) as optimizer:
+            single = optimizer.step(0, weights[:3], np.full(3, 1e-4))
+            half = optimizer.step(3, weights[3:], np.full(5, 1e-4))
+        weights = np.concatenate([single, np.frombuffer(rounded(half, dtype), "<f4")]).astype(np.float64)
+    np.testing.assert_allclose(weights, 1.01, rtol=4e-3)
+    with WeightsFile(tmp_path / "99.safetensors") as state:
+        assert state.layout.tensors[0].name == "master"
+        assert state.nbytes == 5 * 4
+
+
+def rounded(values: np.ndarray, dtype: str) -> bytes:
+    """What the weights file keeps of these numbers, as float32."""
+    return numbers(narrow(values, dtype).data.cast("B"), dtype).astype("<f4").tobytes()
+
+
 def test_a_state_of_another_strategy_is_refused(tmp_path):
     steps(tmp_path, Strategy(momentum=0.9), 1, [])
     adam = Strategy(optimizer="adam")
     with (
         pytest.raises(StorageError, match="no state of this strategy"),
-        stepping(adam, LAYOUT, tmp_path / "0.safetensors", tmp_path / "1.safetensors"),
+        stepping(adam, LAYOUT, tmp_path / "0.safetensors", tmp_path / "1.safetensors", durable=False),
     ):
         pass
     assert not (tmp_path / "1.safetensors").exists()

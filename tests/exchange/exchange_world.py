@@ -16,7 +16,7 @@ from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.exchange.base import ExchangeEvent, Goodbye, SiloJoined, UpdateHeader, Welcome
 from gptfl_dist.exchange.grpc.client import GrpcSiloExchange
 from gptfl_dist.exchange.grpc.server import GrpcCoordinatorExchange
-from gptfl_dist.exchange.inbox import Inbox
+from gptfl_dist.exchange.inbox import Inbox, Spool
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.security.authority import Authority, Credentials
 from gptfl_dist.weights import ITEM_SIZE, Layout, WeightsFile, write_weights
@@ -51,6 +51,13 @@ def random_weights(path: Path, layout: Layout, seed: int) -> tuple[WeightsFile, 
     )
     digest = write_weights(path, layout, [flat])
     return WeightsFile(path), digest, flat
+
+
+def whole(spool: Spool) -> bytes:
+    """All bytes of a spool."""
+    content = bytearray(spool.size)
+    spool.read_into(0, memoryview(content))
+    return bytes(content)
 
 
 def train_order(nonce: str, base: str, round_: int = 1) -> Order:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from blake3 import blake3
+from exchange_world import whole
 
 from gptfl_dist.errors import StorageError
 from gptfl_dist.exchange import inbox as inbox_module
@@ -57,10 +58,20 @@ def deliver(inbox: Inbox, content: bytes = GOOD) -> None:
     inbox.finish("alice", "nonce-1")
 
 
+def test_an_update_longer_than_the_bound_is_refused(inbox, commits):
+    inbox.max_norm = 2.0
+    with pytest.raises(Refused, match=r"norm is 2\.4\d*, federation\.max_update_norm allows 2"):
+        deliver(inbox)
+    assert commits == []
+    inbox.max_norm = 2.5
+    deliver(inbox)
+    assert len(commits) == 1
+
+
 def test_a_good_update_is_committed_and_handed_to_the_aggregation(inbox, commits):
     deliver(inbox)
     assert commits == [("alice", ORDER, header().report, header().digest)]
-    assert inbox.updates(("alice",))["alice"].read(0, LAYOUT.nbytes) == GOOD
+    assert whole(inbox.updates(("alice",))["alice"]) == GOOD
     assert (inbox.folder / "alice.spool").stat().st_mode & 0o077 == 0
 
 
@@ -169,7 +180,7 @@ def test_a_second_copy_of_a_committed_update_changes_nothing(inbox, commits):
     with pytest.raises(Refused, match="no such update"):
         inbox.finish("alice", "nonce-1")
     assert len(commits) == 1
-    assert inbox.updates(("alice",))["alice"].read(0, LAYOUT.nbytes) == GOOD
+    assert whole(inbox.updates(("alice",))["alice"]) == GOOD
 
 
 def test_a_broken_upload_goes_on_where_it_stopped(inbox, commits):
@@ -238,15 +249,15 @@ class Gate:
 
     def __init__(self, monkeypatch) -> None:
         self.reached, self.opened = threading.Event(), threading.Event()
-        check = inbox_module.is_finite
+        check = inbox_module.norm
 
         def held(layout, spool):
-            finite = check(layout, spool)
+            found = check(layout, spool)
             self.reached.set()
             assert self.opened.wait(20)
-            return finite
+            return found
 
-        monkeypatch.setattr(inbox_module, "is_finite", held)
+        monkeypatch.setattr(inbox_module, "norm", held)
 
 
 class Checking:
@@ -285,7 +296,7 @@ def test_what_is_being_checked_cannot_be_overwritten(inbox, commits, monkeypatch
     gate.opened.set()
     assert check.result() is None
     assert len(commits) == 1
-    assert inbox.updates(("alice",))["alice"].read(0, LAYOUT.nbytes) == GOOD
+    assert whole(inbox.updates(("alice",))["alice"]) == GOOD
 
 
 def test_an_order_withdrawn_during_the_check_is_not_committed(inbox, commits, monkeypatch):
@@ -346,7 +357,7 @@ def test_the_committed_update_of_an_interrupted_run_is_taken_over(inbox, tmp_pat
     again = Inbox(tmp_path / "spools", LAYOUT, {"alice": 100}, lambda *commit: commits.append(commit))
     assert again.expect_committed("alice", ORDER, header().digest)
     assert again.announce("alice", header()) == (LAYOUT.nbytes, True)
-    assert again.updates(("alice",))["alice"].read(0, LAYOUT.nbytes) == GOOD
+    assert whole(again.updates(("alice",))["alice"]) == GOOD
     assert len(commits) == 1
     again.close()
 
@@ -372,7 +383,7 @@ def test_a_spool_has_its_size_from_the_start_and_says_when_it_was_cut(tmp_path):
     assert (tmp_path / "a" / "x.spool").stat().st_size == 100_000
     os.truncate(tmp_path / "a" / "x.spool", 10)
     with pytest.raises(StorageError, match="ends at byte 10"):
-        spool.read(0, 100)
+        whole(spool)
     spool.close()
 
 

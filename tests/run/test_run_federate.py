@@ -263,7 +263,7 @@ async def test_a_commit_that_comes_before_the_deadline_counts_though_nobody_was_
 async def test_a_recall_that_comes_before_the_commit_wins_wholly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, loop = inbox_module.is_finite, asyncio.get_running_loop()
+    real, loop = inbox_module.norm, asyncio.get_running_loop()
     checking, recalled = asyncio.Event(), asyncio.Event()
     slow = (tmp_path / "run" / "spools" / "c.spool").resolve()
 
@@ -271,12 +271,12 @@ async def test_a_recall_that_comes_before_the_commit_wins_wholly(
         checking.set()
         await recalled.wait()
 
-    def check(layout: Any, spool: Any) -> bool:
+    def check(layout: Any, spool: Any) -> float:
         if spool.path.resolve() == slow and not recalled.is_set():
             asyncio.run_coroutine_threadsafe(wait_for_the_recall(), loop).result(30)
         return real(layout, spool)
 
-    monkeypatch.setattr(inbox_module, "is_finite", check)
+    monkeypatch.setattr(inbox_module, "norm", check)
     async with World(tmp_path, quorum="majority", rounds=1) as world:
         run = asyncio.create_task(world.federate())
         await checking.wait()

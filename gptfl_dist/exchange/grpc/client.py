@@ -6,12 +6,14 @@ import asyncio
 import os
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import grpc
 import grpc.aio
+from blake3 import blake3
 
 from gptfl_dist import __version__
 from gptfl_dist.errors import ConnectionFailed, IdentityError, ProtocolError, StorageError
@@ -26,9 +28,10 @@ from gptfl_dist.exchange.base import (
 )
 from gptfl_dist.exchange.grpc import convert, frames
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
+from gptfl_dist.exchange.grpc.buffers import keep_buffers
 from gptfl_dist.exchange.grpc.server import NONCE, SERVICE, UPLOAD_CHUNK
 from gptfl_dist.federation.orders import Order, Report
-from gptfl_dist.files import storage_error
+from gptfl_dist.files import storage_error, write_at
 from gptfl_dist.security.authority import Credentials
 from gptfl_dist.security.credentials import check_dates
 from gptfl_dist.security.handshake import Unreachable, is_loopback, shake_hands
@@ -49,6 +52,15 @@ _FINAL = {
 _T = TypeVar("_T")
 
 
+@dataclass
+class _Partial:
+    """A download that may break off: the digest that was asked for, the bytes that are there, and their hash."""
+
+    digest: str = ""
+    received: int = 0
+    hasher: blake3 = field(default_factory=blake3)
+
+
 class GrpcSiloExchange:
     """See `SiloExchange`. One object serves any number of connections in turn."""
 
@@ -59,11 +71,12 @@ class GrpcSiloExchange:
         self._instance = secrets.token_hex(8)
         self._channel: grpc.aio.Channel | None = None
         self._call: grpc.aio.StreamStreamCall[pb.FromSilo, pb.ToSilo] | None = None
-        self._partial: tuple[str, int] = ("", 0)  # digest and bytes of a download that broke off
+        self._partial = _Partial()
         self._writing = asyncio.Lock()  # a stream takes one write at a time
 
     async def connect(self) -> Welcome:
         await self.close()
+        keep_buffers()
         # The coordinator would hang up without a word.
         check_dates(self._credentials.certificate, "this silo's certificate")
         self._channel = grpc.aio.secure_channel(
@@ -124,35 +137,47 @@ class GrpcSiloExchange:
         raise ProtocolError(f"the coordinator sent an unexpected {kind}", hint="install matching releases")
 
     async def download(self, digest: str, layout: Layout, path: Path) -> None:
-        part = path.with_name(path.name + ".part")
-        header = header_of(layout)
-        received = self._partial[1] if self._partial[0] == digest and part.exists() else 0
-        request = pb.DownloadRequest(digest=digest, offset=received)
-        chunks = _guard_stream(lambda: self._stream_of(request))
+        header, part = header_of(layout), path.with_name(path.name + ".next")
         try:
             fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                os.pwrite(fd, header, 0)
-                async for frame in chunks:
-                    offset, data = frames.decode_chunk(frame)
-                    if offset != received or offset + len(data) > layout.nbytes:
-                        raise ProtocolError(f"the coordinator sent bytes from {offset}, expected from {received}")
-                    while data:
-                        written = os.pwrite(fd, data, len(header) + received)
-                        received, data = received + written, data[written:]
-                    self._partial = (digest, received)
-                os.ftruncate(fd, len(header) + layout.nbytes)
+                size = len(header) + layout.nbytes
+                if self._partial.digest != digest or os.fstat(fd).st_size != size:
+                    self._partial = _Partial(digest)
+                    os.ftruncate(fd, size)
+                    os.pwrite(fd, header, 0)
+                await self._receive_into(fd, len(header), layout.nbytes, self._partial)
             finally:
                 os.close(fd)
         except OSError as error:
             raise storage_error(error, path) from None
-        finally:
-            await chunks.aclose()
-        self._partial = ("", 0)
-        if received != layout.nbytes or await asyncio.to_thread(_digest_of, part) != digest:
+        arrived, self._partial = self._partial, _Partial()
+        if arrived.received != layout.nbytes or arrived.hasher.hexdigest() != digest:
             part.unlink()
             raise ProtocolError("the weights that arrived do not have the digest that was announced")
+        # The weights before make room for the next: to write over their pages costs a fifth of writing fresh ones.
+        old = path.with_name(path.name + ".old")
+        with suppress(FileNotFoundError):
+            path.replace(old)
         part.replace(path)
+        with suppress(FileNotFoundError):
+            old.replace(part)
+
+    async def _receive_into(self, fd: int, start: int, size: int, partial: _Partial) -> None:
+        """Goes on with a download that is to be `size` bytes from byte `start` of the file."""
+        chunks = _guard_stream(
+            lambda: self._stream_of(pb.DownloadRequest(digest=partial.digest, offset=partial.received))
+        )
+        try:
+            async for frame in chunks:
+                offset, data = frames.decode_chunk(frame)
+                if offset != partial.received or offset + len(data) > size:
+                    raise ProtocolError(f"the coordinator sent bytes from {offset}, expected from {partial.received}")
+                write_at(fd, start + offset, data)
+                partial.hasher.update(data)
+                partial.received += len(data)
+        finally:
+            await chunks.aclose()
 
     async def upload(self, header: UpdateHeader, update: WeightsFile) -> Receipt:
         channel = self._open_channel
@@ -238,11 +263,6 @@ class GrpcSiloExchange:
         if self._call is None:
             raise Disconnected("not connected")
         return await _read(self._call)
-
-
-def _digest_of(path: Path) -> str:
-    with WeightsFile(path) as file:
-        return file.digest()
 
 
 async def _read(call: grpc.aio.StreamStreamCall[pb.FromSilo, pb.ToSilo]) -> pb.ToSilo:

@@ -34,6 +34,7 @@ from gptfl_dist.exchange.base import (
 )
 from gptfl_dist.exchange.grpc import convert, frames
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
+from gptfl_dist.exchange.grpc.buffers import keep_buffers
 from gptfl_dist.exchange.inbox import Busy, Inbox, Refused, Superseded
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.security.authority import Credentials
@@ -90,6 +91,7 @@ class GrpcCoordinatorExchange:
 
     async def open(self, welcome: Welcome) -> None:
         """Binds the port; `port` is then the one in use. Raises LaunchError where it cannot be had."""
+        keep_buffers()
         self._welcome = welcome
         milliseconds = int(self._keepalive * 1000)
         self._server = grpc.aio.server(
