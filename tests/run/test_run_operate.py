@@ -182,3 +182,22 @@ def test_a_status_that_is_watched_ends_with_the_run(gptfl: Commands, undisturbed
     assert [silo["name"] for silo in told["silos"]] == undisturbed.silos
     text = gptfl.run("status", undisturbed.path).stdout
     assert f"-> read {Path(undisturbed.run_folder) / 'report.html'}" in text
+
+
+def test_a_run_that_ended_early_says_so_in_summary_report_and_status(
+    gptfl: Commands, federation: Callable[..., Federation]
+) -> None:
+    mine = federation(epochs=1, federation={**RULES, "max_time": "1ms", "keep": "all"})
+    command = gptfl.run("run", mine.path)
+    assert "fedavg_random ends after 1 of 3 rounds, as federation.max_time says" in command.stderr
+    arm = mine.summary()["arms"]["fedavg_random"]
+    assert (arm["rounds"], arm["stopped_by"]) == (1, "max_time")
+    assert "for its time was over" in command.stdout
+    assert "for its time was over" in (mine.run_folder / "report.html").read_text()
+    (told,) = status_of(mine.path).arms
+    assert (told.done, told.stopped_by) == (1, "max_time")
+    out = mine.folder / "start.safetensors"
+    gptfl.run("export", mine.path, "--round", "0", "--out", out)
+    assert gptfl.run("run", mine.path).stdout == command.stdout  # also with what may be changed in mid-run
+    mine.path.write_text(mine.path.read_text().replace("keep: all", "keep: best"))
+    gptfl.run("run", mine.path)
