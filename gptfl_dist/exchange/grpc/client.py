@@ -28,7 +28,7 @@ from gptfl_dist.exchange.base import (
 )
 from gptfl_dist.exchange.grpc import convert, frames
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
-from gptfl_dist.exchange.grpc.buffers import keep_buffers
+from gptfl_dist.exchange.grpc.buffers import BOUNDED_WINDOW, keep_buffers
 from gptfl_dist.exchange.grpc.server import NONCE, SERVICE, UPLOAD_CHUNK
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.files import storage_error, write_at
@@ -92,6 +92,7 @@ class GrpcSiloExchange:
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.max_pings_without_data", 0),
                 ("grpc.enable_retries", 0),
+                *BOUNDED_WINDOW,
                 # A proxy of the environment leads out, and would take this machine's own address for its own.
                 ("grpc.enable_http_proxy", int(not is_loopback(self._address))),
             ],

@@ -34,7 +34,7 @@ from gptfl_dist.exchange.base import (
 )
 from gptfl_dist.exchange.grpc import convert, frames
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
-from gptfl_dist.exchange.grpc.buffers import keep_buffers
+from gptfl_dist.exchange.grpc.buffers import BOUNDED_WINDOW, keep_buffers
 from gptfl_dist.exchange.inbox import Busy, Inbox, Refused, Superseded
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.security.authority import Credentials
@@ -104,6 +104,7 @@ class GrpcCoordinatorExchange:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", milliseconds // 2),
                 ("grpc.http2.max_ping_strikes", 0),
                 ("grpc.so_reuseport", 0),
+                *BOUNDED_WINDOW,
             ]
         )
         # Requests arrive as bytes and are parsed by the methods, once they know who sent them.
