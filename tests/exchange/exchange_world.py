@@ -72,8 +72,9 @@ class World:
     """A coordinator that listens; `async with` opens and closes it and every silo made by `silo`."""
 
     def __init__(
-        self, folder: Path, layout: Layout = SMALL, *, chunk: int = 1 << 20, credentials: Credentials = COORDINATOR
-    ) -> None:
+        self, folder: Path, layout: Layout = SMALL, *, chunk: int = 1 << 20, credentials: Credentials = COORDINATOR,
+        keepalive: float = 30.0,
+    ) -> None:  # fmt: skip
         self.layout = layout
         self.commits: list[tuple[str, Order, Report, str]] = []
         self.inbox = Inbox(
@@ -86,8 +87,9 @@ class World:
             silos=tuple(SILOS),
             inbox=self.inbox,
             chunk=chunk,
-            keepalive=30.0,
+            keepalive=keepalive,
         )
+        self._keepalive = keepalive
         self._silos: list[GrpcSiloExchange] = []
 
     async def __aenter__(self) -> Self:
@@ -101,7 +103,7 @@ class World:
         self.inbox.close()
 
     def silo(self, name: str = "alice", *, port: int = 0, credentials: Credentials | None = None) -> GrpcSiloExchange:
-        silo = dial(port or self.server.port, credentials or SILOS[name])
+        silo = dial(port or self.server.port, credentials or SILOS[name], keepalive=self._keepalive)
         self._silos.append(silo)
         return silo
 
@@ -127,5 +129,5 @@ class World:
         return [self.server.events.get_nowait() for _ in range(self.server.events.qsize())]
 
 
-def dial(port: int, credentials: Credentials, host: str = HOST) -> GrpcSiloExchange:
-    return GrpcSiloExchange(address=f"{host}:{port}", credentials=credentials, keepalive=30.0)
+def dial(port: int, credentials: Credentials, host: str = HOST, keepalive: float = 30.0) -> GrpcSiloExchange:
+    return GrpcSiloExchange(address=f"{host}:{port}", credentials=credentials, keepalive=keepalive)

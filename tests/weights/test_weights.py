@@ -15,6 +15,7 @@ from torch import nn
 
 from gptfl_dist.errors import ModelError, StorageError
 from gptfl_dist.weights import ITEM_SIZE, Layout, WeightsFile, write_weights
+from gptfl_dist.weights.file import header_of
 from gptfl_dist.weights.flat import FlatModel, layout_of
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
@@ -141,3 +142,19 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_litter(tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
     with pytest.raises(StorageError):
         write_weights(Path("/proc/nowhere/w.safetensors"), layout, [bytes(layout.nbytes)])
+
+
+def test_a_file_beyond_two_gib_is_read_at_any_byte(tmp_path: Path) -> None:
+    """It is mostly a hole, so that nothing of it is stored; what lies at its end is real."""
+    layout = Layout.of([("w", ((5 << 29) // 4,), "F32")])  # 2.5 GiB
+    header, tail = header_of(layout), bytes(range(256)) * 64
+    with (tmp_path / "huge").open("wb") as file:
+        file.write(header)
+        file.seek(len(header) + layout.nbytes - len(tail))
+        file.write(tail)
+    with WeightsFile(tmp_path / "huge") as weights:
+        assert weights.nbytes == 5 << 29
+        assert weights.read(layout.nbytes - len(tail), len(tail)) == tail
+        block = bytearray(100)
+        weights.read_into(layout.nbytes - 100, memoryview(block))
+        assert bytes(block) == tail[-100:]

@@ -1,4 +1,4 @@
-"""Bounds the memory of messages on their way, and keeps it for the next messages.
+"""Keeps the memory of messages for the next messages.
 
 glibc gives freed memory above a small threshold back to the system at once. With messages of a MiB that happens at
 every one, and the next then pays for fresh pages: about a sixth of a round's CPU time.
@@ -12,10 +12,6 @@ import ctypes
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 _KEPT = 64 << 20  # bytes of free memory that a process may hold on to
 _LARGEST = 8 << 20  # bytes of a block that is kept; a larger one goes back to the system
-
-BOUNDED_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 2 << 20))
-"""Channel options: what may be under way in a stream, in bytes. gRPC's own measuring lets it grow far beyond what a
-line needs where a receiver is slow; 2 MiB fill a line of 300 Mbit/s over 50 ms."""
 
 
 def keep_buffers() -> None:

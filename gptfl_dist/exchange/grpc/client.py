@@ -28,7 +28,8 @@ from gptfl_dist.exchange.base import (
 )
 from gptfl_dist.exchange.grpc import convert, frames
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
-from gptfl_dist.exchange.grpc.buffers import BOUNDED_WINDOW, keep_buffers
+from gptfl_dist.exchange.grpc.buffers import keep_buffers
+from gptfl_dist.exchange.grpc.options import line_options
 from gptfl_dist.exchange.grpc.server import NONCE, SERVICE, UPLOAD_CHUNK
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.files import storage_error, write_at
@@ -87,12 +88,10 @@ class GrpcSiloExchange:
             options=[
                 ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
                 ("grpc.max_send_message_length", UPLOAD_CHUNK + frames.MAX_OVERHEAD),
-                ("grpc.keepalive_time_ms", int(self._keepalive * 1000)),
-                ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.max_pings_without_data", 0),
                 ("grpc.enable_retries", 0),
-                *BOUNDED_WINDOW,
+                *line_options(self._keepalive),
                 # A proxy of the environment leads out, and would take this machine's own address for its own.
                 ("grpc.enable_http_proxy", int(not is_loopback(self._address))),
             ],

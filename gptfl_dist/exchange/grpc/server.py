@@ -34,7 +34,8 @@ from gptfl_dist.exchange.base import (
 )
 from gptfl_dist.exchange.grpc import convert, frames
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
-from gptfl_dist.exchange.grpc.buffers import BOUNDED_WINDOW, keep_buffers
+from gptfl_dist.exchange.grpc.buffers import keep_buffers
+from gptfl_dist.exchange.grpc.options import line_options
 from gptfl_dist.exchange.inbox import Busy, Inbox, Refused, Superseded
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.security.authority import Credentials
@@ -93,18 +94,15 @@ class GrpcCoordinatorExchange:
         """Binds the port; `port` is then the one in use. Raises LaunchError where it cannot be had."""
         keep_buffers()
         self._welcome = welcome
-        milliseconds = int(self._keepalive * 1000)
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", UPLOAD_CHUNK + frames.MAX_OVERHEAD),
                 ("grpc.max_concurrent_streams", _CALLS),
                 ("grpc.max_send_message_length", _CONTROL_LIMIT),
-                ("grpc.keepalive_time_ms", milliseconds),
-                ("grpc.keepalive_timeout_ms", 20_000),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", milliseconds // 2),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", int(500 * self._keepalive)),
                 ("grpc.http2.max_ping_strikes", 0),
                 ("grpc.so_reuseport", 0),
-                *BOUNDED_WINDOW,
+                *line_options(self._keepalive),
             ]
         )
         # Requests arrive as bytes and are parsed by the methods, once they know who sent them.
