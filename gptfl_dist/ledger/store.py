@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import secrets
 import sqlite3
 import threading
 import time
@@ -113,9 +114,12 @@ _LOOK = 0.5  # seconds: longer than anybody holds the lock who only looks whethe
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps other coordinators out of a run folder. Raises StorageError where one is at work there."""
-    with (folder / _LOCK).open("wb") as held:
+def locked(folder: Path) -> Iterator[str]:
+    """Keeps other coordinators out of a run folder. Raises StorageError where one is at work there.
+
+    Gives a name to who holds it, which stands in the lock file: process ids come again, in containers above all.
+    """
+    with (folder / _LOCK).open("ab") as held:
         end = time.monotonic() + _LOOK
         while not _take(held, fcntl.LOCK_EX):  # a killed process lets go by itself
             if time.monotonic() > end:
@@ -123,16 +127,23 @@ def locked(folder: Path) -> Iterator[None]:
                     f"{folder}: another coordinator is at work on this run", hint="wait until it ends, or stop it"
                 )
             time.sleep(0.01)
-        yield
+        life = secrets.token_hex(8)
+        held.truncate(0)
+        held.write(life.encode())
+        held.flush()
+        yield life
 
 
-def at_work(folder: Path) -> bool:
-    """Whether a coordinator is at work on a run folder. It is not disturbed, nor is one that starts just now."""
+def at_work(folder: Path) -> str | None:
+    """The name of the coordinator at work on a run folder, None where none is.
+
+    It is not disturbed, nor is one that starts just now.
+    """
     try:
         with (folder / _LOCK).open("rb") as looked_at:
-            return not _take(looked_at, fcntl.LOCK_SH)
+            return None if _take(looked_at, fcntl.LOCK_SH) else looked_at.read().decode(errors="replace")
     except FileNotFoundError:
-        return False
+        return None
     except OSError as error:
         raise storage_error(error, folder / _LOCK) from None
 
@@ -240,13 +251,14 @@ class Ledger(Record):
         database is damaged, or if another process holds it.
         """
         self.folder = folder
+        self.life = ""  # the name of this coordinator in the lock file
         self._path = folder / FILE_NAME
         self._lock = threading.RLock()
         with contextlib.ExitStack() as undo:
             with self._storing():
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "weights").mkdir(exist_ok=True, mode=0o700)
-                undo.enter_context(locked(folder))
+                self.life = undo.enter_context(locked(folder))
                 for where in (folder, folder / "weights", folder / "strategy", folder / "models"):
                     for part in where.glob(".*.part"):
                         part.unlink()  # of a process that was killed while it wrote

@@ -47,8 +47,12 @@ class LiveSilo:
 
 @dataclass(slots=True)
 class Live:
-    """The file's content. Times are in UTC, ISO 8601; `since` is when `state` began."""
+    """The file's content. `life` names the coordinator as the lock does; `since` is when `state` began.
 
+    Times are in UTC, ISO 8601.
+    """
+
+    life: str
     pid: int
     started: str
     stage: str = ""
@@ -64,11 +68,11 @@ class Live:
 class LiveFile:
     """Keeps the file of a run folder. To be used from the event loop."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, life: str) -> None:
         """What an earlier coordinator heard of the silos last is taken over."""
         before = read_live(folder)
         self._path = folder / LIVE
-        self._live = Live(os.getpid(), now())
+        self._live = Live(life, os.getpid(), now())
         if before is not None:
             self._live.silos = {name: LiveSilo(seen=silo.seen) for name, silo in before.silos.items()}
         self._due: asyncio.TimerHandle | None = None

@@ -39,7 +39,7 @@ def ask(path: Path, what: Literal["pause", "resume", "abort"], reason: str = "")
         raise ConfigError(
             f"{folder}: this run was aborted", hint="the command that started it makes it anew, with --fresh"
         )
-    working = at_work(folder)
+    working = at_work(folder) is not None
     if what == "pause":
         requests.ask_to_pause(folder)
         told = (

@@ -45,16 +45,16 @@ def status_of(path: Path) -> Status:
     """How the run stands whose federation file, or run folder, is at `path`. Raises ConfigError, StorageError."""
     folder = run_folder_of(path)
     for _ in range(_TRIES):
-        working = at_work(folder)
+        life = at_work(folder)
         found, live = read(folder, _find), read_live(folder)
-        if at_work(folder) == working:
+        if at_work(folder) == life:
             break
     if found is None:
         if path.is_dir():
             raise ConfigError(f"{path}: no run was started here", hint="name a run folder, or a federation file")
         next_ = [f"gptfl check {path}, then gptfl run {path}"]
         return Status(load_federation(path).name, str(folder), "not started", now(), next=next_)
-    return _Telling(path, folder, found, live, working).status()
+    return _Telling(path, folder, found, live, life).status()
 
 
 def _find(ledger: LedgerReader) -> _Found:
@@ -75,13 +75,13 @@ def _find(ledger: LedgerReader) -> _Found:
 class _Telling:
     """One status in the making."""
 
-    def __init__(self, path: Path, folder: Path, found: _Found, live: Live | None, working: bool) -> None:
+    def __init__(self, path: Path, folder: Path, found: _Found, live: Live | None, life: str | None) -> None:
         self._path = path
         self._folder = folder
         self._found = found
         self._live = live
-        self._at_work = live if working else None
-        self._working = working
+        self._working = life is not None
+        self._at_work = live if live is not None and live.life == life else None  # else an earlier coordinator wrote it
         self._at = now()
         self._arm = found.arms[-1] if found.arms else None
         last = self._arm.rounds[-1] if self._arm is not None and self._arm.rounds else None
@@ -152,9 +152,9 @@ class _Telling:
         known = LiveSilo() if self._live is None else self._live.silos.get(name, LiveSilo())
         work, reason = self._work(name)
         progress = None
-        if work == "awaited" and self._working and known.done is not None and known.total:
+        if work == "awaited" and self._at_work is not None and known.done is not None and known.total:
             work, progress = "training", known.done / known.total
-        connected = known.connected if self._working else None
+        connected = known.connected if self._at_work is not None else None
         return SiloStatus(name, connected, work, reason, progress, self._behind(name), known.seen)
 
     def _work(self, name: str) -> tuple[Work, str]:

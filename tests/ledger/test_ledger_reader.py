@@ -88,7 +88,7 @@ def test_a_record_in_a_folder_that_cannot_be_written_is_read_and_no_file_is_left
         [*drop, sys.executable, "-c", program, str(folder)], check=False, capture_output=True, text=True
     )
     folder.chmod(0o700)
-    assert done.stdout.split() == ["False", "0" if end == "closed" else "1"], done.stderr
+    assert done.stdout.split() == ["None", "0" if end == "closed" else "1"], done.stderr
     assert {path.name: path.stat().st_size for path in folder.iterdir()} == before
 
 
@@ -122,8 +122,8 @@ def test_looking_whether_a_coordinator_is_at_work_keeps_none_from_starting(folde
     looker.start()
     try:
         for _ in range(30):
-            with locked(folder):
-                assert at_work(folder)
+            with locked(folder) as life:
+                assert at_work(folder) == life
     finally:
         over.set()
         looker.join()

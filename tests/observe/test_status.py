@@ -83,7 +83,7 @@ def test_every_state_is_told_in_a_line(status: Status, line: str) -> None:
 
 def test_the_live_file_is_written_at_most_once_a_second_and_at_the_end(tmp_path: Path) -> None:
     async def live() -> None:
-        file = LiveFile(tmp_path)
+        file = LiveFile(tmp_path, "first")
         assert read_live(tmp_path) is not None  # at once: an earlier coordinator's connections are not this one's
         file.stage("federate")
         file.stands(Standing("gptfl", 9, 1, "train", frozenset({"a"}), 60.0))
@@ -116,7 +116,7 @@ def test_the_live_file_is_written_at_most_once_a_second_and_at_the_end(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == [LIVE]
 
     async def again() -> None:
-        LiveFile(tmp_path)
+        LiveFile(tmp_path, "second")
 
     clock.run(again())
     taken_over = read_live(tmp_path)
@@ -135,7 +135,7 @@ def test_a_full_disk_ends_no_run_for_the_sake_of_its_status(tmp_path: Path) -> N
     (tmp_path / LIVE).mkdir()  # cannot be replaced by a file
 
     async def live() -> None:
-        file = LiveFile(tmp_path)
+        file = LiveFile(tmp_path, "first")
         file.stage("federate")
         file.close()
 

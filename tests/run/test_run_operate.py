@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from support import RULES, Command, Commands, Federation, wait_for
 from test_run_sides import Sides
 
 from gptfl_dist.errors import ConfigError
+from gptfl_dist.ledger.store import Ledger
+from gptfl_dist.observe.live import LIVE
 from gptfl_dist.observe.status import SiloStatus, Status
 from gptfl_dist.run.operate import ask
 from gptfl_dist.run.status import status_of
@@ -100,6 +103,20 @@ def test_status_tells_who_is_missing_and_who_was_refused_live_and_after_a_kill_a
     resumed = gptfl.start("resume", mine.path)
     assert resumed.wait() == 2
     assert "was aborted" in resumed.stderr
+
+
+def test_what_an_earlier_coordinator_wrote_is_not_taken_for_that_of_the_one_at_work(tmp_path: Path) -> None:
+    silo = {"connected": True, "seen": "2025-11-03T02:00:00+00:00", "done": 1, "total": 2}
+    live = {"pid": 1, "started": "2025-11-03T02:00:00+00:00", "state": "paused", "silos": {"silo-1": silo}}
+    request = {"name": "tiny", "silos": [{"name": "silo-1"}], "federation": {"rounds": 3}, "tuning": {"rounds": 1}}
+    with closing(Ledger(tmp_path, json.dumps(request))) as ledger:
+        (tmp_path / LIVE).write_text(json.dumps({**live, "life": "of another"}))
+        found = status_of(tmp_path)
+        assert (found.state, found.pid, found.silos[0].connected) == ("running", None, None)
+        assert found.silos[0].seen == silo["seen"]
+        (tmp_path / LIVE).write_text(json.dumps({**live, "life": ledger.life}))
+        found = status_of(tmp_path)
+        assert (found.state, found.pid, found.silos[0].connected) == ("running", 1, True)
 
 
 def test_a_paused_run_stays_paused_over_a_kill_and_comes_to_the_same_end(
