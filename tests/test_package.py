@@ -126,6 +126,7 @@ atexit.register(lambda: print("LOADED", *sorted({{name.split(".")[0] for name in
         "import gptfl_dist",
         "import gptfl_dist.config, gptfl_dist.errors",
         "from gptfl_dist.cli.main import main; main()",
+        "import gptfl_dist.run.status, gptfl_dist.run.operate, gptfl_dist.run.export",
     ],
 )
 def test_it_starts_without_the_heavy_libraries(code: str) -> None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from gptfl_dist import __version__
+from gptfl_dist.cli import operate
+from gptfl_dist.cli.options import FederationPath, Format, FormatOption
 from gptfl_dist.errors import ConfigError, GptflError, Interrupted
 
 if TYPE_CHECKING:
@@ -35,15 +37,11 @@ app = typer.Typer(
     gptfl run federation.yaml         everything on this machine
     mpiexec -n 5 gptfl run federation.yaml
     gptfl coordinator federation.yaml / gptfl silo silo.yaml   one side each, over the network
+    gptfl status federation.yaml      how a run stands, which silo is missing, what to do
 
     Results and progress: summary.json, report.html and logs in the run folder. Exit codes: docs/reference.md.
     """,
 )
-
-
-class Format(StrEnum):
-    text = "text"
-    json = "json"
 
 
 class Wire(StrEnum):
@@ -52,8 +50,6 @@ class Wire(StrEnum):
     mpi = "mpi"
 
 
-FormatOption = Annotated[Format, typer.Option("--format", help="how the result is printed on stdout")]
-FederationPath = Annotated[Path, typer.Argument(metavar="FEDERATION_FILE", show_default=False)]
 QuietOption = Annotated[bool, typer.Option(hidden=True, help="for a process of ours that waits for the result")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="delete what the run folder holds and start anew")]
 
@@ -319,6 +315,10 @@ def schema(kind: Annotated[Kind, typer.Argument()] = Kind.federation, format_: F
 
     indent = None if format_ is Format.json else 2
     typer.echo(json.dumps(federation_schema() if kind is Kind.federation else silo_schema(), indent=indent))
+
+
+for _command in (operate.status, operate.pause, operate.resume, operate.abort, operate.export):
+    app.command()(_command)
 
 
 def main() -> NoReturn:

@@ -230,7 +230,7 @@ class Tuning(Section):
 
 
 class Federation(Section):
-    """The rounds: how many, with whom, how long to wait, and what becomes of updates that come late."""
+    """The rounds: with whom, how long to wait, what becomes of late updates, what ends an arm early, what is kept."""
 
     mode: Literal["synchronous", "asynchronous"] = "synchronous"
     rounds: PositiveInt = 30
@@ -242,6 +242,10 @@ class Federation(Section):
     late: Literal["drop", "carry"] = "drop"
     staleness: NonNegativeFloat = 0.5
     max_staleness: PositiveInt | None = None
+    max_time: Duration | None = None
+    target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
+    patience: PositiveInt | None = None
+    keep: Literal["best", "all"] = "best"
     max_update_norm: PositiveFloat | None = None
 
     def cohort_of(self, silos: int) -> int:

@@ -11,6 +11,8 @@ the last round every connected silo evaluates the final weights.
 An order may outlive its round: where late updates are carried over, a silo that misses the deadline keeps its order
 and its update counts in the round in which it arrives. A silo has one order at a time, and gets the next one only
 after its update was counted. `federation.asynchronous` builds on that.
+
+While it is paused no round is opened: a round in progress ends as ever, then the state is `paused` until it goes on.
 """
 
 from __future__ import annotations
@@ -64,14 +66,25 @@ class DeadlinePassed:
 
 @dataclass(frozen=True, slots=True)
 class Aggregated:
-    """The weights that this round leads to are there."""
+    """The weights that this round leads to are there. `last`: no other round shall follow, whatever was planned."""
 
     round: int
+    last: bool = False
 
 
-Event = Joined | Left | Delivered | Failed | DeadlinePassed | Aggregated
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """The operator wants no other round to be opened."""
 
-State = Literal["gather", "train", "aggregate", "evaluate", "done"]
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The operator lets it go on."""
+
+
+Event = Joined | Left | Delivered | Failed | DeadlinePassed | Aggregated | Paused | Resumed
+
+State = Literal["paused", "gather", "train", "aggregate", "evaluate", "done"]
 
 # Commands
 
@@ -179,6 +192,8 @@ class Coordinator:
         self._delivered: dict[str, int] = {}  # the round of the order whose answer counts when this round ends
         self._failed: dict[str, str] = {}
         self._late: set[str] = set()  # who missed the deadline
+        self._paused = False
+        self._last = rules.rounds
         self.round = 0
         self.state: State = "gather"
 
@@ -188,14 +203,18 @@ class Coordinator:
         finished_rounds: int = 0,
         owed: Mapping[str, int] | None = None,
         delivered: Mapping[str, int] | None = None,
+        *,
+        last: bool = False,
     ) -> list[Command]:
-        """Starts after so many finished rounds, with the silos that are connected already.
+        """Starts after so many finished rounds (the `last` of them, perhaps), with the silos that are connected.
 
         `owed` and `delivered` are orders of earlier rounds, by silo: open ones, and those whose updates wait to count.
         """
         self._connected = set(connected)
         self._open, self._delivered = dict(owed or {}), dict(delivered or {})
         self.round = finished_rounds + 1
+        if last:
+            self._last = finished_rounds
         return self._recall_old() + self._call(self._open) + self._gather()
 
     def resume(
@@ -229,6 +248,14 @@ class Coordinator:
             if self.state == "evaluate" and self._open.pop(event.silo, None) is not None:
                 self._failed[event.silo] = "left"  # nobody waits for it: the weights are final
             return self._go_on()
+        if isinstance(event, Paused):
+            self._paused = True
+            if self.state == "gather":
+                self.state = "paused"
+            return []
+        if isinstance(event, Resumed):
+            self._paused = False
+            return self._gather() if self.state == "paused" else []
         if isinstance(event, Delivered) and self._open.get(event.silo) == event.round:
             self._delivered[event.silo] = self._open.pop(event.silo)
             return self._go_on()
@@ -239,6 +266,8 @@ class Coordinator:
         if isinstance(event, DeadlinePassed) and (event.round, event.state) == (self.round, self.state):
             return self._deadline_passed()
         if isinstance(event, Aggregated) and (event.round, self.state) == (self.round, "aggregate"):
+            if event.last:
+                self._last = event.round
             self.round += 1
             return self._recall_old() + self._gather()
         return []
@@ -300,7 +329,7 @@ class Coordinator:
         limit = self._rules.max_staleness
         for silo, round_ in sorted({**self._open, **self._delivered}.items()):
             reason = ""
-            if self.round > self._rules.rounds:
+            if self.round > self._last:
                 reason = "the last round is over"
             elif limit is not None and self.round - round_ > limit:
                 reason = f"it would be {self.round - round_} rounds old, federation.max_staleness allows {limit}"
@@ -311,13 +340,17 @@ class Coordinator:
         return commands
 
     def _gather(self) -> list[Command]:
-        self.state, self._cohort, self._failed, self._late = "gather", (), {}, set()
+        self._cohort, self._failed, self._late = (), {}, set()
+        if self._paused:
+            self.state = "paused"
+            return []
+        self.state = "gather"
         commands: list[Command] = [SetDeadline(self.round, "gather", self._rules.join_deadline)]
         return commands + self._start_if_enough(late=False)
 
     def _start_if_enough(self, *, late: bool) -> list[Command]:
         """Starts the round once its silos are there; the first one of all, and the evaluation, wait for every silo."""
-        final = self.round > self._rules.rounds
+        final = self.round > self._last
         if final or not self._assembled:
             enough = len(self._connected) >= (self._rules.quorum if late else len(self._rules.silos))
         else:

@@ -10,6 +10,9 @@ from gptfl_dist.config.plan import LocalTraining
 
 Kind = Literal["train", "evaluate"]
 
+REFUSED, RECALLED = "refused: ", "recalled: "
+"""How the reason begins why an answer does not count, where the silo did not say itself that it failed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Order:

@@ -12,11 +12,14 @@ import contextlib
 import errno
 import fcntl
 import json
+import secrets
 import sqlite3
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from gptfl_dist.errors import ConfigError, ModelError, StorageError
 from gptfl_dist.files import storage_error, sync_folder
@@ -150,64 +153,61 @@ class ArmRecord:
         return next(r.weights for r in self.rounds if r.round == round_ and r.weights is not None)
 
 
+FILE_NAME = "ledger.sqlite"
+_LOCK = "ledger.lock"
+_LOOK = 0.5  # seconds: longer than anybody holds the lock who only looks whether a coordinator is at work
+
+
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps other coordinators out of a run folder. Raises StorageError where one is at work there."""
-    with (folder / "ledger.lock").open("wb") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process lets go by itself
-        except BlockingIOError:
-            raise StorageError(
-                f"{folder}: another coordinator is at work on this run", hint="wait until it ends, or stop it"
-            ) from None
-        yield
+def locked(folder: Path) -> Iterator[str]:
+    """Keeps other coordinators out of a run folder. Raises StorageError where one is at work there.
 
-
-class Ledger:
-    """The record in a run folder. Every method is one transaction and safe to call from any thread."""
-
-    def __init__(self, folder: Path, request: str, *, durable: bool = False) -> None:
-        """Opens or makes the record. `request` is a text that stands for what the run computes; `durable`: what was
-        noted survives a power cut, not only a killed process.
-
-        Raises ConfigError if the folder holds a run of another request, StorageError if it cannot be written, if the
-        database is damaged, or if another process holds it.
-        """
-        self.folder = folder
-        self.durable = durable
-        self._path = folder / "ledger.sqlite"
-        self._lock = threading.RLock()
-        with contextlib.ExitStack() as undo:
-            with self._storing():
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "weights").mkdir(exist_ok=True, mode=0o700)
-                undo.enter_context(locked(folder))
-                for where in (folder, folder / "weights", folder / "strategy", folder / "models"):
-                    for part in where.glob(".*.part"):
-                        part.unlink()  # of a process that was killed while it wrote
-                self._database = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
-                undo.callback(self._database.close)
-                self._path.chmod(0o600)
-                self._database.execute("PRAGMA journal_mode=WAL")
-                self._require_our_schema()
-                # NORMAL: a power cut takes the last transactions, but never damages the database.
-                self._database.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-                self._database.executescript(_SCHEMA)
-                if durable:
-                    sync_folder(folder)
-                    sync_folder(folder.parent)
-            known = self.fact("request")
-            if known is not None and known != request:
-                difference = _first_difference(known, request)
-                raise ConfigError(
-                    f"{folder} holds a run of other settings than the federation file's ({difference})",
-                    hint="set another run_folder, or start anew with --fresh",
+    Gives a name to who holds it, which stands in the lock file: process ids come again, in containers above all.
+    """
+    with (folder / _LOCK).open("ab") as held:
+        end = time.monotonic() + _LOOK
+        while not _take(held, fcntl.LOCK_EX):  # a killed process lets go by itself
+            if time.monotonic() > end:
+                raise StorageError(
+                    f"{folder}: another coordinator is at work on this run", hint="wait until it ends, or stop it"
                 )
-            self.set_fact("request", request)
-            self._close = undo.pop_all().close
+            time.sleep(0.01)
+        life = secrets.token_hex(8)
+        held.truncate(0)
+        held.write(life.encode())
+        held.flush()
+        yield life
 
-    def close(self) -> None:
-        self._close()
+
+def at_work(folder: Path) -> str | None:
+    """The name of the coordinator at work on a run folder, None where none is.
+
+    It is not disturbed, nor is one that starts just now.
+    """
+    try:
+        with (folder / _LOCK).open("rb") as looked_at:
+            return None if _take(looked_at, fcntl.LOCK_SH) else looked_at.read().decode(errors="replace")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise storage_error(error, folder / _LOCK) from None
+
+
+def _take(file: IO[bytes], how: int) -> bool:
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class Record:
+    """What can be read of a run's record, whoever opened it. Every call is safe from any thread."""
+
+    folder: Path
+    _path: Path
+    _database: sqlite3.Connection
+    _lock: threading.RLock
 
     def _require_our_schema(self) -> None:
         tables = self._database.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
@@ -223,24 +223,10 @@ class Ledger:
         row = self._execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return None if row is None else str(row[0])
 
-    def set_fact(self, name: str, value: str) -> None:
-        self._execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
-
-    def add_seconds(self, stage: str, seconds: float) -> None:
-        """Adds to the time that a stage has taken, over interruptions."""
-        with self._lock:
-            self.set_fact(f"seconds/{stage}", str(self.seconds().get(stage, 0.0) + seconds))
-
     def seconds(self) -> dict[str, float]:
         """Seconds by stage."""
         rows = self._execute("SELECT name, value FROM facts WHERE name LIKE 'seconds/%' ORDER BY rowid")
         return {name.removeprefix("seconds/"): float(value) for name, value in rows.fetchall()}
-
-    def begin_arm(self, arm: str, learning_rate: float, start: str) -> None:
-        """Notes an arm, once."""
-        self._execute(
-            "INSERT OR IGNORE INTO arms (arm, learning_rate, start) VALUES (?, ?, ?)", (arm, learning_rate, start)
-        )
 
     def arm(self, arm: str) -> ArmRecord | None:
         """All that is known of an arm."""
@@ -285,6 +271,95 @@ class Ledger:
     def arms(self) -> list[str]:
         """The names of all arms and trials, in the order of their beginning."""
         return [str(row[0]) for row in self._execute("SELECT arm FROM arms ORDER BY rowid").fetchall()]
+
+    def weights_path(self, digest: str) -> Path:
+        """Where the weights of this digest lie."""
+        return self.folder / "weights" / f"{digest}.safetensors"
+
+    def _execute(self, statement: str, values: tuple[object, ...] = ()) -> sqlite3.Cursor:
+        with self._lock, self._storing():
+            return self._database.execute(statement, values)
+
+    @contextlib.contextmanager
+    def _storing(self) -> Iterator[None]:
+        """Turns what SQLite and the disk refuse into StorageError."""
+        try:
+            yield
+        except OSError as error:
+            raise storage_error(error, self._path) from None
+        except (sqlite3.NotSupportedError, sqlite3.OperationalError) as error:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                raise storage_error(OSError(errno.ENOSPC, str(error)), self._path) from None
+            raise StorageError(
+                f"{self._path}: {error}", hint="check the folder, its permissions and the disk"
+            ) from None
+        except sqlite3.Error as error:
+            raise StorageError(
+                f"{self._path}: the record is damaged ({error})",
+                hint=_ANEW,
+            ) from None
+
+
+class Ledger(Record):
+    """The record in a run folder. Every method is one transaction and safe to call from any thread."""
+
+    def __init__(self, folder: Path, request: str, *, durable: bool = False) -> None:
+        """Opens or makes the record. `request` is a text that stands for what the run computes; `durable`: what was
+        noted survives a power cut, not only a killed process.
+
+        Raises ConfigError if the folder holds a run of another request, StorageError if it cannot be written, if the
+        database is damaged, or if another process holds it.
+        """
+        self.folder = folder
+        self.durable = durable
+        self.life = ""  # the name of this coordinator in the lock file
+        self._path = folder / FILE_NAME
+        self._lock = threading.RLock()
+        with contextlib.ExitStack() as undo:
+            with self._storing():
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "weights").mkdir(exist_ok=True, mode=0o700)
+                self.life = undo.enter_context(locked(folder))
+                for where in (folder, folder / "weights", folder / "strategy", folder / "models"):
+                    for part in where.glob(".*.part"):
+                        part.unlink()  # of a process that was killed while it wrote
+                self._database = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
+                undo.callback(self._database.close)
+                self._path.chmod(0o600)
+                self._database.execute("PRAGMA journal_mode=WAL")
+                self._require_our_schema()
+                # NORMAL: a power cut takes the last transactions, but never damages the database.
+                self._database.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+                self._database.executescript(_SCHEMA)
+                if durable:
+                    sync_folder(folder)
+                    sync_folder(folder.parent)
+            known = self.fact("request")
+            if known is not None and known != request:
+                difference = _first_difference(known, request)
+                raise ConfigError(
+                    f"{folder} holds a run of other settings than the federation file's ({difference})",
+                    hint="set another run_folder, or start anew with --fresh",
+                )
+            self.set_fact("request", request)
+            self._close = undo.pop_all().close
+
+    def close(self) -> None:
+        self._close()
+
+    def set_fact(self, name: str, value: str) -> None:
+        self._execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Adds to the time that a stage has taken, over interruptions."""
+        with self._lock:
+            self.set_fact(f"seconds/{stage}", str(self.seconds().get(stage, 0.0) + seconds))
+
+    def begin_arm(self, arm: str, learning_rate: float, start: str) -> None:
+        """Notes an arm, once."""
+        self._execute(
+            "INSERT OR IGNORE INTO arms (arm, learning_rate, start) VALUES (?, ?, ?)", (arm, learning_rate, start)
+        )
 
     def open_round(
         self, arm: str, round_: int, kind: str, base: str, cohort: Iterable[str], nonces: Mapping[str, str]
@@ -359,10 +434,6 @@ class Ledger:
     def finish_arm(self, arm: str, best_round: int) -> None:
         self._execute("UPDATE arms SET finished = 1, best_round = ? WHERE arm = ?", (best_round, arm))
 
-    def weights_path(self, digest: str) -> Path:
-        """Where the weights of this digest lie."""
-        return self.folder / "weights" / f"{digest}.safetensors"
-
     def add_weights(self, layout: Layout, blocks: Iterable[bytes | memoryview]) -> str:
         """Writes weights under their digest; returns it."""
         incoming = self.folder / "weights" / "incoming.safetensors"
@@ -404,37 +475,19 @@ class Ledger:
                 sync_folder(self.incoming_state.parent)
 
     def drop_weights_except(self, digests: Iterable[str]) -> None:
-        """Deletes the weights that nothing needs any more, with their strategy's state."""
-        keep = {self.weights_path(digest).name for digest in digests}
-        for path in [
-            *(self.folder / "weights").glob("*.safetensors"),
-            *(self.folder / "strategy").glob("*.safetensors"),
-        ]:
-            if path.name not in keep:
-                path.unlink(missing_ok=True)
+        """Deletes the weights that nothing needs any more."""
+        _keep(self.folder / "weights", digests)
 
-    def _execute(self, statement: str, values: tuple[object, ...] = ()) -> sqlite3.Cursor:
-        with self._lock, self._storing():
-            return self._database.execute(statement, values)
+    def drop_states_except(self, digests: Iterable[str]) -> None:
+        """Deletes the strategy's states of weights that no round starts from any more."""
+        _keep(self.folder / "strategy", digests)
 
-    @contextlib.contextmanager
-    def _storing(self) -> Iterator[None]:
-        """Turns what SQLite and the disk refuse into StorageError."""
-        try:
-            yield
-        except OSError as error:
-            raise storage_error(error, self._path) from None
-        except (sqlite3.NotSupportedError, sqlite3.OperationalError) as error:
-            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-                raise storage_error(OSError(errno.ENOSPC, str(error)), self._path) from None
-            raise StorageError(
-                f"{self._path}: {error}", hint="check the folder, its permissions and the disk"
-            ) from None
-        except sqlite3.Error as error:
-            raise StorageError(
-                f"{self._path}: the record is damaged ({error})",
-                hint=_ANEW,
-            ) from None
+
+def _keep(folder: Path, digests: Iterable[str]) -> None:
+    kept = {f"{digest}.safetensors" for digest in digests}
+    for path in folder.glob("*.safetensors"):
+        if path.name not in kept:
+            path.unlink(missing_ok=True)
 
 
 def _require(path: Path, digest: str) -> None:

@@ -211,6 +211,13 @@ class RoundTable:
             self._bar.update(self._task, completed=self._done)
         self._show()
 
+    def skip(self, rounds: int) -> None:
+        """So many of the rounds that were planned will not be run."""
+        self._planned -= rounds
+        if self._bar is not None:
+            self._bar.update(self._task, total=self._planned)
+        self._show()
+
     def working(self, silo: str, done: int, total: int) -> None:
         """How far a silo's training is; seen on a terminal alone, as are the next two."""
         self._at_work[silo] = 100 * done // max(1, total)

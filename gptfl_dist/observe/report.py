@@ -30,6 +30,7 @@ from gptfl_dist.observe.wording import (
     percent,
     rounds_to_target_text,
     size,
+    stop_texts,
 )
 
 FILE_NAME = "report.html"
@@ -140,6 +141,7 @@ def _result(summary: Summary, details: ReportDetails) -> str:
             f"The target, {percent(summary.target_accuracy)}, is the best that FedAvg from random weights reaches in "
             "its rounds."
         )
+    notes += map(escape, stop_texts(summary))
     head = ["Arm", "Accuracy", "After the last round", "Rounds to the target", "Traffic to the target"]
     head += ["Bytes down", "Bytes up", "Time a round"]
     return _section("result", "Result", _table(head, rows, "numbers"), f'<p class="note">{" ".join(notes)}</p>')

@@ -38,6 +38,10 @@ Seconds = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
+StopCriterion = Literal["max_time", "target_accuracy", "patience"]
+"""The settings of `federation` that end an arm before its last round."""
+
+
 @dataclass(frozen=True)
 class RoundRecord:
     """What one round of one arm came to: wall-clock seconds, bytes on the wire, accuracy of the weights after it.
@@ -87,6 +91,7 @@ class FederatedArm(Section):
     start_accuracy: Accuracy | None
     seconds_per_round: Seconds
     updates: dict[str, SiloUpdates] = Field(default={})
+    stopped_by: StopCriterion | None = None
 
     @model_validator(mode="after")
     def _a_value_a_round(self) -> Self:
@@ -183,10 +188,11 @@ def federated_arm(
     learning_rate: float,
     start: RoundRecord,
     curve_of: Literal["test", "validation"],
+    stopped_by: StopCriterion | None = None,
 ) -> FederatedArm:
     """An arm from its rounds in order and from `start`, its round 0: the start weights, with bytes of handing them out.
 
-    `best_round` is the round of the kept model, 0 for the start weights.
+    `best_round` is the round of the kept model, 0 for the start weights; `stopped_by` what ended the arm early.
     """
     kept = records[best_round - 1] if best_round else start
     last = records[-1] if records else start
@@ -205,6 +211,7 @@ def federated_arm(
         start_accuracy=start.accuracy,
         seconds_per_round=sum(record.seconds for record in records) / max(1, len(records)),
         updates=_updates(records),
+        stopped_by=stopped_by,
     )
 
 

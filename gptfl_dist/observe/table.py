@@ -15,6 +15,7 @@ from gptfl_dist.observe.wording import (
     percent,
     rounds_to_target_text,
     size,
+    stop_texts,
 )
 
 _HEADINGS = ("arm", "accuracy", "rounds to target", "down", "up", "seconds a round")
@@ -67,6 +68,7 @@ def _below(summary: Summary) -> list[str]:
     lines = [f"Accuracy on {summary.curve_of} data, of each arm's best model on validation data."]
     if summary.target_accuracy is not None:
         lines.append(f"Target: {percent(summary.target_accuracy)}, the best that FedAvg from random weights reaches.")
+    lines += stop_texts(summary)
     if summary.seconds:
         stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in summary.seconds.items())
         lines.append(f"Time: {stages}.")

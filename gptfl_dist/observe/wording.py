@@ -13,6 +13,11 @@ ARM_NAMES = {
 
 UNKNOWN = "-"
 
+_STOPS = {
+    "max_time": "its time was over",
+    "target_accuracy": "its target was reached on validation data",
+    "patience": "there was no more progress on validation data",
+}
 _UNITS = (("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12))
 
 
@@ -53,6 +58,16 @@ def rounds_to_target_text(summary: Summary, arm: FederatedArm) -> str:
     if summary.target_accuracy is None:
         return UNKNOWN
     return "not reached" if arm.rounds_to_target is None else f"{arm.rounds_to_target} of {arm.rounds}"
+
+
+def stop_texts(summary: Summary) -> list[str]:
+    """Of each arm that ended before its last round, why, in one sentence."""
+    return [
+        f"{ARM_NAMES[name]} ended after {arm.rounds} rounds, for {_STOPS[arm.stopped_by]} "
+        f"(federation.{arm.stopped_by})."
+        for name, arm in summary.arms.federated.items()
+        if arm.stopped_by is not None
+    ]
 
 
 def choice_text(choice: Choice) -> str:

@@ -8,13 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gptfl_dist.config.federation import FederationFile
+from gptfl_dist.config.federation import Federation, FederationFile
 from gptfl_dist.config.plan import LocalTraining
 from gptfl_dist.exchange.base import Traffic
 from gptfl_dist.federation import coordinator as machine
 from gptfl_dist.federation.asynchronous import AsynchronousCoordinator
 from gptfl_dist.federation.orders import Kind, Order
 from gptfl_dist.ledger.store import ArmRecord
+from gptfl_dist.observe.summary import StopCriterion
+from gptfl_dist.observe.wording import duration, percent
 from gptfl_dist.weights import WeightsFile
 
 
@@ -39,6 +41,11 @@ def rounds_planned(file: FederationFile) -> int:
 def trial_name(arm: str, rate: float) -> str:
     """The name under which the ledger keeps a tuning trial."""
     return f"tuning/{arm}/{rate:g}"
+
+
+def stopped_name(arm: str) -> str:
+    """The name under which the ledger keeps the setting that ended an arm before its last round."""
+    return f"stopped/{arm}"
 
 
 def choice_name(candidate: str) -> str:
@@ -75,7 +82,7 @@ class ArmRun:
         self.orders: dict[str, Order] = {}  # by silo: those that are open, or whose updates wait to be counted
         self.bases: dict[str, WeightsFile] = {}  # by digest: what the silos get for these orders and the round
         self.spent_before = (0.0, 0, 0)  # seconds, bytes down and up of this round, in an earlier process
-        self.deadlines: list[asyncio.TimerHandle] = []
+        self._deadline: asyncio.TimerHandle | None = None
         self._weights: WeightsFile | None = None
         self._began: float | None = None  # the time; None once the round is closed
         self._counted: tuple[int, int] | None = None  # the traffic, down and up, that is not this round's
@@ -132,9 +139,20 @@ class ArmRun:
     def stop_counting(self, traffic: Traffic) -> None:
         self._began, self._counted = None, (traffic.down, traffic.up)
 
+    def set_deadline(self, seconds: float, passed: Callable[[], None]) -> None:
+        """Calls `passed` after so many seconds, in place of what was to be called at an earlier deadline."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = asyncio.get_running_loop().call_later(seconds, passed)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the deadline that was set last."""
+        return None if self._deadline is None else self._deadline.when() - asyncio.get_running_loop().time()
+
     def close(self) -> None:
-        for deadline in self.deadlines:
-            deadline.cancel()
+        if self._deadline is not None:
+            self._deadline.cancel()
         for weights in self.bases.values():
             weights.close()
         if self._weights is not None:
@@ -176,3 +194,34 @@ def needed_weights(record: ArmRecord) -> set[str]:
     unsettled |= {r.round for r in record.rounds if r.kind == "train" and r.weights is None}
     best = best_round(record, frozenset(unsettled))
     return {record.start, record.final, record.weights_of(best), *(r.base for r, _ in pending)}
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Why an arm ends before its last round: the setting, and what was found, for the operator."""
+
+    by: StopCriterion
+    found: str
+
+
+def stop_of(record: ArmRecord, rules: Federation) -> Stop | None:
+    """What ends an arm after its finished rounds; None where another round follows, or all were run.
+
+    It looks at finished rounds alone, so a coordinator that was started again decides alike.
+    """
+    finished = record.finished_rounds
+    if finished >= rules.rounds:
+        return None
+    taken = sum(r.seconds or 0.0 for r in record.rounds if r.weights is not None)
+    if rules.max_time is not None and taken >= rules.max_time:
+        return Stop("max_time", f"its rounds have taken {duration(taken)}")
+    scores = {r: score for r in range(finished) if (score := validation_of(record, r)) is not None}
+    if not scores:
+        return None
+    best, newest = max(scores, key=lambda r: scores[r]), max(scores)
+    told = f"{percent(scores[best][0])} on validation data after round {best}"
+    if rules.target_accuracy is not None and scores[best][0] >= rules.target_accuracy:
+        return Stop("target_accuracy", told)
+    if rules.patience is not None and newest - best >= rules.patience:
+        return Stop("patience", f"nothing better than {told}")
+    return None

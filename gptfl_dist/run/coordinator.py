@@ -6,27 +6,32 @@ run is finished it returns what it found.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import load_federation
-from gptfl_dist.errors import ConfigError, DataError
+from gptfl_dist.errors import ConfigError, DataError, GptflError, Interrupted, RunAborted, StorageError, first_line
 from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.launch.trainer import TrainerProcess, python_module
 from gptfl_dist.ledger.store import Ledger, RoundRecord
 from gptfl_dist.observe import progress
+from gptfl_dist.observe.live import LiveFile, Standing
 from gptfl_dist.observe.summary import FILE_NAME, Summary, read_summary
 from gptfl_dist.observe.summary import RoundRecord as ShownRound
-from gptfl_dist.run.arm import rounds_planned
+from gptfl_dist.run.arm import rounds_planned, stopped_name
 from gptfl_dist.run.candidates import PRETRAINED_WEIGHTS
 from gptfl_dist.run.evaluation import Evaluator
 from gptfl_dist.run.federate import Federator
+from gptfl_dist.run.folder import ENDED
+from gptfl_dist.run.requests import aborted, unless_aborted
 from gptfl_dist.run.result import federated_arms, settings_text, write_results
 from gptfl_dist.run.stages import run_stage
 
@@ -34,15 +39,21 @@ _log = logging.getLogger(__name__)
 
 
 class Terminal:
-    """Shows an operator the rounds as they end."""
+    """Shows an operator the rounds as they end, and keeps what `gptfl status` shows of them."""
 
-    def __init__(self, file: FederationFile, ledger: Ledger, say: Callable[[str], None]) -> None:
+    def __init__(self, file: FederationFile, ledger: Ledger, live: LiveFile, say: Callable[[str], None]) -> None:
         """`ledger` tells which rounds an interrupted run has behind it."""
-        behind = sum(record.finished_rounds for arm in ledger.arms() if (record := ledger.arm(arm)) is not None)
+        behind = 0
+        for arm in ledger.arms():
+            record = ledger.arm(arm)
+            assert record is not None
+            stopped = ledger.fact(stopped_name(arm)) is not None
+            behind += file.federation.rounds if stopped else record.finished_rounds
         rules = file.federation
         self._buffer = rules.wanted_of(len(file.silos)) if rules.mode == "asynchronous" else None
         stale = self._buffer is not None or rules.late == "carry"
         self.table = progress.RoundTable(rounds_planned(file) - behind, stale=stale)
+        self._live = live
         self._say = say
 
     def round_closed(self, arm: str, rounds: int, record: RoundRecord, test_accuracy: float | None) -> None:
@@ -60,11 +71,22 @@ class Terminal:
         updates = ", ".join(f"{silo} ({age} rounds old)" if age else silo for silo, age in shown.staleness.items())
         _log.info("%s: round %d of %d closed with the updates of %s", arm, record.round, rounds, updates)
 
+    def arm_stopped(self, arm: str, rounds_left: int) -> None:
+        self.table.skip(rounds_left)
+
+    def stands(self, standing: Standing) -> None:
+        self._live.stands(standing)
+
+    def heard(self, silo: str) -> None:
+        self._live.heard(silo)
+
     def silo_progress(self, silo: str, done: int, total: int) -> None:
         self.table.working(silo, done, total)
+        self._live.progress(silo, done, total)
 
     def silo_done(self, silo: str) -> None:
         self.table.silo_done(silo)
+        self._live.done(silo)
 
     def waiting_for(self, silos: tuple[str, ...]) -> None:
         self.table.waiting_for(silos)
@@ -96,30 +118,60 @@ async def coordinate(
         if ledger.fact("finished") is not None and (file.run_folder / FILE_NAME).exists():
             say(f"{file.run_folder}: this run is finished; --fresh makes it anew")
             return read_summary(file.run_folder)
+        if (error := aborted(ledger)) is not None:
+            raise error
         if ledger.fact("started") is None:
             ledger.set_fact("started", datetime.now(UTC).isoformat())
-        await _before_the_federation(path, file, ledger, say)
-        summary = await _federate(path, file, ledger, make_exchange, opened, say)
-        ledger.set_fact("finished", summary.finished.isoformat())
+        with _end_noted(ledger), contextlib.closing(LiveFile(file.run_folder, ledger.life)) as live:
+            await unless_aborted(ledger, _before_the_federation(path, file, ledger, live, say))
+            summary = await _federate(path, file, ledger, live, make_exchange, opened, say)
+            ledger.set_fact("finished", summary.finished.isoformat())
         return summary
     finally:
         ledger.close()
 
 
+@contextlib.contextmanager
+def _end_noted(ledger: Ledger) -> Iterator[None]:
+    """Notes how the coordinator's work ends: nothing is noted by one that is killed."""
+    ledger.set_fact(ENDED, "")
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        kind, told, hint = "", "", ""
+        if isinstance(error, GptflError):
+            kind, told, hint = type(error).__name__, error.message, error.hint
+        elif isinstance(error, asyncio.CancelledError):
+            kind, told = Interrupted.__name__, "stopped by Ctrl-C or SIGTERM"
+        elif error is not None:
+            kind, told = type(error).__name__, first_line(error)
+        with contextlib.suppress(StorageError):
+            end = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "error": kind, "message": told, "hint": hint}
+            ledger.set_fact(ENDED, json.dumps(end))
+
+
 def _request(file: FederationFile) -> str:
-    """What makes a run another run: everything but where it lies, how it is reached and what it survives."""
+    """What makes a run another run: everything but where it lies, how it is reached, what it survives and keeps."""
     content = file.model_dump(mode="json", exclude={"run_folder", "durability", "exchange"})
+    del content["federation"]["keep"]
     for silo in content["silos"]:
         del silo["file"]
     return json.dumps(content, sort_keys=True)
 
 
-async def _before_the_federation(path: Path, file: FederationFile, ledger: Ledger, say: Callable[[str], None]) -> None:
+async def _before_the_federation(
+    path: Path, file: FederationFile, ledger: Ledger, live: LiveFile, say: Callable[[str], None]
+) -> None:
     """Synthetic data and pre-training, where an arm of the file needs them."""
     if not {"synthetic_only", "gptfl"} & set(file.arms):
         return
     for stage in ("generate", "pretrain"):
         started = time.monotonic()
+        live.stage(stage)
         try:
             told = await run_stage(stage, path)
         finally:
@@ -132,6 +184,7 @@ async def _federate(
     path: Path,
     file: FederationFile,
     ledger: Ledger,
+    live: LiveFile,
     make_exchange: Callable[[FederationFile, Inbox], CoordinatorExchange],
     opened: Callable[[CoordinatorExchange, Callable[[BaseException], None]], Awaitable[None]],
     say: Callable[[str], None],
@@ -140,11 +193,12 @@ async def _federate(
     command, log = python_module("gptfl_dist.run.evaluator"), file.run_folder / "logs" / "evaluator.log"
     process = TrainerProcess(command, log, cwd=path.absolute().parent)
     evaluator = Evaluator(process, file, file.run_folder)
+    live.stage("federate")
     try:
         layout = await evaluator.start()
         tested = None
         if federated_arms(file):
-            watcher = Terminal(file, ledger, say)
+            watcher = Terminal(file, ledger, live, say)
             federator = Federator(
                 file=file,
                 layout=layout,
@@ -160,8 +214,12 @@ async def _federate(
                     await opened(federator.exchange, federator.fail)
                     await federator.run()
                 goodbye = Goodbye(True, "the federation is finished")
+            except RunAborted as error:
+                goodbye = Goodbye(True, error.message)
+                raise
             finally:
                 await federator.stop(goodbye)
+            live.stage("report")
             tested = await evaluator.test(file.run_folder / "models" / f"{federated_arms(file)[-1]}.safetensors")
         synthetic = None
         if "synthetic_only" in file.arms:

@@ -23,7 +23,7 @@ from gptfl_dist.aggregation.server import stepping
 from gptfl_dist.aggregation.shares import shares
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.plan import Plan
-from gptfl_dist.errors import FederationError
+from gptfl_dist.errors import FederationError, RunAborted, StorageError
 from gptfl_dist.exchange.base import (
     Answered,
     CoordinatorExchange,
@@ -38,9 +38,11 @@ from gptfl_dist.exchange.base import (
 )
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.federation import coordinator as machine
-from gptfl_dist.federation.orders import Kind, Order, Report
+from gptfl_dist.federation.orders import RECALLED, Kind, Order, Report
 from gptfl_dist.files import replacing
+from gptfl_dist.ledger.requests import LOOK_EVERY, paused_since
 from gptfl_dist.ledger.store import ArmRecord, Ledger, RoundRecord
+from gptfl_dist.observe.live import Standing
 from gptfl_dist.observe.wording import choice_text
 from gptfl_dist.run.arm import (
     ArmPlan,
@@ -48,12 +50,15 @@ from gptfl_dist.run.arm import (
     best_round,
     choice_name,
     needed_weights,
+    stop_of,
+    stopped_name,
     trial_name,
     validation_of,
 )
 from gptfl_dist.run.candidates import PRETRAINED_WEIGHTS, adopt, asks_silos, candidate_files
 from gptfl_dist.run.evaluation import RANDOM_WEIGHTS, Evaluator
 from gptfl_dist.run.handout import HandOut
+from gptfl_dist.run.requests import aborted
 from gptfl_dist.weights import BLOCK, Codec, Layout, WeightsFile
 
 _log = logging.getLogger(__name__)
@@ -68,6 +73,15 @@ class Watcher(Protocol):
 
     def round_closed(self, arm: str, rounds: int, record: RoundRecord, test_accuracy: float | None) -> None:
         """A round was aggregated, and its weights tested where there is test data."""
+
+    def arm_stopped(self, arm: str, rounds_left: int) -> None:
+        """An arm ends so many rounds before its last."""
+
+    def stands(self, standing: Standing) -> None:
+        """Where the arm in progress stands, told after everything that happens in it."""
+
+    def heard(self, silo: str) -> None:
+        """A silo gave a sign of life."""
 
     def silo_progress(self, silo: str, done: int, total: int) -> None:
         """How many batches of its local training a silo has behind it."""
@@ -113,6 +127,9 @@ class Federator:
         self._assembled = False  # whether all silos were waited for, once in this process
         self._queue: asyncio.Queue[ExchangeEvent | machine.Event | BaseException] = asyncio.Queue()
         self._pump: asyncio.Task[None] | None = None
+        self._requests: asyncio.Task[None] | None = None
+        self._paused = False  # as the ledger says
+        self._said_paused = False
         self._tests: set[asyncio.Task[None]] = set()
         self._tested_now: set[str] = set()  # digests that a test still reads
 
@@ -123,13 +140,16 @@ class Federator:
         self._ledger.set_fact("transport", self.exchange.transport)
         await self.exchange.open(Welcome(run, Plan.of(self._file), self._layout))
         self._pump = asyncio.create_task(self._pump_events())
+        self._paused = paused_since(self._ledger) is not None
+        self._requests = asyncio.create_task(self._look_for_requests())
 
     async def stop(self, goodbye: Goodbye) -> None:
         """Says goodbye and ends the exchange."""
         for task in self._tests:
             task.cancel()
-        if self._pump is not None:
-            self._pump.cancel()
+        for listener in (self._pump, self._requests):
+            if listener is not None:
+                listener.cancel()
         await self.exchange.close(goodbye)
         self._inbox.close()
 
@@ -238,6 +258,8 @@ class Federator:
             return
         arm = ArmRun(plan, self._file, self._silos, assembled=self._assembled)
         unfinished = next((r for r in record.rounds if r.kind == "train" and r.weights is None), None)
+        if self._paused:
+            arm.machine.handle(machine.Paused())
         # No silo could start from damaged weights, and what this process writes later it need not doubt.
         await asyncio.to_thread(self._ledger.require_weights, record.final)
         try:
@@ -254,7 +276,8 @@ class Federator:
                     self._connected, unfinished.round, unfinished.cohort, owed, delivered, failed
                 )
             else:
-                commands = arm.machine.begin(self._connected, record.finished_rounds, owed, delivered)
+                last = self._stops(plan, record)
+                commands = arm.machine.begin(self._connected, record.finished_rounds, owed, delivered, last=last)
                 if owed:
                     await self._publish(arm)
             while True:
@@ -268,12 +291,31 @@ class Federator:
                     commands += arm.machine.handle(event)
             if self._tests:
                 await asyncio.gather(*self._tests)
+        except RunAborted as error:
+            for silo, round_ in sorted(arm.machine.owed.items()):
+                if self._inbox.withdraw(silo):
+                    await self._do(arm, machine.Recall(silo, round_, error.message))
+            raise
         finally:
             self._note_spent(arm)
             arm.close()
         best = best_round(self._record(plan.name))
         self._ledger.finish_arm(plan.name, best)
         self._drop_old_weights()
+
+    def _stops(self, plan: ArmPlan, record: ArmRecord) -> bool:
+        """Whether an arm ends with the rounds that it has behind it. Tuning trials have all their rounds."""
+        stop = stop_of(record, self._file.federation) if plan.tested else None
+        if stop is None:
+            return False
+        if self._ledger.fact(stopped_name(plan.name)) is None:
+            self._ledger.set_fact(stopped_name(plan.name), stop.by)
+            self._watcher.note(
+                f"{plan.name} ends after {record.finished_rounds} of {plan.rounds} rounds, as federation.{stop.by} "
+                f"says: {stop.found}"
+            )
+            self._watcher.arm_stopped(plan.name, plan.rounds - record.finished_rounds)
+        return True
 
     def _catch_up_with_tests(self, plan: ArmPlan, record: ArmRecord) -> None:
         """Tests the start weights, and those that an interrupted run had not come to test."""
@@ -340,13 +382,13 @@ class Federator:
         elif isinstance(command, machine.Recall):
             order = arm.orders.pop(command.silo)
             self._inbox.withdraw(command.silo)
-            ledger.fail(plan.name, command.round, command.silo, command.reason)
+            ledger.fail(plan.name, command.round, command.silo, f"{RECALLED}{command.reason}")
             self._watcher.note(f"{plan.name}, round {command.round}: {command.silo} recalled: {command.reason}")
             self._watcher.silo_done(command.silo)
             await self.exchange.recall(command.silo, order.nonce, command.reason)
         elif isinstance(command, machine.SetDeadline):
             event = machine.DeadlinePassed(command.round, command.state)
-            arm.deadlines.append(asyncio.get_running_loop().call_later(command.seconds, self._queue.put_nowait, event))
+            arm.set_deadline(command.seconds, lambda: self._queue.put_nowait(event))
         elif isinstance(command, machine.Aggregate):
             counted = {silo: arm.orders[silo].round for silo in command.silos}
             digest = await asyncio.to_thread(self._aggregate, arm, counted)
@@ -355,9 +397,10 @@ class Federator:
             ledger.close_round(plan.name, command.round, digest, counted)
             for silo in counted:
                 del arm.orders[silo]
-            self._test(plan, command.round, digest, self._record(plan.name).rounds[-1])
+            record = self._record(plan.name)
+            self._test(plan, command.round, digest, record.rounds[-1])
             self._drop_old_weights()
-            self._queue.put_nowait(machine.Aggregated(command.round))
+            self._queue.put_nowait(machine.Aggregated(command.round, last=self._stops(plan, record)))
         elif isinstance(command, machine.Finish):
             self._note_spent(arm)
             arm.stop_counting(self.exchange.traffic)
@@ -403,6 +446,8 @@ class Federator:
             raise event
         if isinstance(event, ExchangeFailed):
             raise event.error
+        if isinstance(event, SiloJoined | SiloLeft | Answered | OrderFailed | SiloProgress):
+            self._watcher.heard(event.silo)
         if isinstance(event, SiloJoined):
             self._connected.add(event.silo)
             self._news.append(f"{event.silo} joined")
@@ -453,10 +498,39 @@ class Federator:
         if self._news:
             self._watcher.note(f"{', '.join(self._news)} ({len(self._connected)} of {len(self._silos)} are here)")
             self._news.clear()
+        if self._said_paused != (arm.machine.state == "paused"):
+            self._said_paused = not self._said_paused
+            where = f"before round {arm.machine.round} of {arm.plan.name}"
+            self._watcher.note(f"paused {where}; gptfl resume ends that" if self._said_paused else f"going on {where}")
+        self._watcher.stands(
+            Standing(
+                arm=arm.plan.name,
+                rounds=arm.plan.rounds,
+                round=arm.machine.round,
+                state=arm.machine.state,
+                connected=frozenset(self._connected),
+                seconds_left=arm.seconds_left if arm.machine.state in ("gather", "train", "evaluate") else None,
+            )
+        )
 
     async def _pump_events(self) -> None:
         while True:
             self._queue.put_nowait(await self.exchange.events.get())
+
+    async def _look_for_requests(self) -> None:
+        """Passes on what an operator asked for."""
+        try:
+            while (error := aborted(self._ledger)) is None:
+                paused = paused_since(self._ledger) is not None
+                if paused != self._paused:
+                    self._paused = paused
+                    self._queue.put_nowait(machine.Paused() if paused else machine.Resumed())
+                    asked = "a pause was asked for: no other round is begun" if paused else "the pause is over"
+                    self._watcher.note(asked)
+                await asyncio.sleep(LOOK_EVERY)
+            self.fail(error)
+        except StorageError as broken:
+            self.fail(broken)
 
     def _test(self, plan: ArmPlan, round_: int, digest: str, record: RoundRecord | None) -> None:
         """Tests weights beside the next round's training. Test data choose nothing: see `best_round`."""
@@ -485,11 +559,16 @@ class Federator:
         task.add_done_callback(done)
 
     def _drop_old_weights(self) -> None:
-        """Keeps of every arm what may still be wanted, and what is being tested."""
-        keep = set(self._tested_now)
+        """Keeps of every arm what may still be wanted, what is being tested, and all if so set."""
+        keep, newest = set(self._tested_now), set()
         for name in self._ledger.arms():
-            keep |= needed_weights(self._record(name))
+            record = self._record(name)
+            keep |= needed_weights(record)
+            newest.add(record.final)
+            if self._file.federation.keep == "all" and name in self._file.arms:
+                keep |= {r.weights for r in record.rounds if r.weights is not None}
         self._ledger.drop_weights_except(keep)
+        self._ledger.drop_states_except(newest)
 
 
 def _nonces(silos: Iterable[str]) -> dict[str, str]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from gptfl_dist.config.load import load_federation
 from gptfl_dist.files import storage_error
-from gptfl_dist.ledger.store import locked
+from gptfl_dist.ledger.store import FILE_NAME, locked
+from gptfl_dist.observe.live import LIVE
 from gptfl_dist.observe.logs import configure
 from gptfl_dist.run.candidates import CANDIDATES, CHOICE, CONTACT_SHEET, DROPPED_SHEET
 
@@ -15,12 +16,21 @@ PRIVATE = 0o700
 """The mode of a silo's work folder, which nobody but its owner enters."""
 
 _MADE_BY_A_RUN = (
-    *("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "weights", "strategy", "spools", "silos", "models"),
+    *(FILE_NAME, f"{FILE_NAME}-wal", f"{FILE_NAME}-shm", LIVE, "weights", "strategy", "spools", "silos", "models"),
     *("logs", "summary.json", "report.html", "pretrained.safetensors", "pretrained.json", "random.safetensors"),
     "handed-out",
     *(CONTACT_SHEET, DROPPED_SHEET, CANDIDATES, CHOICE),
 )
 """What `--fresh` deletes: never the federation file, data or a synthetic set that lie in the same folder."""
+
+
+ENDED = "ended"
+"""The fact in the ledger that tells how the last coordinator ended; empty where one is at work, or was killed."""
+
+
+def run_folder_of(path: Path) -> Path:
+    """`path` itself where it is a folder, else the run folder of the federation file there. Raises ConfigError."""
+    return path if path.is_dir() else load_federation(path).run_folder
 
 
 def open_run_folder(path: Path, fresh: bool) -> None:
@@ -29,7 +39,7 @@ def open_run_folder(path: Path, fresh: bool) -> None:
     Raises StorageError, also where `fresh` meets a coordinator at work.
     """
     folder = load_federation(path).run_folder
-    if fresh and (folder / "ledger.sqlite").exists():
+    if fresh and (folder / FILE_NAME).exists():
         with locked(folder):
             delete_run(folder)
     configure(folder / "logs" / "coordinator.jsonl")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import load_federation, load_silo
-from gptfl_dist.errors import ConfigError, SiloFailed
+from gptfl_dist.errors import ConfigError, RunAborted, SiloFailed
 from gptfl_dist.exchange.base import CoordinatorExchange
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.launch.lifeline import Child
@@ -85,17 +85,20 @@ async def run_locally(path: Path, say: Callable[[str], None]) -> Summary:
 
         try:
             summary = await coordinate(path, make_exchange=make_exchange, opened=start_silos, say=say)
+        except RunAborted:  # silos that were connected were told so, and end by themselves
+            await _all_ended(children, _MARGIN)
+            raise
         finally:
             for watcher in watchers:
                 watcher.cancel()
-        await _all_ended(children)
+        await _all_ended(children, TIME_TO_END + _MARGIN)
         return summary
 
 
-async def _all_ended(children: list[Child]) -> None:
+async def _all_ended(children: list[Child], seconds: float) -> None:
     """Lets the agents end by themselves, which takes as long as a trainer may take after the federation."""
     with suppress(TimeoutError):
-        async with asyncio.timeout(TIME_TO_END + _MARGIN):
+        async with asyncio.timeout(seconds):
             while any(child.process.poll() is None for child in children):
                 await asyncio.sleep(0.05)
 

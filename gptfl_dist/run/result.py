@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from gptfl_dist.config.federation import Arm, FederationFile
 from gptfl_dist.ledger.store import ArmRecord, Ledger
@@ -15,6 +15,7 @@ from gptfl_dist.observe.summary import (
     Choice,
     FederatedArm,
     RoundRecord,
+    StopCriterion,
     Summary,
     SyntheticArm,
     WeightDigests,
@@ -22,7 +23,7 @@ from gptfl_dist.observe.summary import (
     with_target,
     write_summary,
 )
-from gptfl_dist.run.arm import trial_name, validation_of
+from gptfl_dist.run.arm import stopped_name, trial_name, validation_of
 from gptfl_dist.run.candidates import CHOICE, CONTACT_SHEET, DROPPED_SHEET, PRETRAINED_FACTS
 from gptfl_dist.weights import Layout
 
@@ -67,6 +68,7 @@ def write_results(
             learning_rate=record.learning_rate,
             start=start,
             curve_of=curve_of,
+            stopped_by=cast("StopCriterion | None", ledger.fact(stopped_name(name))),  # checked by FederatedArm
         )
         weights[name] = WeightDigests(final=record.final, best=record.weights_of(record.best_round))
     started = ledger.fact("started")

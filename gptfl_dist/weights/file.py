@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -115,9 +115,10 @@ def _read_header(fd: int, path: Path) -> tuple[Layout, int]:
     return layout, 8 + length
 
 
-def header_of(layout: Layout) -> bytes:
+def header_of(layout: Layout, metadata: Mapping[str, str] | None = None) -> bytes:
     """The safetensors header of a layout: eight bytes of length, then JSON padded so that the data is aligned."""
-    entries = {
+    entries: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    entries |= {
         t.name: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [t.offset, t.offset + t.nbytes]}
         for t in layout.tensors
     }
@@ -127,15 +128,21 @@ def header_of(layout: Layout) -> bytes:
 
 
 def write_weights(
-    path: Path, layout: Layout, blocks: Iterable[bytes | bytearray | memoryview], *, durable: bool = True
+    path: Path,
+    layout: Layout,
+    blocks: Iterable[bytes | bytearray | memoryview],
+    *,
+    durable: bool = True,
+    metadata: Mapping[str, str] | None = None,
 ) -> str:
     """Writes the flat buffer given as consecutive blocks; returns its BLAKE3 digest in hex.
 
-    The file is whole or not there; see `files.replacing` for `durable`. Raises StorageError where the disk refuses,
-    ModelError if the blocks are not as long as the layout.
+    The file is whole or not there; see `files.replacing` for `durable`. `metadata` stands in the header, for people and
+    other programs: nothing here reads it. Raises StorageError where the disk refuses, ModelError if the blocks are not
+    as long as the layout.
     """
     with replacing(path, durable=durable) as fd:
-        return _fill(fd, path, layout, blocks)
+        return _fill(fd, path, layout, blocks, metadata)
 
 
 def overwrite_weights(path: Path, layout: Layout, blocks: Iterable[bytes | bytearray | memoryview]) -> str:
@@ -156,8 +163,14 @@ def overwrite_weights(path: Path, layout: Layout, blocks: Iterable[bytes | bytea
         raise storage_error(error, path) from None
 
 
-def _fill(fd: int, path: Path, layout: Layout, blocks: Iterable[bytes | bytearray | memoryview]) -> str:
-    header = memoryview(header_of(layout))
+def _fill(
+    fd: int,
+    path: Path,
+    layout: Layout,
+    blocks: Iterable[bytes | bytearray | memoryview],
+    metadata: Mapping[str, str] | None = None,
+) -> str:
+    header = memoryview(header_of(layout, metadata))
     hasher, written = blake3(), 0
     write_at(fd, 0, header)
     for block in blocks:

@@ -90,6 +90,11 @@ class FlatModel:
         flat = _bytes_of(self.buffer.cpu())
         return write_weights(path, self.layout, (flat[i : i + BLOCK] for i in range(0, len(flat), BLOCK)))
 
+    def release(self) -> None:
+        """Gives every tensor memory of its own, for code that takes tensors of one buffer for shared ones."""
+        for tensor in _named_tensors(self.model).values():
+            tensor.data = tensor.data.clone()
+
     def save_update(self, received: Path, path: Path) -> str:
         """Writes the update (the buffer minus the weights in `received`) as a weights file; returns its BLAKE3 digest.
 

@@ -20,7 +20,9 @@ from gptfl_dist.federation.coordinator import (
     GiveUp,
     Joined,
     Left,
+    Paused,
     Recall,
+    Resumed,
     Rules,
     SetDeadline,
     StartRound,
@@ -180,6 +182,50 @@ def test_the_cohort_is_drawn_without_replacement_alike_for_the_same_seed_and_dif
     assert drawn == cohorts(7) != cohorts(8)
 
 
+def test_a_pause_lets_the_round_end_and_opens_no_other_until_it_is_over():
+    machine = Coordinator(rules())
+    machine.begin(SILOS)
+    assert machine.handle(Paused()) == []
+    for silo in "abcd":
+        commands = machine.handle(Delivered(silo, 1))
+    assert commands == [Aggregate(1, SILOS)]
+    assert machine.handle(Aggregated(1)) == []
+    assert (machine.state, machine.round, machine.awaited, machine.missing) == ("paused", 2, set(), set())
+    assert machine.handle(Left("a")) == machine.handle(Joined("a")) == machine.handle(DeadlinePassed(2, "gather")) == []
+    again = machine.handle(Resumed())
+    assert again[0] == SetDeadline(2, "gather", 30.0)  # it runs anew
+    assert calls(again) == list(SILOS)
+
+
+def test_a_pause_holds_the_wait_for_silos_and_a_resumed_run_waits_on():
+    machine = Coordinator(rules())
+    machine.begin(["a"])
+    machine.handle(Paused())
+    assert machine.state == "paused"
+    assert [machine.handle(Joined(silo)) for silo in "bcd"] == [[], [], []]
+    assert calls(machine.handle(Resumed())) == list(SILOS)
+    assert machine.handle(Resumed()) == []
+
+
+def test_a_machine_that_begins_paused_stays_so_and_one_that_resumes_a_round_ends_it_first():
+    machine = Coordinator(rules())
+    machine.handle(Paused())
+    assert machine.begin(SILOS, 1) == []
+    assert machine.state == "paused"
+    machine = Coordinator(rules())
+    machine.handle(Paused())
+    assert calls(machine.resume(SILOS, 1, SILOS, ["a"], {})) == ["b", "c", "d"]
+
+
+def test_a_round_that_is_said_to_be_the_last_is_followed_by_the_evaluation():
+    machine = Coordinator(rules(rounds=9))
+    machine.begin(SILOS)
+    for silo in SILOS:
+        machine.handle(Delivered(silo, 1))
+    assert machine.handle(Aggregated(1, last=True))[1] == StartRound(2, SILOS, "evaluate")
+    assert Coordinator(rules(rounds=9)).begin(SILOS, 1, last=True)[1] == StartRound(2, SILOS, "evaluate")
+
+
 @settings(max_examples=100)
 @given(st.data())
 def test_whatever_the_silos_do_the_run_ends_and_only_deliveries_of_the_cohort_are_aggregated(data):
@@ -190,9 +236,11 @@ def test_whatever_the_silos_do_the_run_ends_and_only_deliveries_of_the_cohort_ar
     cohort_now: tuple[str, ...] = ()
     delivered: set[str] = set()
     rounds: list[int] = []
+    last, paused = spec.rounds, False
     for step in range(200):
         for command in pending:
             if isinstance(command, StartRound):
+                assert not paused
                 cohort_now, delivered = command.cohort, set()
                 assert len(set(cohort_now)) == len(cohort_now)
             if isinstance(command, Call):
@@ -204,16 +252,19 @@ def test_whatever_the_silos_do_the_run_ends_and_only_deliveries_of_the_cohort_ar
                 assert len(command.silos) >= spec.quorum
                 rounds.append(command.round)
             if isinstance(command, Finish):
-                assert rounds == list(range(1, spec.rounds + 1))
+                assert rounds == list(range(1, last + 1))
         if machine.state == "done":
             break
         if machine.state == "aggregate":
-            pending = machine.handle(Aggregated(machine.round))
+            if data.draw(st.booleans()):
+                last = min(last, machine.round)
+            pending = machine.handle(Aggregated(machine.round, last=last == machine.round))
             continue
         silo = data.draw(st.sampled_from(SILOS))
-        kind = data.draw(st.sampled_from(["join", "leave", "deliver", "fail", "deadline", "early", "late"]))
+        kind = data.draw(st.sampled_from(["join", "leave", "deliver", "fail", "deadline", "early", "late", "pause"]))
         if step % 10 == 9:
-            kind = "deadline"  # time goes on whatever the silos do
+            kind = "resume" if paused else "deadline"  # time goes on whatever the silos do
+        paused = kind == "pause" or (paused and kind != "resume")
         if kind == "deliver" and machine.state == "train" and silo in cohort_now:
             failed = silo in machine._failed
             if not failed:
@@ -226,6 +277,8 @@ def test_whatever_the_silos_do_the_run_ends_and_only_deliveries_of_the_cohort_ar
             "deadline": DeadlinePassed(machine.round, machine.state),
             "early": Delivered(silo, machine.round + 1),
             "late": Delivered(silo, machine.round - 1),
+            "pause": Paused(),
+            "resume": Resumed(),
         }
         pending = machine.handle(events[kind])
     else:

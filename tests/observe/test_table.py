@@ -57,3 +57,12 @@ def test_the_sentence_says_what_came_out() -> None:
     assert headline(summary_of(fedavg)) == "FedAvg from random weights reaches 70.0 % on test data after 2 rounds."
     synthetic = Arms(synthetic_only=SyntheticArm(accuracy=0.7))
     assert headline(summary_of(synthetic)) == "Synthetic only reaches 70.0 % on test data."
+
+
+def test_an_arm_that_was_ended_early_says_by_which_setting() -> None:
+    stopped = arm([0.5, 0.9]).model_copy(update={"stopped_by": "patience"})
+    text = printed(io.StringIO(), Arms(gptfl=stopped))
+    assert (
+        "GPT-FL ended after 2 rounds, for there was no more progress on validation data (federation.patience)." in text
+    )
+    assert "ended after" not in printed(io.StringIO())

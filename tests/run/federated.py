@@ -23,6 +23,7 @@ from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.ledger.store import ArmRecord, Ledger, RoundRecord
+from gptfl_dist.observe.live import Standing
 from gptfl_dist.run.evaluation import RANDOM_WEIGHTS
 from gptfl_dist.run.federate import Federator
 from gptfl_dist.run.silo import Silo
@@ -77,10 +78,21 @@ class Notes:
         self.texts: list[str] = []
         self.closed: list[tuple[str, int]] = []
         self.done: list[str] = []  # the silos of which nothing more is expected, one by one
+        self.left: dict[str, int] = {}  # rounds that arms were ended before
+        self.standing: Standing | None = None
         self.missing: list[tuple[str, ...]] = []  # each set of silos that was waited for
 
     def round_closed(self, arm: str, rounds: int, record: RoundRecord, test_accuracy: float | None) -> None:
         self.closed.append((arm, record.round))
+
+    def arm_stopped(self, arm: str, rounds_left: int) -> None:
+        self.left[arm] = rounds_left
+
+    def stands(self, standing: Standing) -> None:
+        self.standing = standing
+
+    def heard(self, silo: str) -> None:
+        pass
 
     def silo_progress(self, silo: str, done: int, total: int) -> None:
         pass

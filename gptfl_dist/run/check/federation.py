@@ -254,10 +254,13 @@ def _space(path: Path, file: FederationFile) -> str:
     model = layout_of(_built(path, file)).nbytes
     rates = len(file.training.learning_rates)
     arms = len(federated_arms(file))
-    kept = 3 * arms * (1 + (rates if rates > 1 else 0)) + 1  # start, best, newest of each; the next being written
+    runs = arms * (1 + (rates if rates > 1 else 0))
+    kept = 3 * runs + 1  # start, best, newest of each; the next being written
+    if file.federation.keep == "all":
+        kept += arms * file.federation.rounds
     if file.federation.mode == "asynchronous" or file.federation.late == "carry":
         kept += len(file.silos)  # what the open orders of earlier rounds start from
-    kept *= 1 + len(moment_names(file.strategy))  # with the strategy's state
+    kept += (runs + 1) * len(moment_names(file.strategy))  # the strategy's state of each newest, and the next one
     sets = len(file.synthesis.candidates) or 1
     named = 2 * arms + 2 + 2 * sets  # models/ARM, models/ARM-final; random, pretrained; each candidate's and its start
     spools = len(file.silos)
