@@ -7,11 +7,11 @@ import contextlib
 import numpy as np
 import pytest
 from exchange_world import PLAN, World, header_of, in_loop, train_order, whole
-from tcp_proxy import TcpProxy
 
 from gptfl_dist.config.federation import Compression
 from gptfl_dist.exchange.base import Disconnected, OrderFailed, Receipt
 from gptfl_dist.exchange.grpc import frames
+from gptfl_dist.testing.proxy import TcpProxy
 from gptfl_dist.weights import Layout, WeightsFile, write_weights
 
 PACKED = PLAN.model_copy(update={"compression": Compression(lossless="zstd")})

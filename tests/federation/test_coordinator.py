@@ -190,7 +190,7 @@ def test_a_pause_lets_the_round_end_and_opens_no_other_until_it_is_over():
         commands = machine.handle(Delivered(silo, 1))
     assert commands == [Aggregate(1, SILOS)]
     assert machine.handle(Aggregated(1)) == []
-    assert (machine.state, machine.round, machine.awaited, machine.missing) == ("paused", 2, set(), set())
+    assert (machine.state, machine.round, machine.owed, machine.missing) == ("paused", 2, {}, set())
     assert machine.handle(Left("a")) == machine.handle(Joined("a")) == machine.handle(DeadlinePassed(2, "gather")) == []
     again = machine.handle(Resumed())
     assert again[0] == SetDeadline(2, "gather", 30.0)  # it runs anew
@@ -214,7 +214,7 @@ def test_a_machine_that_begins_paused_stays_so_and_one_that_resumes_a_round_ends
     assert machine.state == "paused"
     machine = Coordinator(rules())
     machine.handle(Paused())
-    assert calls(machine.resume(SILOS, 1, SILOS, ["a"], {})) == ["b", "c", "d"]
+    assert calls(machine.resume(SILOS, 1, SILOS, dict.fromkeys("bcd", 1), {"a": 1}, {})) == ["b", "c", "d"]
 
 
 def test_a_round_that_is_said_to_be_the_last_is_followed_by_the_evaluation():
