@@ -27,10 +27,10 @@ def decode_chunk(frame: bytes) -> tuple[int, memoryview]:
     position = 0
     offset = 0
     if position < len(view) and view[position] == _OFFSET_TAG:
-        offset, position = _read_varint(view, position + 1)
+        offset, position = _read_varint(view, position + 1, 10)
     if position >= len(view) or view[position] != _DATA_TAG:
         raise ProtocolError("a frame is no chunk: its data field is missing")
-    length, position = _read_varint(view, position + 1)
+    length, position = _read_varint(view, position + 1, 5)
     if length == 0 or position + length != len(view):
         raise ProtocolError(f"a chunk announces {length} bytes and carries {len(view) - position}")
     return offset, view[position:]
@@ -41,16 +41,17 @@ def _varint(value: int, length: int) -> bytes:
     return bytes((value >> 7 * place) & 0x7F | (0x80 if place < length - 1 else 0) for place in range(length))
 
 
-def _read_varint(view: memoryview, position: int) -> tuple[int, int]:
+def _read_varint(view: memoryview, position: int, longest: int) -> tuple[int, int]:
+    """A number of at most `longest` bytes, as protobuf takes them, and where it ends."""
     value = 0
-    for shift in range(0, 70, 7):
+    for shift in range(0, 7 * longest, 7):
         if position >= len(view):
             break
         byte = view[position]
         position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            if value >= 1 << 64 or (shift and not byte):  # too large, or longer than it need be
+            if value >= 1 << 64:
                 break
             return value, position
     raise ProtocolError("a chunk holds a broken number")
