@@ -7,9 +7,9 @@ import random
 
 import pytest
 from exchange_world import World, header_of, in_loop, random_weights, train_order
-from tcp_proxy import TcpProxy
 
 from gptfl_dist.exchange.base import Answered, Disconnected, Receipt, SiloJoined, SiloLeft
+from gptfl_dist.testing.proxy import TcpProxy
 from gptfl_dist.weights import Layout
 
 BIG = Layout.of([("w", (100_000_000,), "F32")])  # 400 MB
