@@ -32,7 +32,7 @@ def file(tmp_path):
 async def test_a_packed_download_goes_on_where_it_was_cut(tmp_path, file, cut_at):
     weights, digest = file
     async with World(tmp_path, LAYOUT, plan=PACKED) as world, TcpProxy(world.server.port) as proxy:
-        await world.server.publish(digest, weights)
+        await world.server.publish({digest: weights})
         silo = await world.joined(port=proxy.port)
         proxy.cut_down = proxy.down + cut_at
         with contextlib.suppress(Disconnected):

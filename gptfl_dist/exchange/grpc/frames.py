@@ -73,11 +73,11 @@ def decode_chunk(frame: bytes, largest: int = 0) -> Chunk:
     position = 0
     offset = 0
     if position < len(view) and view[position] == _OFFSET_TAG:
-        offset, position = _read_varint(view, position + 1)
+        offset, position = _read_varint(view, position + 1, 10)
     tag = view[position] if position < len(view) else None
     if tag not in (_DATA_TAG, _ZSTD_TAG):
         raise ProtocolError("a frame is no chunk: its data field is missing")
-    length, position = _read_varint(view, position + 1)
+    length, position = _read_varint(view, position + 1, 5)
     data, rest = view[position : position + length], view[position + length :]
     if length == 0 or length != len(data) or (tag == _DATA_TAG and rest):
         raise ProtocolError(f"a chunk announces {length} bytes and carries {len(view) - position}")
@@ -87,7 +87,7 @@ def decode_chunk(frame: bytes, largest: int = 0) -> Chunk:
         raise ProtocolError("a chunk is packed, which was not agreed on")
     if not rest or rest[0] != _WIDTH_TAG:
         raise ProtocolError("a packed chunk does not tell the width of its numbers")
-    width, end = _read_varint(rest, 1)
+    width, end = _read_varint(rest, 1, 10)
     if end != len(rest) or width not in (1, 2, 4, 8):
         raise ProtocolError(f"a packed chunk of numbers of {width} bytes, or with {len(rest) - end} bytes behind it")
     return Chunk(offset, memoryview(_out_of_planes(_unpack(data, largest), width)), length)
@@ -123,16 +123,17 @@ def _varint(value: int, length: int) -> bytes:
     return bytes((value >> 7 * place) & 0x7F | (0x80 if place < length - 1 else 0) for place in range(length))
 
 
-def _read_varint(view: memoryview, position: int) -> tuple[int, int]:
+def _read_varint(view: memoryview, position: int, longest: int) -> tuple[int, int]:
+    """A number of at most `longest` bytes, as protobuf takes them, and where it ends."""
     value = 0
-    for shift in range(0, 70, 7):
+    for shift in range(0, 7 * longest, 7):
         if position >= len(view):
             break
         byte = view[position]
         position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            if value >= 1 << 64 or (shift and not byte):  # too large, or longer than it need be
+            if value >= 1 << 64:
                 break
             return value, position
     raise ProtocolError("a chunk holds a broken number")
