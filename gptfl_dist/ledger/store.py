@@ -312,14 +312,14 @@ class Ledger(Record):
         """
         self.folder = folder
         self.durable = durable
-        self.life = ""  # the name of this coordinator in the lock file
+        self.holder = ""  # the name of this coordinator in the lock file
         self._path = folder / FILE_NAME
         self._lock = threading.RLock()
         with contextlib.ExitStack() as undo:
             with self._storing():
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "weights").mkdir(exist_ok=True, mode=0o700)
-                self.life = undo.enter_context(locked(folder))
+                self.holder = undo.enter_context(locked(folder))
                 for where in (folder, folder / "weights", folder / "strategy", folder / "models"):
                     for part in where.glob(".*.part"):
                         part.unlink()  # of a process that was killed while it wrote

@@ -122,7 +122,7 @@ async def coordinate(
             raise error
         if ledger.fact("started") is None:
             ledger.set_fact("started", datetime.now(UTC).isoformat())
-        with _end_noted(ledger), contextlib.closing(LiveFile(file.run_folder, ledger.life)) as live:
+        with _end_noted(ledger), contextlib.closing(LiveFile(file.run_folder, ledger.holder)) as live:
             await unless_aborted(ledger, _before_the_federation(path, file, ledger, live, say))
             summary = await _federate(path, file, ledger, live, make_exchange, opened, say)
             ledger.set_fact("finished", summary.finished.isoformat())

@@ -58,7 +58,7 @@ async def test_a_slow_silo_stops_nobody_and_its_stale_update_counts_less(tmp_pat
     last = 3 / 7 * STEPS["b"] + 4 / 7 * STEPS["c"] / 3  # n_k / n times 1 / (1 + 2)
     assert world.value() == START + 2 * mean_step("ab") + round(last)
     assert world.trained("c") == [(ARM, 1)]
-    assert [order.failure for order in record.rounds[2].orders] == ["the last round is over", None]
+    assert [order.failure for order in record.rounds[2].orders] == ["recalled: the last round is over", None]
     assert {o.silo for r in record.rounds if r.kind == "evaluate" for o in r.orders if o.digest == ""} == set("abc")
     assert world.notes.closed == [(ARM, r) for r in (1, 2, 3)]
 
@@ -200,7 +200,7 @@ async def test_an_order_that_grew_too_old_is_recalled_and_its_silo_called_on_ane
         idle.release()
         record = await run
     reason = "it would be 2 rounds old, federation.max_staleness allows 1"
-    assert record.rounds[0].orders[2].failure == reason
+    assert record.rounds[0].orders[2].failure == f"recalled: {reason}"
     assert f"{ARM}, round 1: c recalled: {reason}" in world.notes.texts
     assert counted(record)[2] == {"b": 0, "c": 0}
 

@@ -21,6 +21,7 @@ from gptfl_dist.observe.status import SiloStatus, Status
 from gptfl_dist.run.operate import ask
 from gptfl_dist.run.status import status_of
 
+LONG = 200.0  # seconds, for a machine that is busy with other things
 MAJORITY = {**RULES, "quorum": "majority"}
 
 
@@ -65,12 +66,13 @@ def test_status_tells_who_is_missing_and_who_was_refused_live_and_after_a_kill_a
     text = mine.path.read_text()
     mine.path.write_text(text.replace("- name: silo-2\n", "- name: silo-2\n  max_samples: 10\n"))
     coordinator = sides.coordinator()
+    wait_for(lambda: "taking silos at" in coordinator.stderr, LONG)
     silos = {name: sides.silo(name) for name in mine.silos}
-    wait_for(lambda: "silo-3" in mine.owed(1))
+    wait_for(lambda: "silo-3" in mine.owed(1), LONG)
     silos["silo-3"].kill()
 
     expected = {"silo-1": "delivered", "silo-2": "refused", "silo-3": "awaited"}
-    found = wait_for(lambda: (s := status_of(mine.path)) and works(s) == expected and s)
+    found = wait_for(lambda: (s := status_of(mine.path)) and works(s) == expected and s, LONG)
     assert (found.run, found.state, found.pid) == ("tiny", "running", coordinator.process.pid)
     missing = wait_for(lambda: (s := silos_of(status_of(mine.path))["silo-3"]).connected is False and s)
     assert missing.seen is not None
@@ -114,7 +116,7 @@ def test_what_an_earlier_coordinator_wrote_is_not_taken_for_that_of_the_one_at_w
         found = status_of(tmp_path)
         assert (found.state, found.pid, found.silos[0].connected) == ("running", None, None)
         assert found.silos[0].seen == silo["seen"]
-        (tmp_path / LIVE).write_text(json.dumps({**live, "life": ledger.life}))
+        (tmp_path / LIVE).write_text(json.dumps({**live, "life": ledger.holder}))
         found = status_of(tmp_path)
         assert (found.state, found.pid, found.silos[0].connected) == ("running", 1, True)
 
@@ -124,9 +126,9 @@ def test_a_paused_run_stays_paused_over_a_kill_and_comes_to_the_same_end(
 ) -> None:
     mine = federation()
     first = gptfl.start("run", mine.path)
-    wait_for(lambda: mine.owed(1))
+    wait_for(lambda: mine.owed(1), LONG)
     assert ask(mine.path, "pause").at_work
-    found = wait_for(lambda: paused(mine))
+    found = wait_for(lambda: paused(mine), LONG)
     assert found.round is not None
     following = found.round.round
     assert following in (2, 3, 4)  # 4 is the evaluation of the final weights
@@ -139,7 +141,7 @@ def test_a_paused_run_stays_paused_over_a_kill_and_comes_to_the_same_end(
     assert "a pause is asked for" in found.message
 
     again = gptfl.start("run", mine.path)
-    wait_for(lambda: (s := paused(mine)) and all(silo.connected for silo in s.silos))
+    wait_for(lambda: (s := paused(mine)) and all(silo.connected for silo in s.silos), LONG)
     assert f"paused before round {following} of fedavg_random; gptfl resume ends that" in again.stderr
     assert mine.owed(following) == set()
     gptfl.run("resume", mine.path)
@@ -160,7 +162,7 @@ def test_an_abort_ends_coordinator_and_silos_and_leaves_the_models(
     mine = federation(epochs=40)
     sides = Sides(mine, gptfl)
     coordinator, silos = sides.coordinator(), [sides.silo(name) for name in mine.silos]
-    wait_for(lambda: len(mine.owed(2)) == 2)
+    wait_for(lambda: len(mine.owed(2)) == 2, LONG)
     gptfl.run("abort", mine.path, "--reason", "wrong\n labels")
     assert coordinator.wait() == 12
     assert "the run was aborted: wrong labels" in coordinator.stderr
@@ -180,9 +182,9 @@ def test_an_abort_ends_coordinator_and_silos_and_leaves_the_models(
 def test_a_run_under_mpi_is_paused_and_aborted_alike(gptfl: Commands, federation: Callable[..., Federation]) -> None:
     mine = federation()
     job = gptfl.mpi(3, "run", mine.path)
-    wait_for(lambda: mine.owed(1))
+    wait_for(lambda: mine.owed(1), LONG)
     gptfl.run("pause", mine.path)
-    found = wait_for(lambda: paused(mine))
+    found = wait_for(lambda: paused(mine), LONG)
     assert works(found) == dict.fromkeys(mine.silos, "idle")
     gptfl.run("abort", mine.path)
     assert job.wait() == 12
