@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from blake3 import blake3
+
 from gptfl_dist.aggregation.mean import norm
 from gptfl_dist.errors import ProtocolError, StorageError
 from gptfl_dist.exchange.base import UpdateHeader
@@ -46,6 +48,7 @@ class Spool:
         self.path = path
         self.size = size
         self.received = 0
+        self._hasher = blake3()  # of what was received
         self._writer = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -65,6 +68,10 @@ class Spool:
         self._writer += 1
         return self._writer
 
+    def restart(self) -> None:
+        """The next byte is the first again."""
+        self.received, self._hasher = 0, blake3()
+
     def write(self, ticket: int, offset: int, data: memoryview) -> None:
         """Appends bytes. Raises Superseded for an old ticket, Refused for a gap or too many bytes."""
         if ticket != self._writer:
@@ -76,6 +83,7 @@ class Spool:
         except OSError as error:
             raise storage_error(error, self.path) from None
         self.received += len(data)
+        self._hasher.update(data)  # while it is in the cache: to read all of it again costs more than the hash
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fills `buffer` from `offset`. Raises StorageError if the file was cut short under our hands."""
@@ -83,8 +91,12 @@ class Spool:
         if count != len(buffer):
             raise StorageError(f"{self.path}: ends at byte {offset + count}, expected {self.size} bytes")
 
+    def received_digest(self) -> str:
+        """BLAKE3 of the bytes that were received, in hex."""
+        return self._hasher.hexdigest()
+
     def digest(self) -> str:
-        """BLAKE3 of the whole, in hex."""
+        """BLAKE3 of the whole file, in hex."""
         return digest_of(self, self.size)
 
     def sync(self) -> None:
@@ -198,7 +210,8 @@ class Inbox:
             spool = self._spool(silo)
             spool.claim()
             if expected.header != header:
-                expected.header, spool.received = header, 0
+                expected.header = header
+                spool.restart()
             return spool.received, False
 
     def spool(self, silo: str, nonce: str) -> Spool:
@@ -209,7 +222,7 @@ class Inbox:
         return self._spools[silo]
 
     def finish(self, silo: str, nonce: str) -> None:
-        """Checks and commits a finished upload. Blocking: reads the whole spool twice.
+        """Checks and commits a finished upload. Blocking: reads the whole spool.
 
         Raises Refused, or Busy where another call checks it already.
         """
@@ -264,7 +277,7 @@ class Inbox:
 
     def _what_is_wrong(self, spool: Spool, header: UpdateHeader) -> str:
         """Why what arrived cannot count, or ""."""
-        if spool.digest() != header.digest:
+        if spool.received_digest() != header.digest:
             return "the bytes that arrived do not have the announced digest"
         try:
             length = norm(self.layout, self.codec.decoded(self.layout, spool))
