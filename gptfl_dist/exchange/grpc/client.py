@@ -29,7 +29,7 @@ from gptfl_dist.exchange.base import (
 from gptfl_dist.exchange.grpc import convert, frames
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
 from gptfl_dist.exchange.grpc.buffers import keep_buffers
-from gptfl_dist.exchange.grpc.options import line_options
+from gptfl_dist.exchange.grpc.options import WIDEST, line_options
 from gptfl_dist.exchange.grpc.server import NONCE, SERVICE, UPLOAD_CHUNK
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.files import storage_error, write_at
@@ -39,6 +39,7 @@ from gptfl_dist.security.handshake import Unreachable, is_loopback, shake_hands
 from gptfl_dist.weights import Layout, WeightsFile
 from gptfl_dist.weights.file import header_of
 
+_SMALLEST_CHUNK = 4096
 _LARGEST_MESSAGE = 64 << 20  # a welcome with a very large layout
 _LARGEST_CHUNK = 16 << 20  # that exchange.chunk may ask for
 
@@ -93,7 +94,7 @@ class GrpcSiloExchange:
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.max_pings_without_data", 0),
                 ("grpc.enable_retries", 0),
-                *line_options(self._keepalive),
+                *line_options(self._keepalive, WIDEST),
                 # A proxy of the environment leads out, and would take this machine's own address for its own.
                 ("grpc.enable_http_proxy", int(not is_loopback(self._address))),
             ],
@@ -196,10 +197,12 @@ class GrpcSiloExchange:
         width = frames.width_of(update.layout)
         unreadable: list[StorageError] = []
 
+        chunk = max(_SMALLEST_CHUNK, min(UPLOAD_CHUNK, answer.chunk))
+
         async def chunks() -> AsyncIterator[bytes]:
-            for offset in range(answer.offset, update.nbytes, UPLOAD_CHUNK):
+            for offset in range(answer.offset, update.nbytes, chunk):
                 try:
-                    data = update.read(offset, min(UPLOAD_CHUNK, update.nbytes - offset))
+                    data = update.read(offset, min(chunk, update.nbytes - offset))
                 except StorageError as error:
                     unreadable.append(error)  # gRPC would tell it as a broken connection, which trying again mends
                     raise

@@ -35,7 +35,7 @@ from gptfl_dist.exchange.base import (
 from gptfl_dist.exchange.grpc import convert, frames
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
 from gptfl_dist.exchange.grpc.buffers import keep_buffers
-from gptfl_dist.exchange.grpc.options import line_options
+from gptfl_dist.exchange.grpc.options import WIDEST, line_options
 from gptfl_dist.exchange.inbox import Busy, Inbox, Refused, Superseded
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.security.authority import Credentials
@@ -47,6 +47,7 @@ _log = logging.getLogger(__name__)
 SERVICE = "gptfl.v1.Exchange"
 NONCE = "gptfl-nonce"
 UPLOAD_CHUNK = 1 << 20
+_UNDER_WAY = 16 << 20  # bytes of chunks of all silos together: with many silos each sends smaller ones
 _CONTROL_LIMIT = 64 << 20  # a layout of a very large model; payloads are bounded by the chunk
 _CALLS = 16  # of one connection at a time; a silo needs three
 
@@ -81,7 +82,8 @@ class GrpcCoordinatorExchange:
         self._federation = federation
         self._silos = silos
         self._inbox = inbox
-        self._chunk = chunk
+        self._upload_chunk = max(64 << 10, min(UPLOAD_CHUNK, _UNDER_WAY // len(silos) // 4096 * 4096))
+        self._chunk = min(chunk, self._upload_chunk) if len(silos) * UPLOAD_CHUNK > _UNDER_WAY else chunk
         self._keepalive = keepalive
         self._lines: dict[str, _Line] = {}
         self._published: dict[str, WeightsFile] = {}
@@ -104,7 +106,7 @@ class GrpcCoordinatorExchange:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", int(500 * self._keepalive)),
                 ("grpc.http2.max_ping_strikes", 0),
                 ("grpc.so_reuseport", 0),
-                *line_options(self._keepalive),
+                *line_options(self._keepalive, min(WIDEST, 2 * self._upload_chunk)),
             ]
         )
         # Requests arrive as bytes and are parsed by the methods, once they know who sent them.
@@ -282,7 +284,7 @@ class GrpcCoordinatorExchange:
         except StorageError as error:
             self.events.put_nowait(ExchangeFailed(error))
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the coordinator cannot store the update")
-        return pb.UploadOffset(offset=offset, committed=committed)
+        return pb.UploadOffset(offset=offset, committed=committed, chunk=self._upload_chunk)
 
     async def _upload(self, requests: AsyncIterator[bytes], context: _Context) -> pb.Receipt:
         silo = await self._identify(context)
