@@ -11,8 +11,9 @@ _SHORTEST_ANSWER, _LONGEST_ANSWER = 5.0, 20.0  # seconds that the other side has
 def line_options(keepalive: float, window: int) -> list[tuple[str, int]]:
     """Channel options: `window` is the bytes that may be under way in a stream.
 
-    A line that is silent for `keepalive` seconds is pinged, and closed if no answer comes in time. gRPC's own measuring lets the bytes under way grow far beyond what a line needs where a receiver is slow; they are
-    memory, and what a cut sends twice.
+    A line that is silent for `keepalive` seconds is pinged, and closed if no answer comes in time. gRPC's own measuring
+    lets the bytes under way grow far beyond what a line needs where a receiver is slow; they are memory, and what a cut
+    sends twice.
     """
     answer = int(1000 * min(keepalive + _SHORTEST_ANSWER, _LONGEST_ANSWER))
     return [
