@@ -11,7 +11,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -35,7 +35,7 @@ def weighted_mean(
     updates: Mapping[str, FlatReader],
     shares: Mapping[str, float],
     step: Callable[[int, Array, Array], Array],
-) -> Iterator[bytes | memoryview]:
+) -> Generator[bytes | memoryview, None, None]:
     """The next weights as consecutive blocks of the flat buffer.
 
     Floating tensors: step(w, sum_k s_k d_k), with w the weights, d_k the update of silo k and s_k its share; where that

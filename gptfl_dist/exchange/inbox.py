@@ -110,6 +110,7 @@ class Spool:
 
     def close(self) -> None:
         os.close(self._fd)
+        self._fd = -1  # whoever reads on, or writes, meets an error and not another file
 
 
 @dataclass

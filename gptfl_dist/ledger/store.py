@@ -320,7 +320,7 @@ class Ledger(Record):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "weights").mkdir(exist_ok=True, mode=0o700)
                 self.holder = undo.enter_context(locked(folder))
-                for where in (folder, folder / "weights", folder / "strategy", folder / "models"):
+                for where in (folder, *(folder / name for name in ("weights", "strategy", "models", "handed-out"))):
                     for part in where.glob(".*.part"):
                         part.unlink()  # of a process that was killed while it wrote
                 self._database = sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
@@ -445,11 +445,11 @@ class Ledger(Record):
         return digest
 
     def require_weights(self, digest: str) -> None:
-        """Raises StorageError where the weights of this digest are missing or damaged, or their strategy's state is.
-
-        Reads all of them.
-        """
+        """Raises StorageError where the weights of this digest are missing or damaged. Reads all of them."""
         _require(self.weights_path(digest), digest)
+
+    def require_state(self, digest: str) -> None:
+        """Raises StorageError where the strategy's state that belongs to these weights is missing or damaged."""
         state = self.fact(f"state/{digest}")
         if state is not None:
             _require(self.state_path(digest), state)

@@ -59,6 +59,7 @@ from gptfl_dist.run.candidates import PRETRAINED_WEIGHTS, adopt, asks_silos, can
 from gptfl_dist.run.evaluation import RANDOM_WEIGHTS, Evaluator
 from gptfl_dist.run.handout import HandOut
 from gptfl_dist.run.requests import aborted
+from gptfl_dist.run.threads import to_its_end
 from gptfl_dist.weights import BLOCK, Codec, Layout, WeightsFile
 
 _log = logging.getLogger(__name__)
@@ -262,6 +263,7 @@ class Federator:
             arm.machine.handle(machine.Paused())
         # No silo could start from damaged weights, and what this process writes later it need not doubt.
         await asyncio.to_thread(self._ledger.require_weights, record.final)
+        await asyncio.to_thread(self._ledger.require_state, record.final)
         try:
             self._catch_up_with_tests(plan, record)
             delivered = await self._take_over(arm, record)
@@ -391,7 +393,7 @@ class Federator:
             arm.set_deadline(command.seconds, lambda: self._queue.put_nowait(event))
         elif isinstance(command, machine.Aggregate):
             counted = {silo: arm.orders[silo].round for silo in command.silos}
-            digest = await asyncio.to_thread(self._aggregate, arm, counted)
+            digest = await to_its_end(self._aggregate, arm, counted)
             self._note_spent(arm)
             arm.stop_counting(self.exchange.traffic)
             ledger.close_round(plan.name, command.round, digest, counted)
@@ -405,7 +407,7 @@ class Federator:
             self._note_spent(arm)
             arm.stop_counting(self.exchange.traffic)
         else:
-            ledger.forgive(plan.name, arm.round)
+            ledger.forgive(plan.name, arm.machine.round)  # not of a round that was closed
             kind = RoundFailed if command.untrainable else FederationError
             raise kind(
                 f"arm {plan.name}, {command.reason}",
@@ -431,8 +433,11 @@ class Federator:
         updates = self._inbox.updates(tuple(counted))
         old = self._ledger.state_path(arm.base) if arm.round > 1 else None
         new, durable = self._ledger.incoming_state, self._ledger.durable
-        with stepping(self._file.strategy, self._layout, old, new, durable=durable) as optimizer:
-            blocks = weighted_mean(self._layout, arm.weights, updates, weights, optimizer.step)
+        with (
+            stepping(self._file.strategy, self._layout, old, new, durable=durable) as optimizer,
+            # Closed first where the disk is full: its threads write the optimiser's state.
+            contextlib.closing(weighted_mean(self._layout, arm.weights, updates, weights, optimizer.step)) as blocks,
+        ):
             digest = self._ledger.add_weights(self._layout, blocks)
         self._ledger.keep_state(digest)
         return digest

@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from gptfl_dist.config.plan import Plan
 from gptfl_dist.config.silo import SiloFile
@@ -33,6 +33,7 @@ from gptfl_dist.federation.silo import PolicyGuard
 from gptfl_dist.files import storage_error
 from gptfl_dist.launch.channel import Message
 from gptfl_dist.launch.trainer import TrainerProcess, python_module
+from gptfl_dist.run.threads import ended, to_its_end
 from gptfl_dist.weights import BLOCK, Codec, Layout, WeightsFile, overwrite_weights
 from gptfl_dist.weights.feedback import Residuals
 
@@ -280,7 +281,7 @@ class Silo:
                 listening = asyncio.create_task(self._exchange.receive())
         finally:
             listening.cancel()
-            await _ended(listening)
+            await ended(listening)
 
     async def _drop_work(self) -> None:
         """Gives up what is being worked on. The trainer is stopped, or its late answer would be taken for the next."""
@@ -290,7 +291,7 @@ class Silo:
         if not work.done():
             work.cancel()
             await self._runner.stop()
-        await _ended(work)
+        await ended(work)
 
     async def _carry_out(self, order: Order) -> bool:
         """Answers an order with a result or with a failure; False where the result was refused.
@@ -305,7 +306,7 @@ class Silo:
                     self._runner.run(order, self._weights, self._update, self._progress_of(order)), self._seconds
                 )
                 if order.kind == "train" and self._up.name != "none":
-                    result = replace(result, digest=await _to_its_end(self._encode, order))
+                    result = replace(result, digest=await to_its_end(self._encode, order))
                 self._result = result
             return await self._answer(order, self._result)
         except TimeoutError:
@@ -328,7 +329,7 @@ class Silo:
                 await self._exchange.download(order.base, self._layout, self._weights)
             else:
                 await self._exchange.download(order.base, self._down.layout(self._layout), self._received)
-                await _to_its_end(self._decode, self._layout)
+                await to_its_end(self._decode, self._layout)
             self._held = order.base
 
     def _decode(self, layout: Layout) -> None:
@@ -396,20 +397,3 @@ class Silo:
                 task.add_done_callback(reports.discard)
 
         return report
-
-
-async def _to_its_end(function: Callable[[_T], _R], argument: _T) -> _R:
-    """Calls a function in a thread, which nothing can stop. Whoever is cancelled here waits for its end all the same,
-    for the next call writes the same files."""
-    task = asyncio.create_task(asyncio.to_thread(function, argument))
-    try:
-        return await asyncio.shield(task)
-    finally:
-        await _ended(task)
-
-
-async def _ended(task: asyncio.Task[Any]) -> None:
-    """Waits for a task's end, whatever it is. A signal that arrives meanwhile is not taken for it."""
-    await asyncio.wait({task})
-    if not task.cancelled():
-        task.exception()

@@ -158,13 +158,12 @@ class _Telling:
         return SiloStatus(name, connected, work, reason, progress, self._behind(name), known.seen)
 
     def _work(self, name: str) -> tuple[Work, str]:
-        if self._open is None:
-            return "idle", ""
-        assert self._arm is not None
-        given = [*self._open.orders, *(order for _, order in self._arm.pending)]  # an order may outlive its round
+        given = [] if self._open is None else list(self._open.orders)
+        if self._arm is not None and not self._arm.finished:
+            given += [order for _, order in self._arm.pending]  # an order may outlive its round
         order = next((order for order in given if order.silo == name), None)
         if order is None:
-            return "not called on", ""
+            return ("idle" if self._open is None else "not called on"), ""
         if order.failure is None:
             return ("awaited" if order.samples is None else "delivered"), ""
         if order.failure.startswith(REFUSED):

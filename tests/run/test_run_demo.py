@@ -14,7 +14,9 @@ from gptfl_dist.run.folder import open_run_folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """All files; the lock says who looked last."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "ledger.lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def demo(folder: Path, *, silos: int = 2, rounds: int = 3, seed: int = 0, fresh: bool = False) -> Path:

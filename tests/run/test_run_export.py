@@ -34,7 +34,7 @@ def made(folder: Path, *, dropped: tuple[int, ...] = (), finished: bool = True) 
         base = digests[round_ - 1]
         ledger.open_round("fedavg_random", round_, "train", base, ["silo-1"], {"silo-1": f"n{round_}"})
         ledger.commit("fedavg_random", round_, "silo-1", 9, {"accuracy": ACCURACY[round_ - 1]}, "d")
-        ledger.close_round("fedavg_random", round_, digests[round_])
+        ledger.close_round("fedavg_random", round_, digests[round_], {})
     if finished:
         ledger.finish_arm("fedavg_random", 1)
     for round_ in dropped:

@@ -27,7 +27,7 @@ from federated import (
 )
 
 from gptfl_dist.config.federation import Training
-from gptfl_dist.errors import FederationError, StorageError
+from gptfl_dist.errors import FederationError, StorageError, TrainerError
 from gptfl_dist.exchange import inbox as inbox_module
 from gptfl_dist.exchange.base import Goodbye, Recalled, UpdateHeader
 from gptfl_dist.federation.orders import Order, Report
@@ -339,7 +339,32 @@ async def test_too_few_silos_at_the_join_deadline_end_the_run_and_are_named(tmp_
     async with World(tmp_path) as world:
         world.join("a", "c")
         run = asyncio.create_task(world.federate_with())
-        await world.until(lambda: world.at_work is not None and world.at_work.arm(ARM) is not None)
+        await world.until(lambda: any("waiting for b" in text for text in world.notes.texts))
         advance(JOIN_DEADLINE)
         with pytest.raises(FederationError, match="missing: b"):
             await run
+
+
+@in_loop
+async def test_who_failed_in_a_closed_round_owes_nothing_after_a_later_one_did_not_come_about(tmp_path: Path) -> None:
+    def script(silo: str, order: Order) -> dict[str, float]:
+        if silo == "b" and order.kind == "train" and order.round == 2:
+            raise TrainerError("out of memory")
+        return {"accuracy": 0.9 - 0.1 * order.round}  # so that the base of round 2 is not kept
+
+    async with World(tmp_path, rounds=3, quorum=2, script=script) as world:
+        world.join("a", "b", "c")
+        run = asyncio.create_task(world.federate_with())
+        await world.until(lambda: world.committed(2) == {"a", "c"})
+        await world.kill("a")
+        await world.kill("c")
+        await world.until(lambda: any("waiting for a, c" in text for text in world.notes.texts))
+        advance(JOIN_DEADLINE)
+        with pytest.raises(FederationError, match="missing: a, c"):
+            await run
+        record = world.record()
+        assert record.pending == []
+        assert [order.failure is None for order in record.rounds[1].orders] == [True, False, True]
+        world.join("a", "c")
+        record = await world.federate_with()
+        assert record.finished_rounds == 3

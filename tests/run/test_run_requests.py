@@ -227,3 +227,13 @@ async def test_all_rounds_weights_are_kept_if_asked(tmp_path: Path, keep: str, k
     states = {path.name for path in (w.file.run_folder / "strategy").iterdir()}
     assert f"{record.final}.safetensors" in states
     assert f"{record.weights_of(2)}.safetensors" not in states
+
+
+@in_loop
+async def test_the_best_model_of_a_strategy_with_state_is_taken_from_any_round(tmp_path: Path) -> None:
+    """Only the newest weights keep their strategy's state, which the best need not be."""
+    settings = {"rounds": 4, "script": told(0.1, 0.9, 0.5), "strategy": {"momentum": 0.5}}
+    async with World(tmp_path, **settings) as world:
+        record = await world.federate()
+    assert record.best_round == 1
+    assert (world.file.run_folder / "models" / f"{ARM}.safetensors").exists()

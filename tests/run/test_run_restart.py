@@ -82,7 +82,7 @@ WRITES = [
     for name in vars(Ledger)
     if not name.startswith("_")
     and name not in ("folder", "close", "fact", "seconds", "arm", "arms", "add_seconds")
-    and name not in ("weights_path", "state_path", "incoming_state", "require_weights")
+    and name not in ("weights_path", "state_path", "incoming_state", "require_weights", "require_state")
 ]
 for _name in WRITES:
     setattr(MortalLedger, _name, _mortal(_name))
