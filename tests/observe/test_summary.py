@@ -86,6 +86,7 @@ def test_the_file_has_the_documented_fields(tmp_path: Path) -> None:
         "validation_curve": None,
         "start_accuracy": 0.1,
         "seconds_per_round": 2.0,
+        "stopped_by": None,
         "updates": {
             "north": {"counted": 4, "mean_staleness": 1.0, "max_staleness": 1},
             "south": {"counted": 4, "mean_staleness": 0.0, "max_staleness": 0},
