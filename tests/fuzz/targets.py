@@ -67,10 +67,19 @@ def _inbox() -> Inbox:
     return Inbox(_folder(), _LAYOUT, {"silo": 1000}, lambda silo, order, report, digest: None)
 
 
+_LARGEST = 4096  # bytes that a packed chunk may unpack to
+
+
 def _chunk(data: bytes) -> None:
-    offset, payload = frames.decode_chunk(data)
+    found = frames.decode_chunk(data)
     chunk = pb.Chunk.FromString(data)  # any protobuf reader understands what we take
-    assert (chunk.offset, chunk.data) == (offset, bytes(payload))
+    assert (chunk.offset, chunk.data) == (found.offset, bytes(found.data))
+
+
+def _packed_chunk(data: bytes) -> None:
+    found = frames.decode_chunk(data, _LARGEST)
+    assert 0 < len(found.data) <= max(_LARGEST, len(data))
+    assert pb.Chunk.FromString(data).offset == found.offset
 
 
 def _from_silo(data: bytes) -> None:
@@ -175,6 +184,11 @@ TARGETS = {
     "chunk": Target(
         _chunk,
         lambda: [frames.encode_chunk(0, b"x"), frames.encode_chunk(1 << 40, bytes(300))],
+        (ProtocolError,),
+    ),
+    "packed_chunk": Target(
+        _packed_chunk,
+        lambda: [frames.pack_chunk(7, bytes(300), 4)[0], frames.pack_chunk(1 << 40, bytes(range(64)) * 9, 2)[0]],
         (ProtocolError,),
     ),
     "from_silo": Target(_from_silo, _messages_up, (DecodeError, Refused)),
