@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).resolve().parent / "null"
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE))  # whose modules the trainers import too, as scripts of that folder
 
 from processes import Monitor  # noqa: E402
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,7 +86,7 @@ class Monitor:
         """Resident bytes of a process at the last sample before a moment."""
         return next((s.memory[pid] for s in reversed(self.samples) if s.time <= moment and pid in s.memory), 0)
 
-    def _at(self, moment: float, value) -> float:  # type: ignore[no-untyped-def]
+    def _at(self, moment: float, value: Callable[[Sample], float]) -> float:
         pairs = zip(self.samples, self.samples[1:], strict=False)
         for before, after in pairs:
             if before.time <= moment <= after.time:

@@ -146,7 +146,7 @@ def write_weights(
 
 
 def overwrite_weights(path: Path, layout: Layout, blocks: Iterable[bytes | bytearray | memoryview]) -> str:
-    """Like `write_weights`, but over the pages of the file that is there: a third of the CPU time, where it was read.
+    """Like `write_weights`, but over the pages of the file that is there, which costs less than fresh ones.
 
     A file that a crash leaves half-written is told by its digest alone, so nobody may rely on it before that is known.
     """

@@ -71,9 +71,9 @@ class Blow:
 
 
 def plan(number: int) -> list[Blow]:
-    """The blows of a run, in order. Three to five kills or cuts, and now and then something else."""
+    """The blows of a run, in order: four to six kills or cuts, of which one may come too late, and other troubles."""
     draw = random.Random(f"chaos/{number}")
-    whats = draw.choices(KILLS, weights=(4, 3, 2, 2, 1), k=draw.randint(3, 5))
+    whats = draw.choices(KILLS, weights=(4, 3, 2, 2, 1), k=draw.randint(4, 6))
     whats += draw.choices(TROUBLES[:-1], weights=(3, 3, 0.5, 2, 1), k=draw.randint(0, 2))
     if number % 10 == 9 and can_mount():
         whats += [FULL_DISK] * 2
@@ -532,7 +532,7 @@ class Run:
 
     def _corrupt_work_folder(self, blow: Blow) -> None:
         folder = self.folder / f"{blow.silo}-work"
-        for name in ("weights.safetensors", "weights.safetensors.part", "update.safetensors"):
+        for name in ("weights.safetensors", "weights.safetensors.next", "update.safetensors"):
             if (folder / name).exists():
                 _corrupt(folder / name, blow)
 

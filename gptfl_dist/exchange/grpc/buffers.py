@@ -1,7 +1,7 @@
 """Keeps the memory of messages for the next messages.
 
 glibc gives freed memory above a small threshold back to the system at once. With messages of a MiB that happens at
-every one, and the next then pays for fresh pages: about a sixth of a round's CPU time.
+every one, and the next then pays for fresh pages.
 """
 
 from __future__ import annotations

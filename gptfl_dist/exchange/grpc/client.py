@@ -159,7 +159,7 @@ class GrpcSiloExchange:
         if arrived.received != layout.nbytes or arrived.hasher.hexdigest() != digest:
             part.unlink()
             raise ProtocolError("the weights that arrived do not have the digest that was announced")
-        # The weights before make room for the next: to write over their pages costs a fifth of writing fresh ones.
+        # The weights before make room for the next: to write over their pages costs less than to write fresh ones.
         old = path.with_name(path.name + ".old")
         with suppress(FileNotFoundError):
             path.replace(old)
