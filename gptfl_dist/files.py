@@ -18,16 +18,21 @@ __all__ = ["replacing", "storage_error", "sync_folder", "write_at", "write_file"
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, durable: bool = True) -> Iterator[int]:
+def replacing(path: Path, *, durable: bool = True, over: Path | None = None) -> Iterator[int]:
     """A descriptor of a temporary file (0600) that becomes `path` when the block ends well, and vanishes if not.
 
     `durable`: once it is `path`, a power cut does not take it away. Else that is left to the kernel, which is quicker.
+    `over` is a file that nobody needs any more, if it is there: it becomes the temporary one, with its content and
+    length, for pages that are there cost less to write than fresh ones.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         known = path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        if over is not None and over.exists():
+            over.replace(temporary)
+        emptied = os.O_TRUNC if over is None else 0
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | emptied | os.O_CLOEXEC, 0o600)
         try:
             yield fd
             if durable:

@@ -31,7 +31,8 @@ def main() -> None:
     number = 0
     idle = resident_memory(os.getpid())
     model = memoryview(bytearray(layout.nbytes))
-    received = memoryview(bytearray(BLOCK))
+    received = np.empty(BLOCK // 4, np.float32)
+    difference = np.empty(BLOCK // 4, np.float32)
     while True:
         message = channel.receive()
         if message["type"] == "finish":
@@ -52,11 +53,11 @@ def main() -> None:
             local += np.float32(number)
 
             def update(weights: WeightsFile = weights, local: Any = local) -> Iterator[memoryview]:
-                for start in range(0, layout.nbytes, BLOCK):
-                    base = received[: min(BLOCK, layout.nbytes - start)]
-                    weights.read_into(start, base)
-                    block = np.frombuffer(base, np.float32)
-                    yield memoryview(local[start // 4 : start // 4 + len(block)] - block)
+                for start in range(0, len(local), len(received)):
+                    block = local[start : start + len(received)]
+                    base = received[: len(block)]
+                    weights.read_into(4 * start, base.data.cast("B"))
+                    yield np.subtract(block, base, out=difference[: len(block)]).data
 
             digest = overwrite_weights(Path(message["update"]), layout, update())
         channel.send({"type": "result", "digest": digest, "samples": 100 * number, "metrics": {}})

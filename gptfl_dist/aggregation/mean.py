@@ -7,7 +7,6 @@ A block is small enough that it and its sums stay in a core's cache. Blocks are 
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections import deque
@@ -116,27 +115,3 @@ class _Mean:
                 increases.append(increase)
             np.frombuffer(memory, dtype)[:] += np.maximum.reduce(increases)
         return bytes(memory)
-
-
-def norm(layout: Layout, update: FlatReader) -> float:
-    """The Euclidean norm of all floating elements of an update; NaN where one of them is NaN or infinite."""
-    memory = memoryview(bytearray(8 * BLOCK_ELEMENTS))
-    square = 0.0
-    for segment in layout.segments():
-        if segment.dtype not in FLOATS:
-            continue
-        block_size = BLOCK_ELEMENTS * ITEM_SIZE[segment.dtype]
-        for start in range(segment.start, segment.stop, block_size):
-            block = memory[: min(block_size, segment.stop - start)]
-            update.read_into(start, block)
-            found = numbers(block, segment.dtype)
-            if segment.dtype == "F16":
-                found = found.astype(np.float32)
-            with np.errstate(over="ignore", invalid="ignore"):
-                part = float(np.dot(found, found))
-                if not math.isfinite(part):  # squares of large numbers overflow where the numbers are finite
-                    if not np.isfinite(found).all():
-                        return math.nan
-                    part = float(np.dot(found.astype(np.float64), found.astype(np.float64)))
-            square += part
-    return math.sqrt(square)

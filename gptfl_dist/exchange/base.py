@@ -159,7 +159,10 @@ class SiloExchange(Protocol):
         """The next word of the coordinator."""
 
     async def download(self, digest: str, layout: Layout, path: Path) -> None:
-        """Fetches weights into a weights file. Raises ProtocolError if the content is not what `digest` says."""
+        """Fetches weights into a weights file, in place of those that lie there: there are none until all arrived.
+
+        Raises ProtocolError if the content is not what `digest` says.
+        """
 
     async def upload(self, header: UpdateHeader, update: WeightsFile) -> Receipt:
         """Brings an update, from the byte where an earlier try of the same update broke off."""

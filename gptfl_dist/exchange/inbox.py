@@ -17,7 +17,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from gptfl_dist.aggregation.mean import norm
+from gptfl_dist.aggregation.norm import RunningNorm, norm
 from gptfl_dist.errors import ProtocolError, StorageError
 from gptfl_dist.exchange.base import UpdateHeader
 from gptfl_dist.federation.orders import Order, Report
@@ -42,21 +42,26 @@ class Busy(Exception):
 
 
 class Spool:
-    """A file that takes one update of `size` bytes in order. `read_into` makes it a flat buffer for the aggregation."""
+    """A file that takes one encoded update in order. `read_into` makes it a flat buffer for the aggregation.
 
-    def __init__(self, path: Path, size: int) -> None:
+    What the update is checked by is taken as it arrives, for to read all of it again costs more: its digest, and where
+    the codec leaves updates as they are, its norm.
+    """
+
+    def __init__(self, path: Path, layout: Layout, codec: Codec) -> None:
         self.path = path
-        self.size = size
-        self.received = 0
-        self._hasher = blake3()  # of what was received
+        self.size = codec.layout(layout).nbytes
+        self._layout = layout
+        self._codec = codec
         self._writer = 0
+        self.restart()
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                if size:
-                    os.posix_fallocate(self._fd, 0, size)
-                os.ftruncate(self._fd, size)
+                if self.size:
+                    os.posix_fallocate(self._fd, 0, self.size)
+                os.ftruncate(self._fd, self.size)
             except OSError:
                 os.close(self._fd)
                 raise
@@ -70,7 +75,9 @@ class Spool:
 
     def restart(self) -> None:
         """The next byte is the first again."""
-        self.received, self._hasher = 0, blake3()
+        self.received = 0
+        self._hasher = blake3()
+        self._norm = RunningNorm(self._layout) if self._codec.name == "none" else None
 
     def write(self, ticket: int, offset: int, data: memoryview) -> None:
         """Appends bytes. Raises Superseded for an old ticket, Refused for a gap or too many bytes."""
@@ -83,7 +90,9 @@ class Spool:
         except OSError as error:
             raise storage_error(error, self.path) from None
         self.received += len(data)
-        self._hasher.update(data)  # while it is in the cache: to read all of it again costs more than the hash
+        self._hasher.update(data)
+        if self._norm is not None:
+            self._norm.add(data)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fills `buffer` from `offset`. Raises StorageError if the file was cut short under our hands."""
@@ -94,6 +103,14 @@ class Spool:
     def received_digest(self) -> str:
         """BLAKE3 of the bytes that were received, in hex."""
         return self._hasher.hexdigest()
+
+    def norm(self) -> float:
+        """The norm of the update that was received, NaN where a number is not finite. Raises ProtocolError."""
+        return norm(self._layout, self.decoded()) if self._norm is None else self._norm.value
+
+    def decoded(self) -> FlatReader:
+        """A reader of the update."""
+        return self._codec.decoded(self._layout, self)
 
     def digest(self) -> str:
         """BLAKE3 of the whole file, in hex."""
@@ -264,7 +281,7 @@ class Inbox:
     def updates(self, silos: tuple[str, ...]) -> dict[str, FlatReader]:
         """Readers of committed updates, decoded."""
         assert all(self._expected[silo].committed for silo in silos)
-        return {silo: self.codec.decoded(self.layout, self._spools[silo]) for silo in silos}
+        return {silo: self._spools[silo].decoded() for silo in silos}
 
     def close(self) -> None:
         for spool in self._spools.values():
@@ -273,7 +290,7 @@ class Inbox:
 
     def _spool(self, silo: str) -> Spool:
         if silo not in self._spools:
-            self._spools[silo] = Spool(self.folder / f"{silo}.spool", self._encoded.nbytes)
+            self._spools[silo] = Spool(self.folder / f"{silo}.spool", self.layout, self.codec)
         return self._spools[silo]
 
     def _what_is_wrong(self, spool: Spool, header: UpdateHeader) -> str:
@@ -281,7 +298,7 @@ class Inbox:
         if spool.received_digest() != header.digest:
             return "the bytes that arrived do not have the announced digest"
         try:
-            length = norm(self.layout, self.codec.decoded(self.layout, spool))
+            length = spool.norm()
         except ProtocolError as error:
             return error.message
         if math.isnan(length):

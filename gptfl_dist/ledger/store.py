@@ -437,7 +437,7 @@ class Ledger(Record):
     def add_weights(self, layout: Layout, blocks: Iterable[bytes | memoryview]) -> str:
         """Writes weights under their digest; returns it."""
         incoming = self.folder / "weights" / "incoming.safetensors"
-        digest = write_weights(incoming, layout, blocks, durable=self.durable)
+        digest = write_weights(incoming, layout, blocks, durable=self.durable, over=self._spare)
         with self._storing():
             incoming.replace(self.weights_path(digest))
             if self.durable:
@@ -474,20 +474,30 @@ class Ledger(Record):
             if self.durable:
                 sync_folder(self.incoming_state.parent)
 
+    @property
+    def _spare(self) -> Path:
+        """Weights that were dropped, whose pages the next ones are written over. A start of the ledger deletes it."""
+        return self.folder / "weights" / ".spare.part"
+
     def drop_weights_except(self, digests: Iterable[str]) -> None:
-        """Deletes the weights that nothing needs any more."""
-        _keep(self.folder / "weights", digests)
+        """Deletes the weights that nothing needs any more.
+
+        Who still reads some of them finishes before the next are added, or checks what was read.
+        """
+        for path in _others(self.folder / "weights", digests):
+            with self._storing():
+                path.replace(self._spare)
 
     def drop_states_except(self, digests: Iterable[str]) -> None:
         """Deletes the strategy's states of weights that no round starts from any more."""
-        _keep(self.folder / "strategy", digests)
-
-
-def _keep(folder: Path, digests: Iterable[str]) -> None:
-    kept = {f"{digest}.safetensors" for digest in digests}
-    for path in folder.glob("*.safetensors"):
-        if path.name not in kept:
+        for path in _others(self.folder / "strategy", digests):
             path.unlink(missing_ok=True)
+
+
+def _others(folder: Path, digests: Iterable[str]) -> list[Path]:
+    """The weights files of a folder that are named by other digests than these."""
+    kept = {f"{digest}.safetensors" for digest in digests}
+    return [path for path in folder.glob("*.safetensors") if path.name not in kept]
 
 
 def _require(path: Path, digest: str) -> None:

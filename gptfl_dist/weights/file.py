@@ -133,15 +133,16 @@ def write_weights(
     blocks: Iterable[bytes | bytearray | memoryview],
     *,
     durable: bool = True,
+    over: Path | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> str:
     """Writes the flat buffer given as consecutive blocks; returns its BLAKE3 digest in hex.
 
-    The file is whole or not there; see `files.replacing` for `durable`. `metadata` stands in the header, for people and
-    other programs: nothing here reads it. Raises StorageError where the disk refuses, ModelError if the blocks are not
-    as long as the layout.
+    The file is whole or not there; see `files.replacing` for `durable` and `over`. `metadata` stands in the header, for
+    people and other programs: nothing here reads it. Raises StorageError where the disk refuses, ModelError if the
+    blocks are not as long as the layout.
     """
-    with replacing(path, durable=durable) as fd:
+    with replacing(path, durable=durable, over=over) as fd:
         return _fill(fd, path, layout, blocks, metadata)
 
 
@@ -154,9 +155,7 @@ def overwrite_weights(path: Path, layout: Layout, blocks: Iterable[bytes | bytea
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            digest = _fill(fd, path, layout, blocks)
-            os.ftruncate(fd, len(header_of(layout)) + layout.nbytes)
-            return digest
+            return _fill(fd, path, layout, blocks)
         finally:
             os.close(fd)
     except OSError as error:
@@ -170,6 +169,7 @@ def _fill(
     blocks: Iterable[bytes | bytearray | memoryview],
     metadata: Mapping[str, str] | None = None,
 ) -> str:
+    """Writes a whole file, whatever it held before."""
     header = memoryview(header_of(layout, metadata))
     hasher, written = blake3(), 0
     write_at(fd, 0, header)
@@ -180,4 +180,5 @@ def _fill(
         written += len(view)
     if written != layout.nbytes:
         raise ModelError(f"{path}: {written} bytes of weights given, the layout has {layout.nbytes}")
+    os.ftruncate(fd, len(header) + written)
     return hasher.hexdigest()

@@ -2,54 +2,23 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
+from flat_buffers import TORCH, Flat, flat_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptfl_dist.aggregation.mean import BLOCK_ELEMENTS, narrow, norm, numbers, weighted_mean
+from gptfl_dist.aggregation.mean import BLOCK_ELEMENTS, narrow, numbers, weighted_mean
 from gptfl_dist.aggregation.shares import shares
 from gptfl_dist.weights import FLOATS, ITEM_SIZE, Layout
 
-TORCH = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 MANTISSA = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
 
 
 def fresh(samples):
     """The shares of updates that all started from the newest weights."""
     return shares(samples, dict.fromkeys(samples, 0), 0.5)
-
-
-class Flat:
-    """A flat buffer in memory."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        assert offset + len(buffer) <= len(self.data)
-        buffer[:] = self.data[offset : offset + len(buffer)]
-
-
-def flat_of(layout: Layout, seed: int, scale: float = 1.0) -> tuple[Flat, dict[str, torch.Tensor]]:
-    """A random flat buffer and the tensors in it, by name."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for spec in layout.tensors:
-        if spec.dtype in FLOATS:
-            values = (torch.randn(spec.shape, generator=generator, dtype=torch.float64) * scale).to(TORCH[spec.dtype])
-        else:
-            values = torch.randint(0, 2 if spec.dtype == "BOOL" else 40, spec.shape, generator=generator)
-            values = values.to(TORCH[spec.dtype])
-        tensors[spec.name] = values
-    raw = b"".join(tensors[s.name].reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() for s in layout.tensors)
-    return Flat(raw), tensors
 
 
 def times(rate: float):
@@ -150,45 +119,6 @@ def test_every_16_bit_number_survives_the_round_trip(dtype):
     told = ~np.isnan(wide)
     np.testing.assert_array_equal(back[told], bits[told])
     assert np.isnan(numbers(memoryview(back[~told]).cast("B"), dtype)).all()
-
-
-@pytest.mark.parametrize("dtype", sorted(FLOATS))
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("place", ["first", "border", "last"])
-def test_one_bad_number_is_found_anywhere(dtype, value, place):
-    count = BLOCK_ELEMENTS + 3
-    layout = Layout.of([("a", (2,), "F64"), ("b", (2,), "F32"), ("c", (2,), "BF16"), ("d", (count,), dtype)])
-    good, tensors = flat_of(layout, 0)
-    assert not math.isnan(norm(layout, good))
-    spec = next(s for s in layout.tensors if s.name == "d")
-    index = {"first": 0, "border": BLOCK_ELEMENTS - 1, "last": count - 1}[place]
-    tensors["d"][index] = value
-    raw = bytearray(good.data)
-    raw[spec.offset : spec.offset + spec.nbytes] = tensors["d"].view(torch.uint8).numpy().tobytes()
-    assert math.isnan(norm(layout, Flat(bytes(raw))))
-
-
-def test_a_signalling_nan_is_found_without_a_warning():
-    layout = Layout.of([("a", (1,), "BF16")])
-    assert math.isnan(norm(layout, Flat(b"\x81\x7f")))
-
-
-@given(st.sampled_from(sorted(FLOATS)), st.integers(0, 2**32), st.sampled_from([1e-3, 1.0, 1e4]))
-def test_the_norm_is_that_of_all_floating_elements(dtype, seed, scale):
-    layout = Layout.of([("a", (3, 5), dtype), ("b", (BLOCK_ELEMENTS // 64 + 1,), "F32"), ("c", (9,), "I32")])
-    flat, tensors = flat_of(layout, seed, scale)
-    expected = math.hypot(*(float(tensors[name].to(torch.float64).norm()) for name in "ab"))
-    assert norm(layout, flat) == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_finite_number_whose_square_is_not_still_counts():
-    layout = Layout.of([("a", (2,), "F32")])
-    assert norm(layout, Flat(np.array([3e30, 4e30], "<f4").tobytes())) == pytest.approx(5e30)
-
-
-def test_integers_and_booleans_are_never_called_infinite():
-    layout = Layout.of([("a", (64,), "I64"), ("b", (64,), "U8"), ("c", (64,), "BOOL")])
-    assert norm(layout, Flat(b"\xff" * layout.nbytes)) == 0
 
 
 def test_the_step_is_told_how_many_floating_elements_lie_before_its_block():

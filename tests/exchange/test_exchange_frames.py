@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gptfl_dist.errors import ProtocolError
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
-from gptfl_dist.exchange.grpc.frames import MAX_OVERHEAD, decode_chunk, encode_chunk, pack_chunk, width_of
+from gptfl_dist.exchange.grpc.frames import MAX_OVERHEAD, decode_chunk, encode_chunk, pack_chunk, read_chunk, width_of
 from gptfl_dist.weights import Layout
 
 offsets = st.integers(0, 2**64 - 1)
@@ -32,6 +32,26 @@ def test_protobuf_reads_our_frames(offset, data):
 @given(offsets, payloads)
 def test_we_read_protobufs_chunks(offset, data):
     assert decode_chunk(pb.Chunk(offset=offset, data=data).SerializeToString()) == (offset, data, len(data))
+
+
+class Buffer:
+    """A flat buffer in memory."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        buffer[:] = self.data[offset : offset + len(buffer)]
+
+
+@given(st.binary(min_size=1, max_size=300), st.data())
+def test_a_frame_that_is_read_from_a_flat_buffer_is_that_of_its_bytes(content, draw):
+    offset = draw.draw(st.integers(0, len(content) - 1))
+    size = draw.draw(st.integers(1, len(content) - offset))
+    frame = read_chunk(Buffer(content), offset, size)
+    assert type(frame) is bytes
+    assert frame == encode_chunk(offset, content[offset : offset + size])
+    assert hash(frame) == hash(encode_chunk(offset, content[offset : offset + size]))
 
 
 def test_the_largest_frame_stays_within_its_overhead():

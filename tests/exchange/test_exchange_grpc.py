@@ -27,7 +27,6 @@ from exchange_world import (
 )
 
 from gptfl_dist.errors import LaunchError, ProtocolError
-from gptfl_dist.exchange import inbox as inbox_module
 from gptfl_dist.exchange.base import (
     Answered,
     Disconnected,
@@ -43,6 +42,7 @@ from gptfl_dist.exchange.base import (
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
 from gptfl_dist.exchange.grpc.frames import encode_chunk
 from gptfl_dist.exchange.grpc.server import NONCE, SERVICE, GrpcCoordinatorExchange
+from gptfl_dist.exchange.inbox import Spool
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.security.handshake import is_loopback
 from gptfl_dist.testing.proxy import TcpProxy
@@ -290,12 +290,12 @@ async def test_a_silo_that_cannot_carry_out_an_order_says_so_once(tmp_path):
 async def test_an_update_committed_after_its_silo_hung_up_still_counts(tmp_path, monkeypatch):
     reached, opened = threading.Event(), threading.Event()
 
-    def held(layout, spool):
+    def held(spool):
         reached.set()
         opened.wait(20)
         return 0.0
 
-    monkeypatch.setattr(inbox_module, "norm", held)
+    monkeypatch.setattr(Spool, "norm", held)
     update, digest, _ = random_weights(tmp_path / "update", SMALL, 1)
     order = train_order("n1", "00" * 32)
     header = header_of(order, SMALL, digest)

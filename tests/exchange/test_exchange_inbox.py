@@ -14,7 +14,6 @@ from blake3 import blake3
 from exchange_world import whole
 
 from gptfl_dist.errors import StorageError
-from gptfl_dist.exchange import inbox as inbox_module
 from gptfl_dist.exchange.base import UpdateHeader
 from gptfl_dist.exchange.inbox import Busy, Inbox, Refused, Spool, Superseded
 from gptfl_dist.federation.orders import Order, Report
@@ -249,15 +248,15 @@ class Gate:
 
     def __init__(self, monkeypatch) -> None:
         self.reached, self.opened = threading.Event(), threading.Event()
-        check = inbox_module.norm
+        check = Spool.norm
 
-        def held(layout, spool):
-            found = check(layout, spool)
+        def held(spool):
+            found = check(spool)
             self.reached.set()
             assert self.opened.wait(20)
             return found
 
-        monkeypatch.setattr(inbox_module, "norm", held)
+        monkeypatch.setattr(Spool, "norm", held)
 
 
 class Checking:
@@ -379,7 +378,7 @@ def test_a_spool_that_changed_on_disk_is_not_taken_over(inbox, tmp_path):
 
 
 def test_a_spool_has_its_size_from_the_start_and_says_when_it_was_cut(tmp_path):
-    spool = Spool(tmp_path / "a" / "x.spool", 100_000)
+    spool = Spool(tmp_path / "a" / "x.spool", Layout.of([("w", (25_000,), "F32")]), Codec("none"))
     assert (tmp_path / "a" / "x.spool").stat().st_size == 100_000
     os.truncate(tmp_path / "a" / "x.spool", 10)
     with pytest.raises(StorageError, match="ends at byte 10"):
@@ -390,7 +389,7 @@ def test_a_spool_has_its_size_from_the_start_and_says_when_it_was_cut(tmp_path):
 def test_a_disk_without_room_is_told_and_leaves_no_descriptor(tmp_path):
     before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(StorageError):
-        Spool(tmp_path / "x.spool", 2**62)
+        Spool(tmp_path / "x.spool", Layout.of([("w", (2**60,), "F32")]), Codec("none"))
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 

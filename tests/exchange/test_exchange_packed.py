@@ -63,6 +63,10 @@ async def test_a_packed_upload_goes_on_where_it_was_cut(tmp_path, file, cut_at):
         assert 0.4 * len(FLAT) < world.server.traffic.up < proxy.up < 0.8 * len(FLAT)
 
 
+def packed_chunk(source, offset, size):
+    return frames.pack_chunk(offset, source.read(offset, size), 4)[0]
+
+
 @in_loop
 async def test_packed_chunks_that_were_not_agreed_on_are_refused(tmp_path, file, monkeypatch):
     update, digest = file
@@ -70,7 +74,7 @@ async def test_packed_chunks_that_were_not_agreed_on_are_refused(tmp_path, file,
     async with World(tmp_path, LAYOUT) as world:
         silo = await world.joined()
         await world.give("alice", order)
-        monkeypatch.setattr(frames, "encode_chunk", lambda offset, data: frames.pack_chunk(offset, data, 4)[0])
+        monkeypatch.setattr(frames, "read_chunk", packed_chunk)
         receipt = await silo.upload(header_of(order, LAYOUT, digest), update)
         assert receipt == Receipt(False, "a chunk is packed, which was not agreed on")
         assert isinstance(await world.event(), OrderFailed)

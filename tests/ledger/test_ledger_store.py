@@ -26,7 +26,7 @@ from gptfl_dist.ledger.store import Ledger
 ledger = Ledger(Path(sys.argv[1]), sys.argv[2])
 ledger.begin_arm("gptfl", 0.05, "start")
 silos = ["a", "b"]
-for round_ in range(1, 10_000):
+for round_ in range(1, 1_000_000):
     ledger.open_round("gptfl", round_, "train", f"base{round_}", silos, {s: f"{s}{round_}" for s in silos})
     for silo in silos:
         ledger.commit("gptfl", round_, silo, round_, {"accuracy": 0.5}, f"d{round_}")
@@ -227,8 +227,24 @@ def test_weights_lie_under_their_digest_and_the_unneeded_go(ledger):
         assert file.digest() == kept
         assert file.read(0, 12) == b"\0" * 12
     ledger.drop_weights_except([kept, "ab" * 32])
-    assert [p.name for p in (ledger.folder / "weights").iterdir()] == [f"{kept}.safetensors"]
+    assert [p.name for p in (ledger.folder / "weights").glob("*.safetensors")] == [f"{kept}.safetensors"]
     assert not ledger.weights_path(gone).exists()
+
+
+def test_weights_are_written_over_those_that_were_dropped(ledger):
+    def files():
+        return {path.stat().st_ino for path in (ledger.folder / "weights").iterdir()}
+
+    long = Layout.of([("w", (1000,), "F32")])
+    dropped = [ledger.add_weights(long, [bytes([number]) * 4000]) for number in range(3)]
+    ledger.drop_weights_except([])
+    left = files()
+    assert len(left) == 1  # however many were dropped
+    assert not any(ledger.weights_path(digest).exists() for digest in dropped)
+    digest = ledger.add_weights(LAYOUT, [b"\7" * 12])
+    assert files() == left
+    with WeightsFile(ledger.weights_path(digest)) as file:
+        assert file.digest() == digest  # and nothing of the longer file is behind it
 
 
 def test_what_a_killed_process_had_half_written_goes_at_the_next_start(ledger):

@@ -143,6 +143,8 @@ class GrpcSiloExchange:
     async def download(self, digest: str, layout: Layout, path: Path) -> None:
         header, part = header_of(layout), path.with_name(path.name + ".next")
         try:
+            with suppress(FileNotFoundError):
+                path.replace(part)  # to write over the pages of the weights before costs less than to write fresh ones
             fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 size = len(header) + layout.nbytes
@@ -159,13 +161,7 @@ class GrpcSiloExchange:
         if arrived.received != layout.nbytes or arrived.hasher.hexdigest() != digest:
             part.unlink()
             raise ProtocolError("the weights that arrived do not have the digest that was announced")
-        # The weights before make room for the next: to write over their pages costs less than to write fresh ones.
-        old = path.with_name(path.name + ".old")
-        with suppress(FileNotFoundError):
-            path.replace(old)
         part.replace(path)
-        with suppress(FileNotFoundError):
-            old.replace(part)
 
     async def _receive_into(self, fd: int, start: int, size: int, partial: _Partial) -> None:
         """Goes on with a download that is to be `size` bytes from byte `start` of the file."""
@@ -201,12 +197,16 @@ class GrpcSiloExchange:
 
         async def chunks() -> AsyncIterator[bytes]:
             for offset in range(answer.offset, update.nbytes, chunk):
+                size = min(chunk, update.nbytes - offset)
                 try:
-                    data = update.read(offset, min(chunk, update.nbytes - offset))
+                    if self._packed:
+                        frame, _ = frames.pack_chunk(offset, update.read(offset, size), width)
+                    else:
+                        frame = frames.read_chunk(update, offset, size)
                 except StorageError as error:
                     unreadable.append(error)  # gRPC would tell it as a broken connection, which trying again mends
                     raise
-                yield frames.pack_chunk(offset, data, width)[0] if self._packed else frames.encode_chunk(offset, data)
+                yield frame
 
         send: grpc.aio.StreamUnaryMultiCallable[bytes, pb.Receipt] = channel.stream_unary(
             f"/{SERVICE}/Upload", response_deserializer=pb.Receipt.FromString

@@ -12,6 +12,7 @@ bytes, for signs and exponents are alike and mantissas are noise. Of real update
 
 from __future__ import annotations
 
+import ctypes
 from collections import Counter
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import numpy as np
 import zstandard
 
 from gptfl_dist.errors import ProtocolError
-from gptfl_dist.weights import ITEM_SIZE, Layout
+from gptfl_dist.weights import ITEM_SIZE, FlatReader, Layout
 
 MAX_OVERHEAD = 32
 """A frame is at most this many bytes longer than its data; ours are 16, or 18 where packed."""
@@ -39,9 +40,29 @@ class Chunk(NamedTuple):
     carried: int
 
 
+_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
+_new_bytes.restype, _new_bytes.argtypes = ctypes.py_object, (ctypes.c_char_p, ctypes.c_ssize_t)
+_address_of = ctypes.pythonapi.PyBytes_AsString
+_address_of.restype, _address_of.argtypes = ctypes.c_void_p, (ctypes.py_object,)
+
+
 def encode_chunk(offset: int, data: bytes) -> bytes:
     """The frame of `data` at byte `offset` of the flat buffer."""
-    return b"".join((b"\x08", _varint(offset, 10), b"\x12", _varint(len(data), 4), data))
+    return _head(offset, len(data)) + data
+
+
+def read_chunk(source: FlatReader, offset: int, size: int) -> bytes:
+    """The frame of the `size` bytes of a flat buffer from byte `offset`. Raises StorageError if they are not there.
+
+    gRPC takes nothing but bytes. They are made as C code makes them, without content and then filled, so that the data
+    are copied once, from the file to where gRPC reads them; to put a head before bytes is a second copy.
+    """
+    head = _head(offset, size)
+    frame: bytes = _new_bytes(None, len(head) + size)
+    view = memoryview((ctypes.c_char * len(frame)).from_address(_address_of(frame))).cast("B")
+    view[: len(head)] = head
+    source.read_into(offset, view[len(head) :])
+    return frame
 
 
 def pack_chunk(offset: int, data: bytes, width: int) -> tuple[bytes, int]:
@@ -116,6 +137,11 @@ def _out_of_planes(data: bytes, width: int) -> bytes:
     """The inverse of `_in_planes`."""
     whole = len(data) // width * width
     return np.frombuffer(data, np.uint8, whole).reshape(width, -1).T.tobytes() + data[whole:]
+
+
+def _head(offset: int, size: int) -> bytes:
+    """What stands before the data of a chunk that is not packed."""
+    return b"".join((b"\x08", _varint(offset, 10), b"\x12", _varint(size, 4)))
 
 
 def _varint(value: int, length: int) -> bytes:

@@ -263,11 +263,11 @@ class GrpcCoordinatorExchange:
         for offset in range(request.offset, weights.nbytes, self._chunk):
             if self._closing or self._published.get(request.digest) is not weights:
                 await context.abort(grpc.StatusCode.ABORTED, "the weights are not handed out any more")
-            block = weights.read(offset, min(self._chunk, weights.nbytes - offset))
+            carried = min(self._chunk, weights.nbytes - offset)
             if packed:
-                frame, carried = frames.pack_chunk(offset, block, width)
+                frame, carried = frames.pack_chunk(offset, weights.read(offset, carried), width)
             else:
-                frame, carried = frames.encode_chunk(offset, block), len(block)
+                frame = frames.read_chunk(weights, offset, carried)
             yield frame
             self.traffic.down += carried
 
