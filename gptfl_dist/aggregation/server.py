@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,8 @@ from gptfl_dist.files import replacing, write_at
 from gptfl_dist.weights import FLOATS, ITEM_SIZE, Layout, WeightsFile
 from gptfl_dist.weights.file import header_of
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
+Moment = NDArray[np.float64]
 _ANEW = "bring the run folder back from a backup, or start anew with --fresh"
 
 
@@ -33,23 +35,24 @@ def moment_names(strategy: Strategy) -> tuple[str, ...]:
     return ("first",) if strategy.first_momentum else ()
 
 
-def first_moments(strategy: Strategy, size: int) -> list[Array]:
+def first_moments(strategy: Strategy, size: int) -> list[Moment]:
     """The moments before the first round, each float64 (size,): nothing seen, and the second as small as it may be."""
     values = {"first": 0.0, "second": strategy.adaptivity**2}
     return [np.full(size, values[name]) for name in moment_names(strategy)]
 
 
-def advance(strategy: Strategy, mean: Array, moments: list[Array]) -> tuple[Array, list[Array]]:
-    """One step on one block: what is added to the weights, and the new moments, each float64 (n,) as `mean` is."""
+def advance(strategy: Strategy, mean: Array, moments: list[Moment]) -> tuple[Array, list[Moment]]:
+    """One step on one block: what is added to the weights, and the new moments (float64), each (n,) as `mean` is."""
     momentum = strategy.first_momentum
     if strategy.optimizer == "sgd":
         if not moments:
             return strategy.step * mean, []
         first = momentum * moments[0] + mean
         return strategy.step * first, [first]
+    wide = mean.astype(np.float64)  # of which the squares of small updates are more than nothing
     first, second = moments
-    first = momentum * first + (1 - momentum) * mean
-    square = mean**2
+    first = momentum * first + (1 - momentum) * wide
+    square = wide**2
     if strategy.optimizer == "adagrad":
         second = second + square
     elif strategy.optimizer == "yogi":
@@ -71,7 +74,7 @@ class ServerOptimizer:
         self._start = len(header_of(self._state))
 
     def step(self, place: int, weights: Array, mean: Array) -> Array:
-        """The next weights of the `len(mean)` that follow `place` others, each float64 (n,). State is kept as float32.
+        """The next weights of the `len(mean)` that follow `place` others, each (n,). State is kept as float32.
 
         Weights of half precision step from their full-precision master, which is part of the state: what a round adds
         may be too small to show in a half.
@@ -89,7 +92,7 @@ class ServerOptimizer:
         self._write("master", place - self._first_half, stepped)
         return stepped
 
-    def _read(self, name: str, place: int, count: int) -> Array:
+    def _read(self, name: str, place: int, count: int) -> Moment:
         assert self._old is not None
         block = np.empty(count, "<f4")
         self._old.read_into(self._offsets[name] + 4 * place, block.data.cast("B"))

@@ -433,11 +433,8 @@ class Federator:
         updates = self._inbox.updates(tuple(counted))
         old = self._ledger.state_path(arm.base) if arm.round > 1 else None
         new, durable = self._ledger.incoming_state, self._ledger.durable
-        with (
-            stepping(self._file.strategy, self._layout, old, new, durable=durable) as optimizer,
-            # Closed first where the disk is full: its threads write the optimiser's state.
-            contextlib.closing(weighted_mean(self._layout, arm.weights, updates, weights, optimizer.step)) as blocks,
-        ):
+        with stepping(self._file.strategy, self._layout, old, new, durable=durable) as optimizer:
+            blocks = weighted_mean(self._layout, arm.weights, updates, weights, optimizer.step)
             digest = self._ledger.add_weights(self._layout, blocks)
         self._ledger.keep_state(digest)
         return digest

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
 from blake3 import blake3
@@ -28,8 +27,8 @@ from federated import (
 
 from gptfl_dist.config.federation import Training
 from gptfl_dist.errors import FederationError, StorageError, TrainerError
-from gptfl_dist.exchange import inbox as inbox_module
 from gptfl_dist.exchange.base import Goodbye, Recalled, UpdateHeader
+from gptfl_dist.exchange.inbox import Spool
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.testing.clock import advance
 from gptfl_dist.testing.exchange import MemorySiloExchange
@@ -263,7 +262,7 @@ async def test_a_commit_that_comes_before_the_deadline_counts_though_nobody_was_
 async def test_a_recall_that_comes_before_the_commit_wins_wholly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, loop = inbox_module.norm, asyncio.get_running_loop()
+    real, loop = Spool.norm, asyncio.get_running_loop()
     checking, recalled = asyncio.Event(), asyncio.Event()
     slow = (tmp_path / "run" / "spools" / "c.spool").resolve()
 
@@ -271,12 +270,12 @@ async def test_a_recall_that_comes_before_the_commit_wins_wholly(
         checking.set()
         await recalled.wait()
 
-    def check(layout: Any, spool: Any) -> float:
+    def check(spool: Spool) -> float:
         if spool.path.resolve() == slow and not recalled.is_set():
             asyncio.run_coroutine_threadsafe(wait_for_the_recall(), loop).result(30)
-        return real(layout, spool)
+        return real(spool)
 
-    monkeypatch.setattr(inbox_module, "norm", check)
+    monkeypatch.setattr(Spool, "norm", check)
     async with World(tmp_path, quorum="majority", rounds=1) as world:
         run = asyncio.create_task(world.federate())
         await checking.wait()
