@@ -345,6 +345,8 @@ class Ledger(Record):
             self._close = undo.pop_all().close
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._spare.unlink(missing_ok=True)
         self._close()
 
     def set_fact(self, name: str, value: str) -> None:
@@ -476,7 +478,7 @@ class Ledger(Record):
 
     @property
     def _spare(self) -> Path:
-        """Weights that were dropped, whose pages the next ones are written over. A start of the ledger deletes it."""
+        """Weights that were dropped, whose pages the next are written over. Gone at the end, or at the next start."""
         return self.folder / "weights" / ".spare.part"
 
     def drop_weights_except(self, digests: Iterable[str]) -> None:

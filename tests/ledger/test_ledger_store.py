@@ -245,6 +245,9 @@ def test_weights_are_written_over_those_that_were_dropped(ledger):
     assert files() == left
     with WeightsFile(ledger.weights_path(digest)) as file:
         assert file.digest() == digest  # and nothing of the longer file is behind it
+    ledger.drop_weights_except([])
+    ledger.close()
+    assert not files()
 
 
 def test_what_a_killed_process_had_half_written_goes_at_the_next_start(ledger):
