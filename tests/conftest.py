@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import slurm_cluster
 from hypothesis import settings
+from slurm_cluster import SlurmCluster
 from support import Commands, Federation
 
 # A slow machine makes no test fail.
@@ -35,3 +39,26 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Federation:
     federation = Federation(tmp_path_factory.mktemp("undisturbed"))
     commands.run("run", federation.path)
     return federation
+
+
+@pytest.fixture(scope="session")
+def slurm_session() -> Iterator[SlurmCluster]:
+    """A Slurm of three virtual nodes for all tests."""
+    if reason := slurm_cluster.missing():
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="gptfl-slurm-"))  # short, for the sockets in it
+    cluster = SlurmCluster(folder)
+    yield cluster
+    cluster.stop()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def slurm(slurm_session: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
+    """The cluster, found by what the test starts. A test leaves no job behind."""
+    for name, value in slurm_session.environment.items():
+        monkeypatch.setenv(name, value)
+    yield slurm_session
+    left = slurm_session.jobs()
+    slurm_session.run("scancel", "--user=root")
+    assert left == []
