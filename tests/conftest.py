@@ -11,7 +11,7 @@ import pytest
 import slurm_cluster
 from hypothesis import settings
 from slurm_cluster import SlurmCluster
-from support import Commands, Federation
+from support import Commands, Federation, wait_for
 
 # A slow machine makes no test fail.
 settings.register_profile("gptfl", deadline=None)
@@ -59,6 +59,7 @@ def slurm(slurm_session: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Itera
     for name, value in slurm_session.environment.items():
         monkeypatch.setenv(name, value)
     yield slurm_session
-    left = slurm_session.jobs()
-    slurm_session.run("scancel", "--user=root")
-    assert left == []
+    try:
+        wait_for(lambda: slurm_session.jobs() == [], 15)
+    finally:
+        slurm_session.run("scancel", "--user=root")

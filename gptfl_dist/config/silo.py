@@ -82,10 +82,11 @@ class Slurm(Section):
     @classmethod
     def _not_what_the_agent_sets(cls, options: list[str]) -> list[str]:
         for option in options:
-            if not option.startswith("-") or any(char.isspace() for char in option.partition("=")[0]):
+            name = option.partition("=")[0] if option.startswith("--") else option[:2]
+            if not option.startswith("-") or " " in option.partition("=")[0]:
                 raise ValueError(f"expected options of sbatch such as --time=04:00:00, found {option!r}")
-            if option.partition("=")[0] in _AGENTS_OWN:
-                raise ValueError(f"{option.partition('=')[0]} is set by the agent, which knows its job by it")
+            if name in _AGENTS_OWN:
+                raise ValueError(f"launch.slurm.options must not hold {name}: the agent sets it, or would lose its job")
         return options
 
 

@@ -23,7 +23,7 @@ _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 _TORCH = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 _LONGEST_PAUSE = 2.0
 _GRACE = 10.0  # seconds that a trainer has after SIGTERM
-_FIRST_LOOK = 10.0  # seconds in which the lease must be seen once
+_FIRST_LOOK = 5.0  # seconds in which the lease must be seen once
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
