@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import slurm_cluster
 from hypothesis import settings
-from slurm_cluster import SlurmCluster
+from slurm_cluster import SlurmCluster, private_cluster
 from support import Commands, Federation, wait_for
 
 # A slow machine makes no test fail.
@@ -46,11 +44,8 @@ def slurm_session() -> Iterator[SlurmCluster]:
     """A Slurm of three virtual nodes for all tests."""
     if reason := slurm_cluster.missing():
         pytest.skip(reason)
-    folder = Path(tempfile.mkdtemp(prefix="gptfl-slurm-"))  # short, for the sockets in it
-    cluster = SlurmCluster(folder)
-    yield cluster
-    cluster.stop()
-    shutil.rmtree(folder, ignore_errors=True)
+    with private_cluster() as cluster:
+        yield cluster
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 NODES = ("silo1", "silo2", "silo3")
@@ -141,6 +143,17 @@ class SlurmCluster:
             )
 
 
+@contextmanager
+def private_cluster() -> Iterator[SlurmCluster]:
+    folder = Path(tempfile.mkdtemp(prefix="gptfl-slurm-"))  # not of pytest's: its paths may be too long for sockets
+    cluster = SlurmCluster(folder)
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 _MUNGE_FILES = (
     ("socket", "socket"), ("key-file", "key"), ("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed"),
 )  # fmt: skip
@@ -154,7 +167,7 @@ def _free_ports(count: int) -> list[int]:
         return [free.getsockname()[1] for free in sockets]
 
 
-def _wait_for(ready, seconds: float = 30.0) -> None:  # type: ignore[no-untyped-def]
+def _wait_for(ready: Callable[[], object], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end, "waited in vain for Slurm"
