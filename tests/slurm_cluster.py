@@ -6,6 +6,7 @@ Needs root and Debian's packages slurm-wlm and munge. Commands find it through S
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -19,7 +20,9 @@ from pathlib import Path
 NODES = ("silo1", "silo2", "silo3")
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 # CPUs is what Slurm believes; the nodes share those of this machine. Two partitions of the same nodes: a job of the
-# urgent one preempts one of the other, which is requeued, or cancelled where it does not allow that.
+# urgent one preempts one of the other, which is requeued, or cancelled where it does not allow that. A requeued job
+# waits for as long as its credentials hold. The first job has a random number: what MPICH leaves in /dev/shm of ranks that
+# were killed under srun is named by the numbers of job and step, and would stop those of the next test session.
 _CONFIG = """\
 ClusterName={name}
 SlurmctldHost={host}(127.0.0.1)
@@ -43,11 +46,12 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=pmi2
 ReturnToService=2
-KillWait=5
+KillWait=3
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,requeue_delay=1
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,sched_interval=2,bf_interval=2
+FirstJobId={first_job}
 {nodes}
 PartitionName=main Nodes={every} Default=YES MaxTime=UNLIMITED PriorityTier=1
 PartitionName=urgent Nodes={every} MaxTime=UNLIMITED PriorityTier=10
@@ -90,6 +94,7 @@ class SlurmCluster:
                 name=f"gptfl{os.getpid()}",
                 host=host,
                 control_port=control,
+                first_job=random.randint(1, 9_000_000),
                 folder=folder,
                 nodes="\n".join(nodes),
                 every=",".join(NODES),

@@ -83,29 +83,17 @@ def log(folder: Path) -> str:
     return "".join(path.read_text() for path in folder.glob("gptfl-*.log"))
 
 
-def single_job(script: str, mine: Federation, launcher: str) -> Path:
-    return edited(
-        DEPLOY / "slurm" / script,
-        mine.folder,
-        **{
-            "--ntasks": "#SBATCH --ntasks=3",
-            "--time": "#SBATCH --time=10",
-            "activate": ACTIVATE,
-            "launcher=": f"launcher=({launcher})",
-        },
-    )
+def single_job(script: str, mine: Federation, **more: str) -> Path:
+    known = {"--ntasks": "#SBATCH --ntasks=3", "--time": "#SBATCH --time=10", "activate": ACTIVATE}
+    return edited(DEPLOY / "slurm" / script, mine.folder, **known, **more)
 
 
-MPIEXEC = 'mpiexec -n "$SLURM_NTASKS"'
-SRUN = "srun --mpi=pmi2"
-
-
-@pytest.mark.parametrize("launcher", [MPIEXEC, SRUN])
+@pytest.mark.parametrize("launcher", ['mpiexec -n "$SLURM_NTASKS"', "srun --mpi=pmi2"])
 def test_a_single_job(
     federation: Callable[..., Federation], undisturbed: Federation, slurm: SlurmCluster, launcher: str
 ) -> None:
     mine = federation()
-    job = submit(slurm, single_job("federation.sbatch", mine, launcher))
+    job = submit(slurm, single_job("federation.sbatch", mine, **{"launcher=": f"launcher=({launcher})"}))
     assert ended(slurm, job) == "COMPLETED", log(mine.folder)
     assert mine.summary()["transport"] == "mpi"
     assert mine.result() == undisturbed.result()
@@ -119,16 +107,15 @@ def _preempt(slurm: SlurmCluster, job: str) -> None:
     slurm.run("sbatch", "--partition=urgent", "--nodes=3", "--ntasks=12", "--wrap=true")
 
 
-@pytest.mark.parametrize(("launcher", "happens"), [(MPIEXEC, _time_limit), (SRUN, _time_limit), (MPIEXEC, _preempt)])
+@pytest.mark.parametrize("happens", [_time_limit, _preempt])
 def test_a_job_that_is_requeued_in_mid_round(
     federation: Callable[..., Federation],
     undisturbed: Federation,
     slurm: SlurmCluster,
-    launcher: str,
     happens: Callable[[SlurmCluster, str], None],
 ) -> None:
     mine = federation()
-    job = submit(slurm, single_job("requeue.sbatch", mine, launcher))
+    job = submit(slurm, single_job("requeue.sbatch", mine))
     wait_for(lambda: mine.owed(2))
     happens(slurm, job)
     wait_for(lambda: slurm.run("squeue", "--noheader", f"--jobs={job}", "--Format=RestartCnt").strip() == "1")
