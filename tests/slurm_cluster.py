@@ -21,8 +21,8 @@ NODES = ("silo1", "silo2", "silo3")
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 # CPUs is what Slurm believes; the nodes share those of this machine. Two partitions of the same nodes: a job of the
 # urgent one preempts one of the other, which is requeued, or cancelled where it does not allow that. A requeued job
-# waits for as long as its credentials hold. The first job has a random number: what MPICH leaves in /dev/shm of ranks that
-# were killed under srun is named by the numbers of job and step, and would stop those of the next test session.
+# waits for as long as its credentials hold. The first job has a random number: what MPICH leaves in /dev/shm of ranks
+# that were killed under srun is named by the numbers of job and step, and would stop those of the next session.
 _CONFIG = """\
 ClusterName={name}
 SlurmctldHost={host}(127.0.0.1)

@@ -16,6 +16,11 @@ LOG = "trainer.log"
 _TRAINER = "gptfl_dist.run.trainer"
 
 
+def launch_folder(silo: SiloFile, work: Path) -> Path:
+    """Where the agent and a launched trainer of a silo exchange files."""
+    return (silo.launch.folder or work / "launch").absolute() / silo.name
+
+
 async def open_trainer(silo: SiloFile, home: Path, work: Path) -> TrainerLine:
     """The trainer of a silo, not yet started; what an earlier agent left of one is ended.
 
@@ -26,7 +31,7 @@ async def open_trainer(silo: SiloFile, home: Path, work: Path) -> TrainerLine:
     trainer = python_module(_TRAINER) if script is None else [sys.executable, str(script)]
     if launch.how == "child":
         return TrainerProcess(trainer, work / LOG, cwd=home)
-    folder = (launch.folder or work / "launch").absolute() / silo.name
+    folder = launch_folder(silo, work)
     launcher: LocalLauncher | SlurmLauncher
     if launch.how == "slurm":
         launcher = SlurmLauncher(

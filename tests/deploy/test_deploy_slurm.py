@@ -21,7 +21,7 @@ BIN = Path(sys.executable).parent
 
 @pytest.mark.parametrize("script", [*SCRIPTS, DEPLOY.parent / ".ci" / "run"], ids=lambda script: script.name)
 def test_the_scripts_are_sound(script: Path) -> None:
-    found = subprocess.run([BIN / "shellcheck", "--severity=warning", script], capture_output=True, text=True)
+    found = subprocess.run([BIN / "shellcheck", "--exclude=SC1091", script], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 
 
@@ -40,7 +40,7 @@ def test_the_apptainer_definition_is_sound(tmp_path: Path) -> None:
     for name in ("post", "environment", "runscript", "test"):
         script = tmp_path / name
         script.write_text("#!/bin/sh\n" + sections[name].replace("{{ index }}", ""))
-        found = subprocess.run([BIN / "shellcheck", "--severity=warning", script], capture_output=True, text=True)
+        found = subprocess.run([BIN / "shellcheck", "--exclude=SC1091", script], capture_output=True, text=True)
         assert found.returncode == 0, found.stdout
 
 
