@@ -101,8 +101,8 @@ class Launch(Section):
 
     how: Literal["child", "torchrun", "mpirun", "slurm"] = "child"
     folder: Path | None = None
-    lease: Duration = 60.0
-    retries: NonNegativeInt = 2
+    lease: Annotated[Duration, Field(ge=1.0)] = 60.0
+    retries: NonNegativeInt = 1
     pause: Duration = 1.0
     torchrun: Torchrun = Torchrun()
     mpirun: Mpirun = Mpirun()

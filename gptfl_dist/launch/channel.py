@@ -8,6 +8,7 @@ is gone, and ends; with a folder a `guard` beside the trainer does that.
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import socket
@@ -58,14 +59,20 @@ class TrainerEnd:
 
     def receive(self) -> Message:
         """Waits for the next message."""
-        return self._line.receive()
+        message = self.receive_within(None)
+        assert message is not None
+        return message
+
+    def receive_within(self, seconds: float | None) -> Message | None:
+        """The next message; None where there is none for so long."""
+        return self._line.receive(seconds)
 
     def send(self, message: Message) -> None:
         self._line.send(message)
 
 
 class _Line(Protocol):
-    def receive(self) -> Message: ...
+    def receive(self, within: float | None) -> Message | None: ...
 
     def send(self, message: Message) -> None: ...
 
@@ -77,8 +84,11 @@ class _SocketLine:
         self._incoming: queue.SimpleQueue[Message] = queue.SimpleQueue()
         threading.Thread(target=self._read, name="channel", daemon=True).start()
 
-    def receive(self) -> Message:
-        return self._incoming.get()
+    def receive(self, within: float | None) -> Message | None:
+        try:
+            return self._incoming.get(timeout=within)
+        except queue.Empty:
+            return None
 
     def send(self, message: Message) -> None:
         self.socket.sendall(encode(message))
@@ -97,10 +107,13 @@ class _FolderLine:
         self._files = trainer_line(folder)
         self._told = -_PROGRESS_EVERY  # when a progress was told last
 
-    def receive(self) -> Message:
+    def receive(self, within: float | None) -> Message | None:
         """Raises StorageError where the weights that a message speaks of do not come."""
+        deadline = math.inf if within is None else time.monotonic() + within
         pause = pauses()
         while (message := self._files.take()) is None:
+            if time.monotonic() > deadline:
+                return None
             time.sleep(next(pause))
         if DIGEST in message:
             await_weights(message)

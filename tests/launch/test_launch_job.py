@@ -125,6 +125,52 @@ def test_what_is_no_message_ends_the_trainer_and_not_the_agent(tmp_path: Path) -
     play(tmp_path, silo_file(tmp_path, "mpirun"), scene)
 
 
+RANKS = """
+import os, sys
+if "MASTER_ADDR" in os.environ:
+    import torch
+    import torch.distributed as group
+    group.init_process_group("gloo")
+    rank, one = group.get_rank(), torch.ones(1)
+    group.all_reduce(one)
+    size = int(one)
+else:
+    from mpi4py import MPI
+    rank, size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.allreduce(1)
+if rank == 0:
+    from gptfl_dist.launch.channel import TrainerEnd
+    channel = TrainerEnd()
+    channel.receive()
+    channel.send({"type": "result", "ranks": size})
+    channel.receive()
+"""
+
+
+def _ranks(folder: Path, how: str, **settings: Any) -> Any:
+    """How many ranks a group finds that it has."""
+
+    async def scene(trainer: TrainerLine) -> Any:
+        answer = await trainer.ask({"type": "count"}, "result")
+        await trainer.finish({"type": "finish"})
+        return answer["ranks"]
+
+    silo = silo_file(folder, how, **settings)
+    (folder / "trainer.py").write_text(RANKS)
+    return play(folder, silo, scene)
+
+
+@pytest.mark.parametrize(
+    ("how", "settings"),
+    [("torchrun", {"torchrun": {"processes": 2}}), ("mpirun", {"mpirun": {"command": MPIEXEC, "ranks": 2}})],
+)
+def test_several_ranks_are_one_group(tmp_path: Path, how: str, settings: dict[str, Any]) -> None:
+    assert _ranks(tmp_path, how, **settings) == 2
+
+
+def test_several_ranks_of_a_slurm_job_on_several_nodes_are_one_group(tmp_path: Path, slurm: SlurmCluster) -> None:
+    assert _ranks(tmp_path, "slurm", slurm={"options": ["--nodes=2", "--ntasks=2"]}) == 2
+
+
 def _cancel(slurm: SlurmCluster) -> None:
     slurm.run("scancel", *slurm.jobs())
 
