@@ -15,6 +15,7 @@ The tree, with the exit code of the command line for each:
       PolicyError                 7   the silo's own policy forbids what was asked
       FederationError             8   the federation cannot go on (quorum lost, no silo left)
       TrainerError                9   a trainer process failed
+        TrainerLost               9   it was killed, or its job was cancelled, preempted or out of time
       StorageError               10   a disk is full, or a file cannot be written or is damaged
       LaunchError                11   a process, an MPI world or a port cannot be had
       RunAborted                 12   the run was ended for good by `gptfl abort`
@@ -43,6 +44,7 @@ __all__ = [
     "StageFailed",
     "StorageError",
     "TrainerError",
+    "TrainerLost",
 ]
 
 
@@ -107,6 +109,10 @@ class FederationError(GptflError):
 
 class TrainerError(GptflError):
     exit_code = 9
+
+
+class TrainerLost(TrainerError):
+    pass
 
 
 class StorageError(GptflError):

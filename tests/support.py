@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -35,7 +36,9 @@ def wait_for(found: Callable[[], _T], seconds: float = 60.0) -> _T:
 class Command:
     """A command in a process group of its own, and all processes that came of it."""
 
-    def __init__(self, command: Sequence[str], folder: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, command: Sequence[str], folder: Path, environment: dict[str, str], cwd: Path | None = None
+    ) -> None:
         self._mark = f"{_MARK}={uuid.uuid4().hex}"
         name, _, value = self._mark.partition("=")
         self._files = folder / f"{value}.out", folder / f"{value}.err"
@@ -45,6 +48,7 @@ class Command:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
+                cwd=cwd,
                 env={**os.environ, **environment, name: value},
                 process_group=0,
             )
@@ -105,6 +109,12 @@ class Commands:
         self._started.append(command)
         return command
 
+    def script(self, *command: str | Path, cwd: Path, **environment: str) -> Command:
+        """Starts another program than `gptfl`, in a folder."""
+        started = Command(list(map(str, command)), self._folder, environment, cwd)
+        self._started.append(started)
+        return started
+
     def mpi(self, ranks: int, *arguments: str | Path) -> Command:
         """Starts `mpiexec -n RANKS gptfl ARGUMENTS`."""
         return self.start(*arguments, launcher=(MPIEXEC, "-n", str(ranks)))
@@ -118,6 +128,13 @@ class Commands:
     def kill(self) -> None:
         for command in self._started:
             command.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 RULES = {"rounds": 3, "cohort": "all", "quorum": "all", "deadline": "120s", "join_deadline": "120s"}

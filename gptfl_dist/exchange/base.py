@@ -97,12 +97,13 @@ class OrderFailed:
 
 @dataclass(frozen=True, slots=True)
 class SiloProgress:
-    """How far a silo's training is."""
+    """How far a silo's training is, or what it waits for."""
 
     silo: str
     nonce: str
     done: int
     total: int
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +171,8 @@ class SiloExchange(Protocol):
     async def report(self, report: Report) -> None:
         """Answers an evaluation."""
 
-    async def progress(self, nonce: str, done: int, total: int) -> None:
-        """Tells how far the training is."""
+    async def progress(self, nonce: str, done: int, total: int, note: str = "") -> None:
+        """Tells how far the training is, or in words what it waits for."""
 
     async def fail(self, nonce: str, reason: str) -> None:
         """Tells that an order cannot be carried out."""

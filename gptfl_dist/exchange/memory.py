@@ -269,9 +269,9 @@ class MemoryCoordinatorExchange:
             if awaited:
                 self.events.put_nowait(Answered(silo, report.nonce))
 
-    def note_progress(self, silo: str, nonce: str, done: int, total: int) -> None:
+    def note_progress(self, silo: str, nonce: str, done: int, total: int, note: str) -> None:
         if self._inbox.awaits(silo, nonce):
-            self.events.put_nowait(SiloProgress(silo, nonce, done, total))
+            self.events.put_nowait(SiloProgress(silo, nonce, done, total, note))
 
     def give_up(self, silo: str, nonce: str, reason: str) -> None:
         """Tells that an order failed, once. What a silo says of orders that are not open changes nothing."""
@@ -331,8 +331,8 @@ class MemorySiloExchange:
         await self._reach("report", report.nonce)
         self._open[0].answer(self._silo, report)
 
-    async def progress(self, nonce: str, done: int, total: int) -> None:
-        self._open[0].note_progress(self._silo, nonce, done, total)
+    async def progress(self, nonce: str, done: int, total: int, note: str = "") -> None:
+        self._open[0].note_progress(self._silo, nonce, done, total, note)
 
     async def fail(self, nonce: str, reason: str) -> None:
         self._open[0].give_up(self._silo, nonce, reason)

@@ -80,9 +80,9 @@ class Terminal:
     def heard(self, silo: str) -> None:
         self._live.heard(silo)
 
-    def silo_progress(self, silo: str, done: int, total: int) -> None:
+    def silo_progress(self, silo: str, done: int, total: int, note: str) -> None:
         self.table.working(silo, done, total)
-        self._live.progress(silo, done, total)
+        self._live.progress(silo, done, total, note)
 
     def silo_done(self, silo: str) -> None:
         self.table.silo_done(silo)

@@ -84,8 +84,8 @@ class Watcher(Protocol):
     def heard(self, silo: str) -> None:
         """A silo gave a sign of life."""
 
-    def silo_progress(self, silo: str, done: int, total: int) -> None:
-        """How many batches of its local training a silo has behind it."""
+    def silo_progress(self, silo: str, done: int, total: int, note: str) -> None:
+        """How many batches of its local training a silo has behind it; `note` says what it waits for."""
 
     def silo_done(self, silo: str) -> None:
         """Of this silo no more progress is to be expected: it delivered, failed, was recalled or left."""
@@ -478,7 +478,7 @@ class Federator:
 
     def _answer(self, arm: ArmRun, order: Order, event: Answered | OrderFailed | SiloProgress) -> list[machine.Event]:
         if isinstance(event, SiloProgress):
-            self._watcher.silo_progress(event.silo, event.done, event.total)
+            self._watcher.silo_progress(event.silo, event.done, event.total, event.note)
             return []
         self._watcher.silo_done(event.silo)
         if isinstance(event, Answered):

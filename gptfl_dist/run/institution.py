@@ -12,6 +12,7 @@ from gptfl_dist.config.load import load_federation, load_silo
 from gptfl_dist.errors import ConfigError, IdentityError, StorageError
 from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
 from gptfl_dist.exchange.inbox import Inbox
+from gptfl_dist.launch.start import open_trainer
 from gptfl_dist.observe.logs import configure
 from gptfl_dist.observe.summary import Summary
 from gptfl_dist.run.addresses import try_listening
@@ -85,7 +86,7 @@ async def run_silo(
     configure(folder / "agent.jsonl", shown=logging.INFO)  # all that the silo's operator sees of it
     address = coordinator if coordinator is not None else side.address if side is not None else ""
     exchange = GrpcSiloExchange(address=address, credentials=credentials, keepalive=_KEEPALIVE)
-    runner = ProcessRunner(silo, path.parent, folder / "trainer.log")
+    runner = ProcessRunner(silo, path.parent, await open_trainer(silo, path.parent, folder))
     return await Silo(silo=silo, exchange=exchange, runner=runner, folder=folder).run()
 
 

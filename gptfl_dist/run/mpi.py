@@ -15,6 +15,7 @@ from gptfl_dist.config.load import load_federation, load_silo
 from gptfl_dist.errors import GptflError, Interrupted, LaunchError
 from gptfl_dist.exchange.base import CoordinatorExchange
 from gptfl_dist.exchange.inbox import Inbox
+from gptfl_dist.launch.start import open_trainer
 from gptfl_dist.observe.summary import Summary
 from gptfl_dist.run.coordinator import coordinate, silo_files
 from gptfl_dist.run.folder import PRIVATE, make_folder, open_run_folder
@@ -135,7 +136,12 @@ async def _run_rank(path: Path, world: MPI.Comm, say: Callable[[str], None]) -> 
     require_data(silo)
     make_folder(folder, PRIVATE)
     exchange = MpiSiloExchange(world=world, folder=folder)
-    runner = ProcessRunner(silo, silo_path.parent, folder / "trainer.log")
+    if silo.launch.how != "child":
+        raise LaunchError(
+            f"{silo_path}: launch.how is {silo.launch.how}, but under an MPI launcher each silo is a rank of its own",
+            hint="leave launch.how at child, or start the federation without an MPI launcher: gptfl run FILE",
+        )
+    runner = ProcessRunner(silo, silo_path.parent, await open_trainer(silo, silo_path.parent, folder))
     if await exchange.invited():
         await Silo(silo=silo, exchange=exchange, runner=runner, folder=folder).run()
     return None

@@ -283,7 +283,7 @@ class MpiSiloExchange:
         message = {"nonce": report.nonce, "samples": report.samples, "metrics": dict(report.metrics)}
         await _say(self._world, 0, {"type": "report", "report": message})
 
-    async def progress(self, nonce: str, done: int, total: int) -> None:
+    async def progress(self, nonce: str, done: int, total: int, note: str = "") -> None:
         await _say(self._world, 0, {"type": "progress", "nonce": nonce, "done": done, "total": total})
 
     async def fail(self, nonce: str, reason: str) -> None:

@@ -222,8 +222,8 @@ class GrpcSiloExchange:
     async def report(self, report: Report) -> None:
         await self._say(pb.FromSilo(report=convert.report_to_message(report)))
 
-    async def progress(self, nonce: str, done: int, total: int) -> None:
-        await self._say(pb.FromSilo(progress=pb.Progress(nonce=nonce, done=done, total=total)))
+    async def progress(self, nonce: str, done: int, total: int, note: str = "") -> None:
+        await self._say(pb.FromSilo(progress=pb.Progress(nonce=nonce, done=done, total=total, note=note)))
 
     async def fail(self, nonce: str, reason: str) -> None:
         await self._say(pb.FromSilo(failure=pb.Failure(nonce=nonce, reason=reason)))

@@ -235,7 +235,8 @@ class GrpcCoordinatorExchange:
             self.events.put_nowait(SiloJoined(silo))
         elif kind == "progress" and self._inbox.awaits(silo, message.progress.nonce):
             progress = message.progress
-            self.events.put_nowait(SiloProgress(silo, progress.nonce, progress.done, progress.total))
+            note = convert.legible(progress.note)
+            self.events.put_nowait(SiloProgress(silo, progress.nonce, progress.done, progress.total, note))
         elif kind == "failure":
             self._fail(silo, message.failure.nonce, message.failure.reason)
         elif kind == "report":
