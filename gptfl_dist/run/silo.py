@@ -72,7 +72,12 @@ def require_data(silo: SiloFile) -> None:
 
 
 class OrderRunner(Protocol):
-    """Carries out orders: a trainer process, or the trainer in this very process."""
+    """Carries out orders: a trainer process, or the trainer in this very process.
+
+    `keeps_updates`: an update is not written but kept, for an exchange that sums it. The silo then only reports.
+    """
+
+    keeps_updates: bool
 
     async def setup(self, plan: Plan) -> Layout:
         """Builds model and data; returns the model's layout."""
@@ -92,6 +97,8 @@ class ProcessRunner:
 
     One that was killed, as the kernel does for want of memory, is given a second try in each order.
     """
+
+    keeps_updates = False
 
     def __init__(self, silo: SiloFile, folder: Path, log: Path) -> None:
         """`folder` is where the silo file lies; the trainer's output goes to `log`."""
@@ -362,7 +369,7 @@ class Silo:
         if unusable:
             raise TrainerError(f"the metrics {', '.join(unusable)} are not finite")
         report = Report(order.nonce, result.samples, metrics)
-        if order.kind == "evaluate":
+        if order.kind == "evaluate" or self._runner.keeps_updates:
             await self._exchange.report(report)
             self._pause = FIRST_PAUSE
             return True
