@@ -1,9 +1,9 @@
 """The collective operations over MPI, by mpi4py's typed buffers.
 
-MPI moves data only while somebody calls it. An operation under way is tested again and again, at first without pause,
-for its partners have been told to start theirs: segments then flow as fast as in a blocking call. What takes longer
-than that waits for somebody, and the tests come with growing pauses. Blocking calls would not do: a signal handler does
-not run inside them, and an idle rank of MPICH burns a core.
+MPI moves data only while somebody calls it. An operation under way is tested again and again, at first almost without
+pause, for its partners have been told to start theirs: parts then flow faster than in one blocking call. What takes
+longer than that waits for somebody, and the tests come with growing pauses. Blocking calls would not do: a signal
+handler does not run inside them, and an idle rank of MPICH burns a core.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from mpi4py import MPI
 from gptfl_dist.exchange.collective.base import Buffer, Message, decode, encode
 
 _CONTROL, _DATA = 1, 2  # message tags
-_BUSY = 0.2  # seconds after an operation's start or the last completed one for which the next is tested without pause
-_TURN = 0.001  # seconds of such tests before the event loop gets its turn
+_BUSY = 0.2  # seconds of almost no pause after an operation was started or completed
+_TURN = 0.002  # seconds of such tests before the event loop gets its turn
+_EAGER = 20  # tests that only yield the core; then naps, or the partners on this core would get too little of it
+_NAP = 2e-5  # seconds
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.02  # seconds between two tests after that
 _PATIENCE = 0.1  # a wait for a message is looked after once in this part of the time that it has taken
 
@@ -95,12 +97,15 @@ class MpiCollective:
 
     def _tested(self, request: MPI.Request) -> bool:
         """Tests an operation for a turn, or once where it waits for somebody."""
-        turn = time.monotonic() + _TURN
+        turn, tests = time.monotonic() + _TURN, 0
         while not request.Test():
-            now = time.monotonic()
+            now, tests = time.monotonic(), tests + 1
             if now > turn or now - self._active > _BUSY:
                 return False
-            os.sched_yield()  # the partner may need this very core
+            if tests < _EAGER:
+                os.sched_yield()
+            else:
+                time.sleep(_NAP)
         return True
 
     def _check(self) -> None:
