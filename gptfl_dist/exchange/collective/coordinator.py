@@ -26,7 +26,7 @@ from gptfl_dist.exchange.base import (
 )
 from gptfl_dist.exchange.collective.base import DEPTH, SEGMENT, Collective, Message, completed, pipelined
 from gptfl_dist.exchange.collective.reduction import ReducedUpdate, unreducible
-from gptfl_dist.exchange.inbox import Inbox, Refused
+from gptfl_dist.exchange.inbox import Inbox, Refused, Spool
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.weights import Layout, WeightsFile
 
@@ -47,7 +47,7 @@ class CollectiveCoordinatorExchange:
         self._published: set[str] = set()
         self._listener: asyncio.Task[None] | None = None
         self._parts = [memoryview(bytearray(SEGMENT)) for _ in range(DEPTH)]  # of broadcasts
-        self._updates = [memoryview(bytearray(SEGMENT)) for _ in range(DEPTH)]  # of an update that arrives
+        self._updates = [memoryview(bytearray(SEGMENT)) for _ in range(DEPTH + 1)]  # of an update that arrives
 
     async def open(self, welcome: Welcome) -> None:
         message: Message = {
@@ -157,9 +157,7 @@ class CollectiveCoordinatorExchange:
                 ticket = spool.claim()
                 # From here on all of it is taken, wanted or not: what is left lying would be taken for the next one.
                 await self._collective.say(rank, {"type": "send", "offset": offset})
-                async for start, part in pipelined(self._arrivals(rank, offset, header.size)):
-                    spool.write(ticket, start, part)
-                    self.traffic.up += len(part)
+                await self._fill(spool, ticket, rank, offset)
                 await asyncio.to_thread(self._inbox.finish, silo, nonce)
         except Refused as refusal:
             self._fail(silo, nonce, f"refused: {refusal}")
@@ -168,9 +166,22 @@ class CollectiveCoordinatorExchange:
             self.events.put_nowait(Answered(silo, nonce))
             await self._collective.say(rank, {"type": "receipt", "committed": True, "reason": ""})
 
+    async def _fill(self, spool: Spool, ticket: int, rank: int, offset: int) -> None:
+        """Receives an update. Threads write and hash a part, which takes as long as to receive it, beside the next."""
+        writing: asyncio.Future[None] | None = None
+        try:
+            async for start, part in pipelined(self._arrivals(rank, offset, spool.size)):
+                if writing is not None:
+                    await writing
+                writing = asyncio.ensure_future(asyncio.to_thread(spool.write, ticket, start, part))
+                self.traffic.up += len(part)
+        finally:
+            if writing is not None:
+                await writing
+
     def _arrivals(self, rank: int, offset: int, size: int) -> Iterator[tuple[Awaitable[None], tuple[int, memoryview]]]:
         for number, start in enumerate(range(offset, size, SEGMENT)):
-            part = self._updates[number % DEPTH][: min(SEGMENT, size - start)]
+            part = self._updates[number % len(self._updates)][: min(SEGMENT, size - start)]
             yield self._collective.receive(part, rank), (start, part)
 
     def _fail(self, silo: str, nonce: str, reason: str) -> None:
