@@ -20,6 +20,7 @@ The tree, with the exit code of the command line for each:
       LaunchError                11   a process, an MPI world or a port cannot be had
       RunAborted                 12   the run was ended for good by `gptfl abort`
     Interrupted                 130   Ctrl-C or SIGTERM: stopped cleanly, the same command goes on
+      Requeue                    75   the same by SIGUSR1, under mpiexec and torchrun also by SIGTERM
 
 `Interrupted` stands apart so that no `except GptflError` swallows it.
 """
@@ -39,6 +40,7 @@ __all__ = [
     "ModelError",
     "PolicyError",
     "ProtocolError",
+    "Requeue",
     "RunAborted",
     "SiloFailed",
     "StageFailed",
@@ -131,6 +133,12 @@ class Interrupted(BaseException):
     """Ctrl-C or SIGTERM arrived; everything was put away and the same command goes on from there."""
 
     exit_code = 130
+
+
+class Requeue(Interrupted):
+    """A scheduler ends the job before its time: queued again, it goes on from there."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:

@@ -22,6 +22,8 @@ _T = TypeVar("_T")
 _MARK = "GPTFL_TEST_MARK"
 GPTFL = (sys.executable, "-m", "gptfl_dist")
 MPIEXEC = str(Path(sys.executable).with_name("mpiexec"))
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
 def wait_for(found: Callable[[], _T], seconds: float = 60.0) -> _T:
@@ -118,6 +120,13 @@ class Commands:
     def mpi(self, ranks: int, *arguments: str | Path) -> Command:
         """Starts `mpiexec -n RANKS gptfl ARGUMENTS`."""
         return self.start(*arguments, launcher=(MPIEXEC, "-n", str(ranks)))
+
+    def torch(self, ranks: int, *arguments: str | Path) -> Command:
+        """Starts `torchrun --nproc-per-node RANKS -m gptfl_dist ARGUMENTS`."""
+        launcher = (*TORCHRUN, "--nproc-per-node", str(ranks), "-m", "gptfl_dist")
+        command = Command([*launcher, *map(str, arguments)], self._folder, {})
+        self._started.append(command)
+        return command
 
     def run(self, *arguments: str | Path) -> Command:
         """Starts a command, waits for its end and expects it to go well."""

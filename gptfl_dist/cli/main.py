@@ -17,6 +17,7 @@ from gptfl_dist import __version__
 from gptfl_dist.cli import operate
 from gptfl_dist.cli.options import FederationPath, Format, FormatOption
 from gptfl_dist.errors import ConfigError, GptflError, Interrupted
+from gptfl_dist.run.launcher import Wire, choose
 
 if TYPE_CHECKING:
     from gptfl_dist.observe.summary import Summary
@@ -42,12 +43,6 @@ app = typer.Typer(
     Results and progress: summary.json, report.html and logs in the run folder. Exit codes: docs/reference.md.
     """,
 )
-
-
-class Wire(StrEnum):
-    auto = "auto"
-    grpc = "grpc"
-    mpi = "mpi"
 
 
 QuietOption = Annotated[bool, typer.Option(hidden=True, help="for a process of ours that waits for the result")]
@@ -79,7 +74,7 @@ def demo(
     """
     from gptfl_dist.run.demo import prepare
 
-    _over_mpi(Wire.grpc)
+    choose(Wire.grpc)
     path = prepare(folder, silos=silos, rounds=rounds, seed=seed, fresh=fresh)
     _run(path, Wire.grpc, fresh, format_)
 
@@ -87,7 +82,7 @@ def demo(
 @app.command()
 def run(
     file: FederationPath,
-    exchange: Annotated[Wire, typer.Option(help="auto takes MPI under mpiexec, else gRPC")] = Wire.auto,
+    exchange: Annotated[Wire, typer.Option(help="auto: as the launcher says, else grpc")] = Wire.auto,
     fresh: FreshOption = False,
     format_: FormatOption = Format.text,
 ) -> None:
@@ -96,6 +91,7 @@ def run(
     \b
     gptfl run federation.yaml                 silos as processes on this machine, gRPC with mutual TLS
     mpiexec -n 5 gptfl run federation.yaml    rank 0 coordinates four silos
+    torchrun --nproc-per-node 5 -m gptfl_dist run federation.yaml
     """
     _run(file, exchange, fresh, format_)
 
@@ -338,7 +334,7 @@ def main() -> NoReturn:
         _complain(error)
     except Interrupted as stop:
         _say(str(stop))
-        sys.exit(Interrupted.exit_code)
+        sys.exit(stop.exit_code)
     finally:
         ignore_stops()
     sys.exit(0)
@@ -357,30 +353,21 @@ def _say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def _over_mpi(wire: Wire) -> bool:
-    """Whether this process is one rank of many. Raises ConfigError where a launcher started several and must not."""
-    from gptfl_dist.run.mpi import launched
-
-    launcher = launched()
-    if wire is Wire.grpc and launcher is not None and launcher[2] > 0:
-        raise ConfigError("--exchange grpc under an MPI launcher would start every process several times")
-    return wire is Wire.mpi or (wire is Wire.auto and launcher is not None)
-
-
 def _run(file: Path, wire: Wire, fresh: bool, format_: Format) -> None:
+    choice = choose(wire)
     summary: Summary | None
-    if _over_mpi(wire):
-        from gptfl_dist.run.mpi import run_world
-
-        summary = run_world(file, fresh, _say)
-    else:
+    if choice.wire is Wire.grpc:
         from gptfl_dist.run.folder import open_run_folder
         from gptfl_dist.run.local import run_locally
         from gptfl_dist.run.signals import run_until_done
 
         open_run_folder(file, fresh)
-        _say("exchange: gRPC with mutual TLS (no MPI launcher started this process)")
+        _say(f"exchange: gRPC with mutual TLS ({choice.why})")
         summary = run_until_done(run_locally(file, _say))
+    else:
+        from gptfl_dist.run.collective import run_world
+
+        summary = run_world(file, choice, fresh, _say)
     if summary is not None:  # which rank 0 alone has
         _show(summary, file, format_)
 

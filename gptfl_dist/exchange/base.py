@@ -11,11 +11,11 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from gptfl_dist.config.plan import Plan
 from gptfl_dist.federation.orders import Order, Report
-from gptfl_dist.weights import Layout, WeightsFile
+from gptfl_dist.weights import FlatReader, Layout, WeightsFile
 
 PROTOCOL_VERSION = 1
 
@@ -145,6 +145,14 @@ class CoordinatorExchange(Protocol):
 
     async def close(self, goodbye: Goodbye) -> None:
         """Says goodbye to every silo and ends the wire."""
+
+
+@runtime_checkable
+class Reducing(Protocol):
+    """A coordinator's end that sums updates on their way. Silos then report, and their updates are never here."""
+
+    async def reduce(self, silos: tuple[str, ...]) -> FlatReader:
+        """The sum of the updates of these silos, each times its samples; of integers the largest increase."""
 
 
 class SiloExchange(Protocol):

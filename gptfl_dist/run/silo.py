@@ -72,8 +72,23 @@ def require_data(silo: SiloFile) -> None:
         )
 
 
+def require_layout(expected: Layout, built: Layout) -> None:
+    """Raises ModelError where the model that was built here has another layout than the federation's."""
+    difference = expected.difference(built)
+    if difference:
+        raise ModelError(
+            f"the model built here is not the federation's: {difference}",
+            hint="use the coordinator's model definition and release",
+        )
+
+
 class OrderRunner(Protocol):
-    """Carries out orders: a trainer process, or the trainer in this very process."""
+    """Carries out orders: a trainer process, or the trainer in this very process.
+
+    `keeps_updates`: an update is not written but kept, for an exchange that sums it. The silo then only reports.
+    """
+
+    keeps_updates: bool
 
     async def setup(self, run: str, plan: Plan, layout: Layout) -> None:
         """Builds model and data; raises ModelError where the model's layout is another.
@@ -96,6 +111,8 @@ class ProcessRunner:
 
     One that was lost, as when the kernel kills it for want of memory, is given other tries in each order.
     """
+
+    keeps_updates = False
 
     def __init__(self, silo: SiloFile, folder: Path, trainer: TrainerLine) -> None:
         """`folder` is where the silo file lies."""
@@ -155,13 +172,11 @@ class ProcessRunner:
             "folder": str(self._folder),
         }
         built = Layout.from_json((await self._trainer.ask(message, "ready", progress))["layout"])
-        difference = self._layout.difference(built)
-        if difference:
+        try:
+            require_layout(self._layout, built)
+        except ModelError:
             await self._trainer.stop()
-            raise ModelError(
-                f"the model built here is not the federation's: {difference}",
-                hint="use the coordinator's model definition and release",
-            )
+            raise
 
     async def finish(self) -> None:
         await self._trainer.finish({"type": "finish"})
@@ -366,7 +381,7 @@ class Silo:
         if unusable:
             raise TrainerError(f"the metrics {', '.join(unusable)} are not finite")
         report = Report(order.nonce, result.samples, metrics)
-        if order.kind == "evaluate":
+        if order.kind == "evaluate" or self._runner.keeps_updates:
             await self._exchange.report(report)
             self._pause = FIRST_PAUSE
             return True

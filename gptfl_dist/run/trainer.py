@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from gptfl_dist.config.federation import Model
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.config.silo import SiloFile
@@ -63,7 +65,7 @@ class Trainer:
         seed = derive_seed(plan.seed, "validation", silo.name)
         self._training, self._validation = split(data, silo.data.validation_share, seed)
         model = build_model(_model_of(plan, silo), plan.task, len(plan.labels), plan.seed)
-        self._flat = FlatModel(model.to(self._device))
+        self.flat = FlatModel(model.to(self._device))
         _log.info(
             "%s: device %s, %d samples to train on, %d to validate, %s parameters",
             *(silo.name, self._device, self.samples, len(self._validation), f"{self.layout.parameters:,}"),
@@ -71,7 +73,7 @@ class Trainer:
 
     @property
     def layout(self) -> Layout:
-        return self._flat.layout
+        return self.flat.layout
 
     @property
     def samples(self) -> int:
@@ -91,13 +93,13 @@ class Trainer:
         *,
         round_: int,
         settings: LocalTraining,
-        weights: Path,
-        update: Path,
+        weights: Path | torch.Tensor,
+        update: Path | None,
         progress: Callable[[int, int], None],
     ) -> Trained:
         """Evaluates the received weights on the validation part, trains, and writes the update.
 
-        Seeded by (run seed, round, silo).
+        Seeded by (run seed, round, silo). Without `update` nothing is written: `flat` holds what was trained.
         """
         _log.info(
             "round %d: %d epochs on %d samples, threads %d", round_, settings.epochs, self.samples, settings.threads
@@ -105,7 +107,7 @@ class Trainer:
         received = self.evaluate(weights, settings.threads)
         seed = derive_seed(self._plan.seed, "train", round_, self._name)
         metrics = self._train(
-            self._flat.model,
+            self.flat.model,
             self._training,
             settings,
             self._plan.task,
@@ -119,21 +121,27 @@ class Trainer:
                 hint='return for example {"train_loss": 0.3}',
             )
         self._check_bound()
-        digest = self._flat.save_update(weights, update)
+        digest = ""
+        if update is not None:
+            assert isinstance(weights, Path)
+            digest = self.flat.save_update(weights, update)
         told = {name: float(value) for name, value in metrics.items()}
         return Trained(digest, self.samples, {**told, **received.metrics})
 
-    def evaluate(self, weights: Path, threads: int = 1) -> Trained:
-        """Loads weights and evaluates them on the validation part. The digest is empty."""
+    def evaluate(self, weights: Path | torch.Tensor, threads: int = 1) -> Trained:
+        """Loads weights from a file or a flat buffer, evaluates them on the validation part. The digest is empty."""
         deterministic(0, threads)
         self._check_bound()
-        self._flat.load(weights)
-        result = evaluate(self._flat.model, self._validation, self._plan.task, device=self._device)
+        if isinstance(weights, Path):
+            self.flat.load(weights)
+        else:
+            self.flat.take(weights)
+        result = evaluate(self.flat.model, self._validation, self._plan.task, device=self._device)
         return Trained("", self.samples, {"accuracy": result.accuracy, "loss": result.loss})
 
     def _check_bound(self) -> None:
         """Weights loaded into a model whose tensors were replaced would not reach it; its update would be zero."""
-        if not self._flat.bound:
+        if not self.flat.bound:
             raise TrainerError(
                 "the training function replaced the model's tensors, so that what it trained cannot be handed over",
                 hint="change them in place (an optimiser's step, load_state_dict, copy_), and train on the device that "

@@ -27,6 +27,8 @@ class ScriptedTrainer:
     `script(order)` returns the update as a flat buffer (b"" for an evaluation) and the metrics, or raises TrainerError.
     """
 
+    keeps_updates = False
+
     def __init__(
         self, layout: Layout, samples: int, script: Callable[[Order], tuple[bytes, Mapping[str, float]]]
     ) -> None:
