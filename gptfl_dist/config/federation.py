@@ -324,6 +324,12 @@ class Exchange(Section):
         return self
 
 
+class Collective(Section):
+    """How the ranks of an MPI world deal with each other; there `exchange` names nothing but the certificates."""
+
+    trust: Literal["plain", "tls"] = "plain"
+
+
 class Compression(Section):
     """How updates (up) and weights (down) are encoded on their way; `top_share` and `error_feedback` are of updates."""
 
@@ -360,6 +366,7 @@ class FederationFile(Section):
     federation: Federation = Federation()
     strategy: Strategy = Strategy()
     exchange: Exchange = Exchange()
+    collective: Collective = Collective()
     compression: Compression = Compression()
     test_data: Path | None = None
     silos: list[SiloEntry] = Field(min_length=1)

@@ -12,17 +12,23 @@ from typing import TYPE_CHECKING, NoReturn
 
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import load_federation, load_silo
+from gptfl_dist.config.silo import SiloFile
 from gptfl_dist.errors import GptflError, Interrupted, LaunchError
 from gptfl_dist.exchange.base import CoordinatorExchange
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.observe.summary import Summary
 from gptfl_dist.run.coordinator import coordinate, silo_files
+from gptfl_dist.run.credentials import coordinator_credentials, silo_credentials
 from gptfl_dist.run.folder import PRIVATE, make_folder, open_run_folder
 from gptfl_dist.run.signals import run_until_done
 from gptfl_dist.run.silo import ProcessRunner, Silo, require_data
+from gptfl_dist.security.identity import Identity
+from gptfl_dist.security.session import Session
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+    from gptfl_dist.exchange.collective.wire import Wire
 
 _LAUNCHERS = {
     "PMI_SIZE": "PMI_RANK",
@@ -113,19 +119,22 @@ async def _run_rank(path: Path, world: MPI.Comm, say: Callable[[str], None]) -> 
     files = silo_files(file)
     rank = world.Get_rank()
     if rank == 0:
+        # Before hours of synthesis, so that no rank is found to be the wrong one after them.
+        wire = await _wire_to_silos(path, file, tuple(files), world)
         federated = False
 
         def make_exchange(file: FederationFile, inbox: Inbox) -> CoordinatorExchange:
-            return MpiCoordinatorExchange(world=world, silos=tuple(files), inbox=inbox)
+            return MpiCoordinatorExchange(wire=wire, silos=tuple(files), inbox=inbox)
 
         async def opened(exchange: CoordinatorExchange, fail: Callable[[BaseException], None]) -> None:
             nonlocal federated
             federated = True
-            say(f"{len(files)} silos as ranks 1 to {len(files)} over MPI")
+            secured = ", TLS 1.3 with each of them" if file.collective.trust == "tls" else ""
+            say(f"{len(files)} silos as ranks 1 to {len(files)} over MPI{secured}")
 
         summary = await coordinate(path, make_exchange=make_exchange, opened=opened, say=say)
         if not federated:  # the run was finished before, or none of its arms needs the silos
-            await dismiss(world)
+            await dismiss(wire, len(files))
         return summary
     name, silo_path = list(files.items())[rank - 1]
     folder = file.run_folder / "silos" / name
@@ -134,8 +143,38 @@ async def _run_rank(path: Path, world: MPI.Comm, say: Callable[[str], None]) -> 
         raise LaunchError(f"{silo_path}: name is {silo.name}, {path} expects {name}")
     require_data(silo)
     make_folder(folder, PRIVATE)
-    exchange = MpiSiloExchange(world=world, folder=folder)
+    exchange = MpiSiloExchange(wire=await _wire_to_coordinator(file, silo_path, silo, world), folder=folder)
     runner = ProcessRunner(silo, silo_path.parent, folder / "trainer.log")
     if await exchange.invited():
         await Silo(silo=silo, exchange=exchange, runner=runner, folder=folder).run()
     return None
+
+
+async def _wire_to_silos(path: Path, file: FederationFile, silos: tuple[str, ...], world: MPI.Comm) -> Wire:
+    """Rank 0's end of the wire, of the trust level that the file asks for. Raises IdentityError."""
+    from gptfl_dist.exchange.collective.wire import PlainWire
+
+    if file.collective.trust == "plain":
+        return PlainWire(world)
+    from gptfl_dist.exchange.collective.tls import TlsWire
+
+    credentials = coordinator_credentials(path, file.exchange)
+    peers = {rank: Identity(file.name, "silo", silo) for rank, silo in enumerate(silos, start=1)}
+    wire = TlsWire(world, {rank: Session(credentials, peer, f"rank {rank}") for rank, peer in peers.items()})
+    await wire.shake_hands()
+    return wire
+
+
+async def _wire_to_coordinator(file: FederationFile, path: Path, silo: SiloFile, world: MPI.Comm) -> Wire:
+    """A silo's end of the wire; `path` is its silo file's. Raises IdentityError."""
+    from gptfl_dist.exchange.collective.wire import PlainWire
+
+    if file.collective.trust == "plain":
+        return PlainWire(world)
+    from gptfl_dist.exchange.collective.tls import TlsWire
+
+    credentials, own = silo_credentials(path, silo)
+    peer = Identity(own.federation, "coordinator", "coordinator")
+    wire = TlsWire(world, {0: Session(credentials, peer, "rank 0")})
+    await wire.shake_hands()
+    return wire

@@ -1,20 +1,15 @@
 """The exchange over MPI: weights by broadcast, updates by typed messages into the inbox, control messages as JSON.
 
-Nothing blocks inside MPI: every operation is started and then tested with growing pauses, so a waiting rank leaves
-its core to others and a signal is handled at once. Updates arrive whole at rank 0 and are aggregated by the same code
-as over gRPC, so the weights are the same bit for bit.
+What passes goes over a `Wire` (wire.py), plain or through TLS. Updates arrive whole at rank 0 and are aggregated by the
+same code as over gRPC, so the weights are the same bit for bit.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from mpi4py import MPI
 
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.errors import ProtocolError
@@ -32,65 +27,34 @@ from gptfl_dist.exchange.base import (
     UpdateHeader,
     Welcome,
 )
+from gptfl_dist.exchange.collective.wire import SEGMENT, Message, Wire
 from gptfl_dist.exchange.inbox import Inbox, Refused
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.files import storage_error
 from gptfl_dist.weights import Codec, Layout, WeightsFile
 from gptfl_dist.weights.file import header_of
 
-_CONTROL, _DATA = 1, 2  # message tags
-_SEGMENT = 4 << 20  # bytes of one broadcast or message
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0001, 0.02  # seconds between two tests
 
-Message = dict[str, Any]
-
-
-async def _complete(request: MPI.Request) -> None:
-    """Waits for an operation without holding the core."""
-    pause = _SHORTEST_PAUSE
-    while not request.Test():
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
-
-
-async def _say(world: MPI.Comm, rank: int, message: Message) -> None:
-    await _complete(world.Isend(json.dumps(message).encode(), rank, _CONTROL))
-
-
-async def _hear(world: MPI.Comm, rank: int) -> tuple[int, Message]:
-    """The next control message from `rank` (or MPI.ANY_SOURCE), and who sent it."""
-    status = MPI.Status()
-    pause = _SHORTEST_PAUSE
-    while not world.Iprobe(rank, _CONTROL, status):
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
-    sender = status.Get_source()
-    buffer = bytearray(status.Get_count(MPI.BYTE))
-    world.Recv(buffer, sender, _CONTROL)
-    return sender, json.loads(buffer)
-
-
-async def dismiss(world: MPI.Comm) -> None:
+async def dismiss(wire: Wire, silos: int) -> None:
     """Tells every rank that there is nothing to federate, in place of a welcome."""
-    for rank in range(1, world.Get_size()):
-        await _say(world, rank, {"type": "goodbye"})
+    for rank in range(1, silos + 1):
+        await wire.say(rank, {"type": "goodbye"})
 
 
 class MpiCoordinatorExchange:
     """See `CoordinatorExchange`. Rank k is the k-th silo by name."""
 
-    transport = "mpi"
-
-    def __init__(self, *, world: MPI.Comm, silos: tuple[str, ...], inbox: Inbox) -> None:
+    def __init__(self, *, wire: Wire, silos: tuple[str, ...], inbox: Inbox) -> None:
         self.events: asyncio.Queue[ExchangeEvent] = asyncio.Queue()
         self.traffic = Traffic()
-        self._world = world
+        self.transport = wire.transport
+        self._wire = wire
         self._rank_of = {silo: rank for rank, silo in enumerate(sorted(silos), start=1)}
         self._silo_of = {rank: silo for silo, rank in self._rank_of.items()}
         self._inbox = inbox
         self._published: set[str] = set()
         self._listener: asyncio.Task[None] | None = None
-        self._segment = memoryview(bytearray(_SEGMENT))
+        self._segment = memoryview(bytearray(SEGMENT))
 
     async def open(self, welcome: Welcome) -> None:
         message: Message = {
@@ -112,11 +76,11 @@ class MpiCoordinatorExchange:
 
     async def _broadcast(self, digest: str, weights: WeightsFile) -> None:
         await self._tell_all({"type": "weights", "digest": digest})
-        buffer = memoryview(bytearray(_SEGMENT))
-        for offset in range(0, weights.nbytes, _SEGMENT):
-            part = buffer[: min(_SEGMENT, weights.nbytes - offset)]
+        buffer = memoryview(bytearray(SEGMENT))
+        for offset in range(0, weights.nbytes, SEGMENT):
+            part = buffer[: min(SEGMENT, weights.nbytes - offset)]
             weights.read_into(offset, part)
-            await _complete(self._world.Ibcast(part, root=0))
+            await self._wire.broadcast(part)
         self.traffic.down += weights.nbytes * len(self._rank_of)
 
     async def send(self, silo: str, order: Order) -> None:
@@ -132,10 +96,10 @@ class MpiCoordinatorExchange:
             "training": training,
             "follows": order.follows,
         }
-        await _say(self._world, self._rank_of[silo], message)
+        await self._wire.say(self._rank_of[silo], message)
 
     async def recall(self, silo: str, nonce: str, reason: str) -> None:
-        await _say(self._world, self._rank_of[silo], {"type": "recall", "nonce": nonce, "reason": reason})
+        await self._wire.say(self._rank_of[silo], {"type": "recall", "nonce": nonce, "reason": reason})
 
     def _ended(self, listener: asyncio.Task[None]) -> None:
         if not listener.cancelled() and (error := listener.exception()) is not None:
@@ -148,11 +112,11 @@ class MpiCoordinatorExchange:
 
     async def _tell_all(self, message: Message) -> None:
         for rank in self._silo_of:
-            await _say(self._world, rank, message)
+            await self._wire.say(rank, message)
 
     async def _listen(self) -> None:
         while True:
-            rank, message = await _hear(self._world, MPI.ANY_SOURCE)
+            rank, message = await self._wire.hear()
             silo, kind = self._silo_of[rank], message["type"]
             if kind == "ready":
                 self.events.put_nowait(SiloJoined(silo))
@@ -179,20 +143,20 @@ class MpiCoordinatorExchange:
                 spool = self._inbox.spool(silo, nonce)
                 ticket = spool.claim()
                 # From here on all of it is taken, wanted or not: what is left lying would be taken for the next one.
-                await _say(self._world, rank, {"type": "send", "offset": offset})
+                await self._wire.say(rank, {"type": "send", "offset": offset})
                 while offset < header.size:
-                    part = self._segment[: min(_SEGMENT, header.size - offset)]
-                    await _complete(self._world.Irecv(part, rank, _DATA))
+                    part = self._segment[: min(SEGMENT, header.size - offset)]
+                    await self._wire.receive(rank, part)
                     spool.write(ticket, offset, part)
                     offset += len(part)
                     self.traffic.up += len(part)
                 await asyncio.to_thread(self._inbox.finish, silo, nonce)
         except Refused as refusal:
             self._fail(silo, nonce, f"refused: {refusal}")
-            await _say(self._world, rank, {"type": "receipt", "committed": False, "reason": str(refusal)})
+            await self._wire.say(rank, {"type": "receipt", "committed": False, "reason": str(refusal)})
         else:
             self.events.put_nowait(Answered(silo, nonce))
-            await _say(self._world, rank, {"type": "receipt", "committed": True, "reason": ""})
+            await self._wire.say(rank, {"type": "receipt", "committed": True, "reason": ""})
 
     def _fail(self, silo: str, nonce: str, reason: str) -> None:
         if self._inbox.fail(silo, nonce):
@@ -202,8 +166,8 @@ class MpiCoordinatorExchange:
 class MpiSiloExchange:
     """See `SiloExchange`. The rank takes part in every broadcast, called on in that round or not."""
 
-    def __init__(self, *, world: MPI.Comm, folder: Path) -> None:
-        self._world = world
+    def __init__(self, *, wire: Wire, folder: Path) -> None:
+        self._wire = wire
         self._folder = folder
         self._words: asyncio.Queue[Order | Recalled | Goodbye] = asyncio.Queue()
         self._answers: asyncio.Queue[Message] = asyncio.Queue()
@@ -216,13 +180,13 @@ class MpiSiloExchange:
 
     async def invited(self) -> bool:
         """Waits for rank 0's first word, before `connect`. False where there is nothing to federate."""
-        _, self._first = await _hear(self._world, 0)
+        _, self._first = await self._wire.hear()
         return bool(self._first["type"] != "goodbye")
 
     async def connect(self) -> Welcome:
         message, self._first = self._first, None
         if message is None:
-            _, message = await _hear(self._world, 0)
+            _, message = await self._wire.hear()
         if message["type"] != "welcome":
             raise ProtocolError(f"rank 0 sent {message['type']!r}, expected a welcome")
         welcome = Welcome(message["run"], Plan.model_validate(message["plan"]), Layout.from_json(message["layout"]))
@@ -231,7 +195,7 @@ class MpiSiloExchange:
         return welcome
 
     async def ready(self) -> None:
-        await _say(self._world, 0, {"type": "ready"})
+        await self._wire.say(0, {"type": "ready"})
 
     async def receive(self) -> Order | Recalled | Goodbye:
         """The next word; raises what ended the listening."""
@@ -270,24 +234,24 @@ class MpiSiloExchange:
     async def _upload(self, message: Message, path: Path) -> Receipt:
         with WeightsFile(path) as update:
             async with self._uploading:
-                await _say(self._world, 0, message)
+                await self._wire.say(0, message)
                 answer = await self._answers.get()
                 if answer["type"] == "send":
-                    for offset in range(answer["offset"], update.nbytes, _SEGMENT):
-                        part = update.read(offset, min(_SEGMENT, update.nbytes - offset))
-                        await _complete(self._world.Isend(part, 0, _DATA))
+                    for offset in range(answer["offset"], update.nbytes, SEGMENT):
+                        part = update.read(offset, min(SEGMENT, update.nbytes - offset))
+                        await self._wire.send(0, memoryview(part))
                     answer = await self._answers.get()
         return Receipt(answer["committed"], answer["reason"])
 
     async def report(self, report: Report) -> None:
         message = {"nonce": report.nonce, "samples": report.samples, "metrics": dict(report.metrics)}
-        await _say(self._world, 0, {"type": "report", "report": message})
+        await self._wire.say(0, {"type": "report", "report": message})
 
     async def progress(self, nonce: str, done: int, total: int) -> None:
-        await _say(self._world, 0, {"type": "progress", "nonce": nonce, "done": done, "total": total})
+        await self._wire.say(0, {"type": "progress", "nonce": nonce, "done": done, "total": total})
 
     async def fail(self, nonce: str, reason: str) -> None:
-        await _say(self._world, 0, {"type": "failure", "nonce": nonce, "reason": reason})
+        await self._wire.say(0, {"type": "failure", "nonce": nonce, "reason": reason})
 
     async def close(self) -> None:
         if self._listener is not None:
@@ -295,7 +259,7 @@ class MpiSiloExchange:
 
     async def _listen(self) -> None:
         while True:
-            _, message = await _hear(self._world, 0)
+            _, message = await self._wire.hear()
             kind = message.pop("type")
             if kind == "bases":
                 self._keep(message["digests"])
@@ -327,14 +291,14 @@ class MpiSiloExchange:
     async def _take_broadcast(self, digest: str) -> None:
         assert self._layout is not None
         part = self._folder / "broadcast-incoming.part"
-        buffer = memoryview(bytearray(min(_SEGMENT, self._layout.nbytes)))
+        buffer = memoryview(bytearray(min(SEGMENT, self._layout.nbytes)))
         try:
             with part.open("wb") as file:
                 part.chmod(0o600)
                 file.write(header_of(self._layout))
-                for offset in range(0, self._layout.nbytes, _SEGMENT):
-                    received = buffer[: min(_SEGMENT, self._layout.nbytes - offset)]
-                    await _complete(self._world.Ibcast(received, root=0))
+                for offset in range(0, self._layout.nbytes, SEGMENT):
+                    received = buffer[: min(SEGMENT, self._layout.nbytes - offset)]
+                    await self._wire.broadcast(received)
                     file.write(received)
         except OSError as error:
             raise storage_error(error, part) from None
