@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from mpi4py import MPI
 
 from gptfl_dist.errors import ProtocolError
+from gptfl_dist.exchange.buffers import keep_buffers
 from gptfl_dist.exchange.collective.wire import Message, complete, pauses
 from gptfl_dist.security.session import LONGEST, LONGEST_SEALED, Session
 
@@ -30,6 +31,7 @@ class TlsWire:
 
     def __init__(self, world: MPI.Comm, sessions: Mapping[int, Session]) -> None:
         """`sessions` with the ranks that this one deals with: rank 0 with all others, each of these with rank 0."""
+        keep_buffers()
         self._root = world.Get_rank() == 0
         self._lines = {rank: _Line(world, rank, session) for rank, session in sessions.items()}
 
