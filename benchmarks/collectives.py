@@ -143,26 +143,22 @@ def run_federation(folder: Path, mode: Mode, ranks: int, rounds: int) -> Run:
 
 def memory_of(monitor: Monitor, told: list[dict[str, Any]]) -> dict[str, float]:
     """Peaks in bytes above idle: of rank 0, and of the worst other rank with its trainer."""
-    idle = {mark["pid"]: mark["memory"] for mark in told if mark["what"] == "idle"}
-    first = min(mark["time"] for mark in told if mark["what"] == "idle")
+    notes = [mark for mark in told if mark["what"] == "idle"]
+    idle = {mark["pid"]: mark["memory"] for mark in notes}
+    first = min(mark["time"] for mark in notes)
 
     def above_idle(pid: int) -> float:
         return monitor.processes[pid].peak - (idle[pid] if pid in idle else monitor.memory_at(pid, first))
 
-    silos: dict[int, float] = {}  # by the process of the rank
-    for pid in idle:
-        trainer = monitor.processes[pid]
-        if "gptfl_dist.run.trainer" in trainer.command:
-            silos[trainer.parent] = above_idle(pid) + above_idle(trainer.parent)
-        else:
-            silos[pid] = above_idle(pid)
-    launchers = {monitor.processes[pid].parent for pid in silos}
+    silos = [sum(above_idle(pid) for pid in {mark["rank"], mark["pid"]}) for mark in notes]
+    ranks = {mark["rank"] for mark in notes}
+    launchers = {monitor.processes[pid].parent for pid in ranks}
     (root,) = (
         pid
         for pid, process in monitor.processes.items()
-        if process.parent in launchers and "gptfl_dist run" in process.command and pid not in silos
+        if process.parent in launchers and "gptfl_dist run" in process.command and pid not in ranks
     )
-    return {"root": above_idle(root), "silo": max(silos.values())}
+    return {"root": above_idle(root), "silo": max(silos)}
 
 
 def result_of(options: argparse.Namespace, runs: dict[str, list[Run]], reference: list[float]) -> dict[str, Any]:
