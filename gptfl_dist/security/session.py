@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ssl
 import struct
-import threading
 from collections.abc import Callable
 
 from gptfl_dist.errors import IdentityError, ProtocolError
@@ -33,7 +32,7 @@ LONGEST_SEALED = LONGEST + (LONGEST // _RECORD + 2) * (_HEADER + _EXPANSION)
 
 
 class Session:
-    """One end of a session. `seal` and `open` may be called from two threads at once; they take turns."""
+    """One end of a session, for one thread."""
 
     def __init__(self, credentials: Credentials, peer: Identity, name: str) -> None:
         """`peer` is who the other end must be; the coordinator is the server. Error messages call it `name`."""
@@ -43,7 +42,6 @@ class Session:
         server = peer.role == "silo"
         context = tls_context(credentials, server=server)
         self._ssl = context.wrap_bio(self._incoming, self._outgoing, server_side=server)
-        self._lock = threading.Lock()
         self.established = False
 
     def step(self, records: bytes | bytearray | memoryview = b"") -> bytes:
@@ -78,27 +76,28 @@ class Session:
         """The records of a message: its kind, from 0 to 255, and 1 to LONGEST bytes."""
         assert self.established
         assert 0 < len(data) <= LONGEST
-        with self._lock:
-            self._ssl.write(_HEAD.pack(kind, len(data)))
-            self._ssl.write(data)
-            return self._outgoing.read()
+        self._ssl.write(_HEAD.pack(kind, len(data)))
+        self._ssl.write(data)
+        return self._outgoing.read()
 
-    def open(self, records: bytes | bytearray | memoryview, buffer_for: Callable[[int, int], memoryview]) -> None:
-        """Puts the bytes of a message into what `buffer_for(kind, size)` returns, a buffer of that size.
+    def open(
+        self, records: bytes | bytearray | memoryview, buffer_for: Callable[[int, int], memoryview]
+    ) -> tuple[int, int]:
+        """Puts the bytes of a message into what `buffer_for(kind, size)` returns, a buffer of that size; returns both.
 
         Raises ProtocolError for records that are not the whole next message of the peer.
         """
         assert self.established
-        with self._lock:
-            self._take(records)
-            head = bytearray(_HEAD.size)
-            self._fill(memoryview(head))
-            kind, size = _HEAD.unpack(head)
-            if not 0 < size <= LONGEST:
-                raise ProtocolError(f"{self._name} sent a message of {size} bytes, expected 1 to {LONGEST}")
-            self._fill(buffer_for(kind, size))
-            if self._incoming.pending or self._ssl.pending():
-                raise ProtocolError(f"{self._name} sent more than the message of {size} bytes that it announced")
+        self._take(records)
+        head = bytearray(_HEAD.size)
+        self._fill(memoryview(head))
+        kind, size = _HEAD.unpack(head)
+        if not 0 < size <= LONGEST:
+            raise ProtocolError(f"{self._name} sent a message of {size} bytes, expected 1 to {LONGEST}")
+        self._fill(buffer_for(kind, size))
+        if self._incoming.pending or self._ssl.pending():
+            raise ProtocolError(f"{self._name} sent more than the message of {size} bytes that it announced")
+        return kind, size
 
     def _fill(self, buffer: memoryview) -> None:
         filled = 0

@@ -146,7 +146,7 @@ class MpiCoordinatorExchange:
                 await self._wire.say(rank, {"type": "send", "offset": offset})
                 while offset < header.size:
                     part = self._segment[: min(SEGMENT, header.size - offset)]
-                    await self._wire.receive(rank, part)
+                    await self._wire.receive(part, rank)
                     spool.write(ticket, offset, part)
                     offset += len(part)
                     self.traffic.up += len(part)
@@ -239,7 +239,7 @@ class MpiSiloExchange:
                 if answer["type"] == "send":
                     for offset in range(answer["offset"], update.nbytes, SEGMENT):
                         part = update.read(offset, min(SEGMENT, update.nbytes - offset))
-                        await self._wire.send(0, memoryview(part))
+                        await self._wire.send(memoryview(part), 0)
                     answer = await self._answers.get()
         return Receipt(answer["committed"], answer["reason"])
 

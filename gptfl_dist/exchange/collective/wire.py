@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol, TypeVar
 
 from mpi4py import MPI
 
@@ -20,6 +20,7 @@ _CONTROL, _DATA = 1, 2  # message tags
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0001, 0.02  # seconds between two tests
 
 Message = dict[str, Any]
+_T = TypeVar("_T")
 
 
 class Wire(Protocol):
@@ -33,30 +34,28 @@ class Wire(Protocol):
     async def hear(self) -> tuple[int, Message]:
         """The next control message, and the rank that sent it."""
 
-    async def broadcast(self, part: memoryview) -> None:
+    def broadcast(self, part: memoryview) -> Awaitable[None]:
         """At rank 0 sends a part to all ranks; at another one receives it."""
 
-    async def send(self, rank: int, part: memoryview) -> None:
+    def send(self, part: memoryview, rank: int) -> Awaitable[None]:
         """Sends a part to a rank."""
 
-    async def receive(self, rank: int, part: memoryview) -> None:
+    def receive(self, part: memoryview, rank: int) -> Awaitable[None]:
         """Receives a part from a rank."""
 
 
-def pauses() -> Iterator[float]:
-    """Seconds to wait between two tests."""
+async def until(look: Callable[[], _T | None]) -> _T:
+    """Waits for what `look` finds, looking with growing pauses."""
     pause = _SHORTEST_PAUSE
-    while True:
-        yield pause
+    while (found := look()) is None:
+        await asyncio.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
+    return found
 
 
 async def complete(request: MPI.Request) -> None:
-    """Waits for an operation without holding the core."""
-    for pause in pauses():
-        if request.Test():
-            return
-        await asyncio.sleep(pause)
+    """Waits for an operation."""
+    await until(lambda: request.Test() or None)
 
 
 class PlainWire:
@@ -72,20 +71,17 @@ class PlainWire:
 
     async def hear(self) -> tuple[int, Message]:
         status = MPI.Status()
-        for pause in pauses():
-            if self._world.Iprobe(MPI.ANY_SOURCE, _CONTROL, status):
-                break
-            await asyncio.sleep(pause)
+        await until(lambda: self._world.Iprobe(MPI.ANY_SOURCE, _CONTROL, status) or None)
         sender = status.Get_source()
         buffer = bytearray(status.Get_count(MPI.BYTE))
         self._world.Recv(buffer, sender, _CONTROL)
         return sender, json.loads(buffer)
 
-    async def broadcast(self, part: memoryview) -> None:
-        await complete(self._world.Ibcast(part, root=0))
+    def broadcast(self, part: memoryview) -> Awaitable[None]:
+        return complete(self._world.Ibcast(part, root=0))
 
-    async def send(self, rank: int, part: memoryview) -> None:
-        await complete(self._world.Isend(part, rank, _DATA))
+    def send(self, part: memoryview, rank: int) -> Awaitable[None]:
+        return complete(self._world.Isend(part, rank, _DATA))
 
-    async def receive(self, rank: int, part: memoryview) -> None:
-        await complete(self._world.Irecv(part, rank, _DATA))
+    def receive(self, part: memoryview, rank: int) -> Awaitable[None]:
+        return complete(self._world.Irecv(part, rank, _DATA))
