@@ -12,6 +12,7 @@ import json
 from collections import deque
 from collections.abc import Awaitable, Iterable, Mapping
 
+import numpy as np
 from mpi4py import MPI
 
 from gptfl_dist.errors import ProtocolError
@@ -82,7 +83,7 @@ class _Line:
         self._world = world
         self._rank = rank
         self._session = session
-        self._arriving: deque[tuple[MPI.Request, bytearray]] = deque()
+        self._arriving: deque[tuple[MPI.Request, memoryview]] = deque()
         self._controls: deque[bytearray] = deque()  # whole ones that nobody has heard
         self._control = bytearray()  # one that is not whole
 
@@ -117,13 +118,13 @@ class _Line:
             self._match(_IN_FLIGHT)
             part = part[self._open(records, part) :]
 
-    async def _next(self) -> bytearray:
+    async def _next(self) -> memoryview:
         """The records of the next message."""
         request, records = await until(self._next_arriving)
         await complete(request)
         return records
 
-    def _next_arriving(self) -> tuple[MPI.Request, bytearray] | None:
+    def _next_arriving(self) -> tuple[MPI.Request, memoryview] | None:
         self._match(1)
         return self._arriving.popleft() if self._arriving else None
 
@@ -137,10 +138,10 @@ class _Line:
             size = status.Get_count(MPI.BYTE)
             if size > LONGEST_SEALED:
                 raise ProtocolError(f"rank {self._rank} sent {size} bytes, expected at most {LONGEST_SEALED}")
-            records = bytearray(size)
+            records = np.empty(size, np.uint8).data
             self._arriving.append((message.Irecv(records), records))
 
-    def _open(self, records: bytearray, part: memoryview) -> int:
+    def _open(self, records: memoryview, part: memoryview) -> int:
         """Opens a message: the next bytes of a part, whose number is returned, or of a control message."""
         control = bytearray()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
@@ -17,7 +18,8 @@ SEGMENT = 4 << 20
 """The most bytes of one part."""
 
 _CONTROL, _DATA = 1, 2  # message tags
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0001, 0.02  # seconds between two tests
+_PATIENCE = 0.1  # the pause between two tests, as a part of the time that was waited
+_LONGEST_PAUSE = 0.02  # seconds
 
 Message = dict[str, Any]
 _T = TypeVar("_T")
@@ -45,11 +47,10 @@ class Wire(Protocol):
 
 
 async def until(look: Callable[[], _T | None]) -> _T:
-    """Waits for what `look` finds, looking with growing pauses."""
-    pause = _SHORTEST_PAUSE
+    """Waits for what `look` finds. It looks again after a part of the time that it has waited."""
+    begin = time.monotonic()
     while (found := look()) is None:
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
+        await asyncio.sleep(min(_PATIENCE * (time.monotonic() - begin), _LONGEST_PAUSE))
     return found
 
 
