@@ -325,9 +325,13 @@ class Exchange(Section):
 
 
 class Collective(Section):
-    """How ranks under mpiexec or torchrun exchange updates: whole (`exact`), or summed on their way (`fast`)."""
+    """How ranks under mpiexec or torchrun deal with each other; there `exchange` names nothing but the certificates.
+
+    Updates come whole (`exact`) or are summed on their way (`fast`).
+    """
 
     reduction: Literal["exact", "fast"] = "exact"
+    trust: Literal["plain", "tls"] = "plain"
 
 
 class Compression(Section):
@@ -379,6 +383,7 @@ class FederationFile(Section):
             f"federation.late is {rules.late}": rules.late != "drop",
             f"compression.up is {self.compression.up}": self.compression.up != "none",
             f"compression.down is {self.compression.down}": self.compression.down != "none",
+            f"collective.trust is {self.collective.trust}": self.collective.trust != "plain",
         }
         for setting, given in needs.items():
             if given and self.collective.reduction == "fast":

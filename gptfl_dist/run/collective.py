@@ -32,6 +32,7 @@ from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.launch.start import open_trainer
 from gptfl_dist.observe.summary import Summary
 from gptfl_dist.run.coordinator import coordinate, silo_files
+from gptfl_dist.run.credentials import coordinator_credentials, silo_credentials
 from gptfl_dist.run.folder import PRIVATE, make_folder, open_run_folder
 from gptfl_dist.run.in_process import InProcessRunner
 from gptfl_dist.run.launcher import Choice, mpi_launcher, torchrun
@@ -39,6 +40,8 @@ from gptfl_dist.run.signals import raise_interrupted, run_until_done
 from gptfl_dist.run.silo import OrderRunner, ProcessRunner, Silo, require_data
 from gptfl_dist.run.threads import ended
 from gptfl_dist.run.world import NAMES, assign, open_world
+from gptfl_dist.security.identity import Identity
+from gptfl_dist.security.session import Session
 
 _TIME_TO_END = 3.0  # seconds that a rank's work has to end by itself once another rank is lost
 
@@ -105,6 +108,7 @@ async def _run_rank(
     exit_code = 0
     try:
         await watch.open()
+        collective = await _secured(path, collective, ranks)
         if collective.rank == 0:
             work = asyncio.create_task(_coordinate(path, collective, ranks, say))
         else:
@@ -132,6 +136,37 @@ async def _run_rank(
         await watch.end(exit_code)
 
 
+async def _secured(path: Path, collective: Collective, ranks: Mapping[str, range]) -> Collective:
+    """The world at the trust level that the federation file asks for. Raises IdentityError, LaunchError.
+
+    It comes before hours of synthesis, so that no rank is found to be the wrong one after them.
+    """
+    file = load_federation(path)
+    if file.collective.trust == "plain":
+        return collective
+    from gptfl_dist.exchange.collective.mpi import MpiCollective
+    from gptfl_dist.exchange.collective.tls import TlsCollective
+
+    if not isinstance(collective, MpiCollective) or collective.size != len(ranks) + 1:
+        raise LaunchError(
+            f"collective.trust is tls, and this world has {collective.size} ranks of {NAMES[collective.transport]}, "
+            f"expected {len(ranks) + 1} of MPI: one coordinator, and one for each silo's certificate",
+            hint=f"start it with: mpiexec -n {len(ranks) + 1} gptfl run FILE",
+        )
+    if collective.rank == 0:
+        credentials = coordinator_credentials(path, file.exchange)
+        peers = {its.start: Identity(file.name, "silo", silo) for silo, its in ranks.items()}
+    else:
+        (name,) = (silo for silo, its in ranks.items() if collective.rank in its)
+        silo_path = silo_files(file)[name]
+        credentials, own = silo_credentials(silo_path, load_silo(silo_path))
+        peers = {0: Identity(own.federation, "coordinator", "coordinator")}
+    sessions = {rank: Session(credentials, peer, f"rank {rank}") for rank, peer in peers.items()}
+    secured = TlsCollective(collective.world, sessions)
+    await secured.shake_hands()
+    return secured
+
+
 async def _coordinate(
     path: Path, collective: Collective, ranks: Mapping[str, range], say: Callable[[str], None]
 ) -> Summary:
@@ -146,7 +181,8 @@ async def _coordinate(
     async def opened(exchange: CoordinatorExchange, fail: Callable[[BaseException], None]) -> None:
         nonlocal federated
         federated = True
-        say(f"{len(ranks)} silos on {collective.size - 1} ranks")
+        secured = ", TLS 1.3 with each of them" if load_federation(path).collective.trust == "tls" else ""
+        say(f"{len(ranks)} silos on {collective.size - 1} ranks{secured}")
 
     summary = await coordinate(path, make_exchange=make_exchange, opened=opened, say=say)
     if not federated:  # the run was finished before, or none of its arms needs the silos
@@ -200,8 +236,8 @@ def _silo(path: Path, file: FederationFile, name: str) -> tuple[SiloFile, Path]:
         raise LaunchError(f"{silo_path}: name is {silo.name}, {path} expects {name}")
     if silo.launch.how != "child":
         raise LaunchError(
-            f"{silo_path}: launch.how is {silo.launch.how}, but under an MPI launcher or torchrun the ranks serve the silos",
-            hint="leave launch.how at child, or start the federation without such a launcher: gptfl run FILE",
+            f"{silo_path}: launch.how is {silo.launch.how}, but in a world of ranks each trains what it serves",
+            hint="leave launch.how at child, or start the federation without mpiexec or torchrun: gptfl run FILE",
         )
     require_data(silo)
     return silo, silo_path.parent

@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 class Collective(Protocol):
     """One rank's end of a world of ranks."""
 
-    transport: Literal["mpi", "torch"]
+    transport: str
     rank: int
     size: int
     device: str

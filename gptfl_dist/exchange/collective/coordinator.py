@@ -37,7 +37,7 @@ class CollectiveCoordinatorExchange:
     """See `CoordinatorExchange`. `ranks` is the rank at which each silo is found; updates come whole."""
 
     def __init__(self, *, collective: Collective, ranks: Mapping[str, int], inbox: Inbox) -> None:
-        self.transport: str = collective.transport
+        self.transport = collective.transport
         self.events: asyncio.Queue[ExchangeEvent] = asyncio.Queue()
         self.traffic = Traffic()
         self._collective = collective

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable
-from typing import Literal, NoReturn
+from collections.abc import Awaitable, Callable
+from typing import Literal, NoReturn, TypeVar
 
 from mpi4py import MPI
 
@@ -26,49 +26,47 @@ _NAP = 2e-5  # seconds
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.02  # seconds between two tests after that
 _PATIENCE = 0.1  # a wait for a message is looked after once in this part of the time that it has taken
 
+_T = TypeVar("_T")
+
 
 class MpiCollective:
     """See `Collective`."""
 
-    transport: Literal["mpi", "torch"] = "mpi"
+    transport: str = "mpi"
     device = "cpu"
 
     def __init__(self, world: MPI.Comm) -> None:
         self.rank = world.Get_rank()
         self.size = world.Get_size()
-        self._world = world
+        self.world = world
         self._error: BaseException | None = None
         self._active = 0.0  # when an operation was started or completed last
 
     async def say(self, rank: int, message: Message) -> None:
-        await self._completed(self._world.Isend(encode(message), rank, _CONTROL))
+        await self.completed(self.world.Isend(encode(message), rank, _CONTROL))
 
     async def hear(self) -> tuple[int, Message]:
         status = MPI.Status()
-        since = time.monotonic()
-        while not self._world.Iprobe(MPI.ANY_SOURCE, _CONTROL, status):
-            self._check()
-            waited = time.monotonic() - since
-            await asyncio.sleep(min(max(_PATIENCE * waited, _SHORTEST_PAUSE), _LONGEST_PAUSE))
+        await self.until(lambda: self.world.Iprobe(MPI.ANY_SOURCE, _CONTROL, status) or None)
         sender = status.Get_source()
         buffer = bytearray(status.Get_count(MPI.BYTE))
-        self._world.Recv(buffer, sender, _CONTROL)  # which is there
+        self.world.Recv(buffer, sender, _CONTROL)  # which is there
         return sender, decode(buffer)
 
     def send(self, part: memoryview, rank: int) -> Awaitable[None]:
-        return self._completed(self._world.Isend(part, rank, _DATA))
+        return self.completed(self.world.Isend(part, rank, _DATA))
 
     def receive(self, part: memoryview, rank: int) -> Awaitable[None]:
-        return self._completed(self._world.Irecv(part, rank, _DATA))
+        return self.completed(self.world.Irecv(part, rank, _DATA))
 
     def broadcast(self, part: Buffer) -> Awaitable[None]:
-        return self._completed(self._world.Ibcast(part, root=0))
+        return self.completed(self.world.Ibcast(part, root=0))
 
     def reduce(self, part: Buffer, how: Literal["sum", "max"]) -> Awaitable[None]:
         operation = MPI.SUM if how == "sum" else MPI.MAX
         if self.rank == 0:
-            return self._completed(self._world.Ireduce(MPI.IN_PLACE, part, operation, root=0))
-        return self._completed(self._world.Ireduce(part, None, operation, root=0))
+            return self.completed(self.world.Ireduce(MPI.IN_PLACE, part, operation, root=0))
+        return self.completed(self.world.Ireduce(part, None, operation, root=0))
 
     def fail(self, error: BaseException) -> None:
         self._error = error
@@ -77,10 +75,20 @@ class MpiCollective:
         """Nothing to do: mpi4py finalises MPI when the process ends."""
 
     def abort(self, exit_code: int) -> NoReturn:
-        self._world.Abort(exit_code)
+        self.world.Abort(exit_code)
         os._exit(exit_code)  # some MPIs return from Abort before they have ended this process
 
-    def _completed(self, request: MPI.Request) -> Awaitable[None]:
+    async def until(self, look: Callable[[], _T | None]) -> _T:
+        """Waits for what `look` finds. It looks again after a part of the time that it has waited."""
+        since = time.monotonic()
+        while (found := look()) is None:
+            self._check()
+            waited = time.monotonic() - since
+            await asyncio.sleep(min(max(_PATIENCE * waited, _SHORTEST_PAUSE), _LONGEST_PAUSE))
+        return found
+
+    def completed(self, request: MPI.Request) -> Awaitable[None]:
+        """Waits for an operation that was started just now."""
         self._active = time.monotonic()
         return self._complete(request)
 

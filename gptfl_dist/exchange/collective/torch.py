@@ -27,7 +27,7 @@ _NEVER = timedelta(days=365)  # a silo may train for long; that a rank is gone i
 class TorchCollective:
     """See `Collective`. Joins the world that torchrun's environment variables describe."""
 
-    transport: Literal["mpi", "torch"] = "torch"
+    transport: str = "torch"
 
     def __init__(self) -> None:
         dist.init_process_group("gloo", timeout=_NEVER)

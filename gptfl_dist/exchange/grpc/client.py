@@ -26,9 +26,9 @@ from gptfl_dist.exchange.base import (
     UpdateHeader,
     Welcome,
 )
+from gptfl_dist.exchange.buffers import keep_buffers
 from gptfl_dist.exchange.grpc import convert, frames
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
-from gptfl_dist.exchange.grpc.buffers import keep_buffers
 from gptfl_dist.exchange.grpc.options import WIDEST, line_options
 from gptfl_dist.exchange.grpc.server import NONCE, SERVICE, UPLOAD_CHUNK
 from gptfl_dist.federation.orders import Order, Report
