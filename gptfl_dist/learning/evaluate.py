@@ -30,9 +30,7 @@ class Evaluation:
     confusion: np.ndarray
 
 
-def evaluate(
-    model: nn.Module, data: ImageSet, task: Task, *, device: str, group: Group = ALONE
-) -> Evaluation:
+def evaluate(model: nn.Module, data: ImageSet, task: Task, *, device: str, group: Group = ALONE) -> Evaluation:
     """Runs the model in evaluation mode over `data`. The model stays on the device, its mode is put back.
 
     A group's ranks share out the batches; each has the result.

@@ -128,7 +128,9 @@ class _Ranks(Group):
                 hint="set device to auto, cpu or cuda: with cuda each rank takes a GPU of its own",
             )
         if name == "cuda" and torch.cuda.is_available():
-            name = f"cuda:{self._local_rank % torch.cuda.device_count()}"  # a scheduler may show each rank its own alone
+            name = (
+                f"cuda:{self._local_rank % torch.cuda.device_count()}"  # a scheduler may show each rank its own alone
+            )
             torch.cuda.set_device(name)
         return name
 
@@ -187,7 +189,7 @@ class _Ranks(Group):
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
             raise LaunchError(
-                f"rank {self.rank} lost the other ranks: {first_line(error)}",
+                f"the connection to the other ranks broke: {first_line(error)}",
                 hint="a rank that ended says why in its own output",
             ) from error
 
@@ -236,6 +238,7 @@ def _join(rank: int, size: int, met: Path | None, patience: timedelta) -> None:
     """Opens the default process group of torch.distributed, at torch's own address or at that in the file `met`."""
     import torch
     import torch.distributed as dist
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
@@ -244,11 +247,11 @@ def _join(rank: int, size: int, met: Path | None, patience: timedelta) -> None:
             return
         if rank == 0:
             host = socket.gethostname()
-            store = dist.TCPStore(host, 0, size, is_master=True, timeout=patience, wait_for_workers=False)
+            store = TCPStore(host, 0, size, is_master=True, timeout=patience, wait_for_workers=False)
             write_file(met, f"{host} {store.port}")
         else:
             host, port = _address(met)
-            store = dist.TCPStore(host, port, size, is_master=False, timeout=patience)
+            store = TCPStore(host, port, size, is_master=False, timeout=patience)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     except (RuntimeError, ValueError) as error:
         raise LaunchError(

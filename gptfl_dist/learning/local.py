@@ -41,7 +41,8 @@ def train(
 ) -> dict[str, float]:
     """Trains `model` in place and leaves it on the device: `settings.epochs` epochs over `data`, shuffled by `seed`.
 
-    Every rank of the group calls it with the same model and data and has the same result. Sets torch's threads and global seeds (see `deterministic`). `progress(done, total)` counts batches.
+    Every rank of the group calls it with the same model and data and has the same result.
+    Sets torch's threads and global seeds (see `deterministic`). `progress(done, total)` counts batches.
     Returns `train_loss` (mean of the last epoch), `samples` (of the data set) and `seconds`.
     Raises TrainerError where the loss is no longer finite, DataError where there is no data.
     """

@@ -78,9 +78,9 @@ def _normalise(norm: _BatchNorm, share: Share, group: Group, images: torch.Tenso
     axes = [0, *range(2, values.ndim)]
     shape = [1, -1, *[1] * (values.ndim - 2)]
     count = float(group.sum(torch.tensor(float(values.numel() // values.shape[1]))))
-    mean = _Sum.apply(values.sum(axes), group) / count
+    mean = _sum(values.sum(axes), group) / count
     centred = values - mean.view(shape)
-    variance = _Sum.apply(centred.square().sum(axes), group) / count
+    variance = _sum(centred.square().sum(axes), group) / count
     if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
         with torch.no_grad():
             norm.num_batches_tracked.add_(1)
@@ -93,9 +93,13 @@ def _normalise(norm: _BatchNorm, share: Share, group: Group, images: torch.Tenso
     return normal.to(images.dtype)
 
 
-class _Sum(torch.autograd.Function):
+def _sum(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """The sum over all ranks, through which gradients flow back to each."""
+    total: torch.Tensor = _Sum.apply(tensor, group)  # type: ignore[no-untyped-call]
+    return total
 
+
+class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, group: Group) -> torch.Tensor:
         ctx.group = group
@@ -103,4 +107,5 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.group.sum(gradients[0].clone()), None
+        group: Group = ctx.group
+        return group.sum(gradients[0].clone()), None
