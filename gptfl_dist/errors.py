@@ -17,6 +17,7 @@ The tree, with the exit code of the command line for each:
       TrainerError                9   a trainer process failed
       StorageError               10   a disk is full, or a file cannot be written or is damaged
       LaunchError                11   a process, an MPI world or a port cannot be had
+        RankLost                 11   another rank of a group of processes ended, or hangs
       RunAborted                 12   the run was ended for good by `gptfl abort`
     Interrupted                 130   Ctrl-C or SIGTERM: stopped cleanly, the same command goes on
 
@@ -38,6 +39,7 @@ __all__ = [
     "ModelError",
     "PolicyError",
     "ProtocolError",
+    "RankLost",
     "RunAborted",
     "SiloFailed",
     "StageFailed",
@@ -115,6 +117,10 @@ class StorageError(GptflError):
 
 class LaunchError(GptflError):
     exit_code = 11
+
+
+class RankLost(LaunchError):
+    pass
 
 
 class RunAborted(GptflError):

@@ -60,6 +60,13 @@ class TrainerEnd:
         """Waits for the next message."""
         return self._incoming.get()
 
+    def receive_within(self, seconds: float | None) -> Message | None:
+        """The next message; None where there is none for so long."""
+        try:
+            return self._incoming.get(timeout=seconds)
+        except queue.Empty:
+            return None
+
     def send(self, message: Message) -> None:
         self._socket.sendall(encode(message))
 

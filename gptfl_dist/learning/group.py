@@ -17,8 +17,8 @@ Whoever starts the processes chooses one of two ways to say what they are:
 
 A launcher's variables alone mean nothing: every process that a rank of an MPI job starts inherits them. `outside` gives
 an environment without both, for such a process. CPU tensors go over gloo, whose waiting ranks sleep; CUDA tensors over
-NCCL. A rank that ends breaks its connections, so the others fail in their next call, with a LaunchError; one that
-hangs is given up after `patience`. torch is loaded by groups of several alone.
+NCCL. A rank that ends breaks its connections, so the others raise RankLost in the call that they are in, or the next;
+one that hangs is given up after `patience`. torch is loaded by groups of several alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptfl_dist.errors import ConfigError, LaunchError, first_line
+from gptfl_dist.errors import ConfigError, LaunchError, RankLost, first_line
 from gptfl_dist.files import write_file
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Group:
 
     @contextmanager
     def unbroken(self) -> Iterator[None]:
-        """Raises LaunchError where a call of torch.distributed in the block finds that a rank is gone."""
+        """Raises RankLost where a call of torch.distributed in the block finds that a rank is gone."""
         yield
 
     def close(self) -> None:
@@ -188,8 +188,8 @@ class _Ranks(Group):
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
-            raise LaunchError(
-                f"the connection to the other ranks broke: {first_line(error)}",
+            raise RankLost(
+                f"rank {self.rank} of {self.size} lost another: {first_line(error, 160)}",
                 hint="a rank that ended says why in its own output",
             ) from error
 
