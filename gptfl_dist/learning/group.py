@@ -199,19 +199,32 @@ def open_group(patience: timedelta) -> Group:
 
     `patience` bounds how long a rank waits for another in one call. Raises LaunchError.
     """
-    environment = os.environ
-    if all(name in environment for name in _TORCH):
-        rank, size, met = int(environment["RANK"]), int(environment["WORLD_SIZE"]), None
-    elif RENDEZVOUS in environment:
-        rank, size = _launched(environment)
-        met = Path(environment[RENDEZVOUS])
-    else:
-        return Group()
+    rank, size = place()
     if size == 1:
         return Group()
-    local_rank = environment.get("LOCAL_RANK")
+    met = None if _told_by_torch() else Path(os.environ[RENDEZVOUS])
+    local_rank = os.environ.get("LOCAL_RANK")
     _join(rank, size, met, patience)
     return _Ranks(rank, size, None if local_rank is None else int(local_rank))
+
+
+def place() -> tuple[int, int]:
+    """This process's rank and the size of its group, which it need not have joined. Raises LaunchError."""
+    if _told_by_torch():
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if RENDEZVOUS not in os.environ:
+        return 0, 1
+    for rank, size in _LAUNCHERS:
+        if rank in os.environ and size in os.environ:
+            return int(os.environ[rank]), int(os.environ[size])
+    raise LaunchError(
+        f"{RENDEZVOUS} is set, but no launcher told this process its rank",
+        hint=f"start it by torchrun, mpiexec or srun; expected {', '.join(f'{r} and {s}' for r, s in _LAUNCHERS)}",
+    )
+
+
+def _told_by_torch() -> bool:
+    return all(name in os.environ for name in _TORCH)
 
 
 def outside(environment: Mapping[str, str]) -> dict[str, str]:
@@ -221,17 +234,6 @@ def outside(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in environment.items()
         if name not in _OF_A_RANK and not name.startswith("TORCHELASTIC_")
     }
-
-
-def _launched(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Own rank and number of ranks by the variables of a launcher."""
-    for rank, size in _LAUNCHERS:
-        if rank in environment and size in environment:
-            return int(environment[rank]), int(environment[size])
-    raise LaunchError(
-        f"{RENDEZVOUS} is set, but no launcher told this process its rank",
-        hint=f"start it by torchrun, mpiexec or srun; expected {', '.join(f'{r} and {s}' for r, s in _LAUNCHERS)}",
-    )
 
 
 def _join(rank: int, size: int, met: Path | None, patience: timedelta) -> None:

@@ -28,6 +28,8 @@ class Share:
         self.network = network
         self.whole = group.size == 1
         """Whether the part that was given last is the whole batch."""
+        self.growth = 1.0
+        """How many times as large as that part its batch is."""
         self._group = group
 
     def of(self, count: int) -> tuple[slice, float]:
@@ -37,7 +39,8 @@ class Share:
         if self.whole:
             return slice(count), 1.0
         part = slice(rank * count // size, (rank + 1) * count // size)
-        return part, (part.stop - part.start) * size / count
+        self.growth = count / (part.stop - part.start)
+        return part, size / self.growth
 
     def mean(self, loss: torch.Tensor) -> float:
         """The mean loss of the whole batch, from what each rank has of it with its factor."""
@@ -77,7 +80,7 @@ def _normalise(norm: _BatchNorm, share: Share, group: Group, images: torch.Tenso
     values = images.float()
     axes = [0, *range(2, values.ndim)]
     shape = [1, -1, *[1] * (values.ndim - 2)]
-    count = float(group.sum(torch.tensor(float(values.numel() // values.shape[1]))))
+    count = round(values.numel() // values.shape[1] * share.growth)
     mean = _sum(values.sum(axes), group) / count
     centred = values - mean.view(shape)
     variance = _sum(centred.square().sum(axes), group) / count

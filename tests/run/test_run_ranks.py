@@ -16,11 +16,13 @@ import pytest
 from ranks import mpiexec, torchrun
 from shapes import SHAPES, SIZE, shape_set
 from support import Commands, wait_for
+from torch import nn
 
+import gptfl_dist
 from gptfl_dist.config.federation import Model
 from gptfl_dist.config.load import load_federation, load_silo
 from gptfl_dist.config.plan import LocalTraining, Plan
-from gptfl_dist.errors import DataError, ModelError, PolicyError, TrainerError
+from gptfl_dist.errors import DataError, LaunchError, ModelError, PolicyError, TrainerError
 from gptfl_dist.launch.trainer import TrainerProcess
 from gptfl_dist.learning.group import RENDEZVOUS
 from gptfl_dist.run.trainer import Trainer
@@ -255,6 +257,13 @@ def test_a_function_that_knows_of_no_group_is_refused_where_there_is_one(tmp_pat
             await silo.setup()
 
     silo.play(scene)
+
+
+def test_only_rank_0_of_a_script_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match=r"rank 1 of 2 called gptfl_dist\.join"):
+        gptfl_dist.join(nn.Linear(1, 1))
 
 
 MODEL = """
