@@ -18,6 +18,7 @@ The tree, with the exit code of the command line for each:
         TrainerLost               9   it was killed, or its job was cancelled, preempted or out of time
       StorageError               10   a disk is full, or a file cannot be written or is damaged
       LaunchError                11   a process, an MPI world or a port cannot be had
+        RankLost                 11   another rank of a group of processes ended, or hangs
       RunAborted                 12   the run was ended for good by `gptfl abort`
     Interrupted                 130   Ctrl-C or SIGTERM: stopped cleanly, the same command goes on
       Requeue                    75   the same by SIGUSR1, under mpiexec and torchrun also by SIGTERM
@@ -40,6 +41,7 @@ __all__ = [
     "ModelError",
     "PolicyError",
     "ProtocolError",
+    "RankLost",
     "Requeue",
     "RunAborted",
     "SiloFailed",
@@ -123,6 +125,10 @@ class StorageError(GptflError):
 
 class LaunchError(GptflError):
     exit_code = 11
+
+
+class RankLost(LaunchError):
+    pass
 
 
 class RunAborted(GptflError):

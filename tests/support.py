@@ -82,6 +82,14 @@ class Command:
         """Expects that none of it is left by then."""
         wait_for(lambda: not self.alive(), seconds)
 
+    def rank(self, number: str) -> int:
+        """The process id of a rank that torchrun started."""
+        for pid in self.pids("gptfl_dist"):
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if f"RANK={number}".encode() in variables:
+                return pid
+        raise AssertionError(f"no rank {number}")
+
     def pids(self, part: str) -> list[int]:
         """The process ids whose command line holds `part`."""
         return [pid for pid, command in self.alive().items() if part in command]
@@ -105,9 +113,15 @@ class Commands:
         self._folder = folder
         self._started: list[Command] = []
 
-    def start(self, *arguments: str | Path, launcher: Sequence[str] = (), **environment: str) -> Command:
-        """Starts `gptfl ARGUMENTS`."""
-        command = Command([*launcher, *GPTFL, *map(str, arguments)], self._folder, environment)
+    def start(
+        self,
+        *arguments: str | Path,
+        launcher: Sequence[str] = (),
+        program: Sequence[str] = GPTFL,
+        **environment: str,
+    ) -> Command:
+        """Starts `gptfl ARGUMENTS`; `program` takes the place of `gptfl`."""
+        command = Command([*launcher, *program, *map(str, arguments)], self._folder, environment)
         self._started.append(command)
         return command
 

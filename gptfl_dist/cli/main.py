@@ -6,7 +6,10 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -20,6 +23,7 @@ from gptfl_dist.errors import ConfigError, GptflError, Interrupted
 from gptfl_dist.run.launcher import Wire, choose
 
 if TYPE_CHECKING:
+    from gptfl_dist.learning.group import Group
     from gptfl_dist.observe.summary import Summary
 
 app = typer.Typer(
@@ -166,13 +170,21 @@ def prompts(
 
 @app.command()
 def generate(file: FederationPath, quiet: QuietOption = False, format_: FormatOption = Format.text) -> None:
-    """Make the synthetic data set of a federation file, and filter it. Stopped and started again, it goes on."""
+    """Make the synthetic data set of a federation file, and filter it. Stopped and started again, it goes on.
+
+    \b
+    gptfl generate federation.yaml
+    torchrun --nproc-per-node 4 -m gptfl_dist generate federation.yaml    on four GPUs; the same set
+    """
     from gptfl_dist.config.load import load_federation
     from gptfl_dist.run import stages
     from gptfl_dist.run.candidates import CANDIDATES, CONTACT_SHEET
 
     federation = load_federation(file)
-    made = stages.generate(federation, file.parent)
+    with _group() as group:
+        made = stages.generate(federation, file.parent, group)
+    if made is None:
+        return
     sheet = federation.run_folder / (CANDIDATES if federation.synthesis.candidates else CONTACT_SHEET)
     if made.filter is not None:
         _say(f"filter: {made.filter}")
@@ -185,13 +197,21 @@ def generate(file: FederationPath, quiet: QuietOption = False, format_: FormatOp
 
 @app.command()
 def pretrain(file: FederationPath, quiet: QuietOption = False, format_: FormatOption = Format.text) -> None:
-    """Train the model of a federation file on its synthetic data set."""
+    """Train the model of a federation file on its synthetic data set. Stopped and started again, it goes on.
+
+    \b
+    gptfl pretrain federation.yaml
+    torchrun --nproc-per-node 4 -m gptfl_dist pretrain federation.yaml    data-parallel on four GPUs
+    """
     from gptfl_dist.config.load import load_federation
     from gptfl_dist.run import stages
     from gptfl_dist.run.candidates import CANDIDATES, PRETRAINED_WEIGHTS
 
     federation = load_federation(file)
-    facts = stages.pretrain(federation, file.parent)
+    with _group() as group:
+        facts = stages.pretrain(federation, file.parent, group)
+    if facts is None:
+        return
     each = facts.get("candidates", {"": facts})
     weights = federation.run_folder / (CANDIDATES if "candidates" in facts else PRETRAINED_WEIGHTS)
     if format_ is Format.json:
@@ -351,6 +371,21 @@ def _complain(error: GptflError) -> NoReturn:
 
 def _say(text: str) -> None:
     typer.echo(text, err=True)
+
+
+@contextmanager
+def _group() -> Iterator[Group]:
+    """The processes that carry a stage out together, of which rank 0 alone prints the result."""
+    from gptfl_dist.learning.group import open_group
+
+    group = open_group(patience=timedelta(days=1))  # in generation, ranks wait while others make a last shard
+    try:
+        yield group
+    except GptflError as error:
+        if group.size > 1:
+            error.message = f"rank {group.rank}: {error.message}"
+        raise
+    group.close()
 
 
 def _run(file: Path, wire: Wire, fresh: bool, format_: Format) -> None:

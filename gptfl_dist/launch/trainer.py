@@ -20,6 +20,7 @@ from gptfl_dist.launch import bound
 from gptfl_dist.launch.base import Progress, unheard
 from gptfl_dist.launch.channel import ENV, LONGEST_MESSAGE, encode, error_from_message
 from gptfl_dist.launch.folder import Message
+from gptfl_dist.learning.group import outside
 
 TIME_TO_END = 30.0  # seconds that a trainer has after the federation, to save its model for example
 _TAIL = 2000  # bytes of a dead trainer's output that are shown
@@ -61,7 +62,7 @@ class TrainerProcess:
                 stdout=log,
                 stderr=log,
                 cwd=self._cwd,
-                env={**os.environ, ENV: str(theirs.fileno())},
+                env={**outside(os.environ), ENV: str(theirs.fileno())},
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
