@@ -181,4 +181,4 @@ def test_a_coordinator_job_and_an_agent_that_submits_to_another_cluster(
         assert agent.wait() == 0, agent.stderr
     assert mine.result() == undisturbed.result()
     assert sum(agent.stderr.count("was cancelled") for agent in agents) >= 1
-    wait_for(lambda: another_cluster.jobs() == [], 15)
+    wait_for(lambda: another_cluster.jobs() == [])

@@ -125,7 +125,7 @@ def test_the_coordinators_operator_reads_that_a_job_waits(
         silos = {silo["name"]: silo for silo in status["silos"]}
         return silos["silo-1"]["reason"] if "silo-1" in silos and silos["silo-1"]["work"] == "awaited" else ""
 
-    assert "is queued: " in wait_for(told)
+    assert "is queued: " in wait_for(told, 200)
     slurm.run("scancel", "--name=full")
     finish(command, mine, undisturbed)
 
@@ -145,12 +145,12 @@ def test_a_stopped_run_leaves_no_job_and_goes_on_in_its_round(
     os.kill(command.process.pid, number)
     command.wait()
     if number == signal.SIGINT:
-        wait_for(lambda: slurm.jobs() == [], 15)
+        wait_for(lambda: slurm.jobs() == [])
     else:
         assert slurm.jobs() == first  # nobody was left to cancel it
     again = gptfl.start("run", mine.path)
     finish(again, mine, undisturbed)
-    wait_for(lambda: slurm.jobs() == [], 15)
+    wait_for(lambda: slurm.jobs() == [])
 
 
 def test_the_silos_own_limit_of_time_ends_the_job(
