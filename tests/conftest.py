@@ -55,6 +55,6 @@ def slurm(slurm_session: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Itera
         monkeypatch.setenv(name, value)
     yield slurm_session
     try:
-        wait_for(lambda: slurm_session.jobs() == [], 15)
+        wait_for(lambda: slurm_session.jobs() == [])
     finally:
         slurm_session.run("scancel", "--user=root")

@@ -11,11 +11,14 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from gptfl_dist.launch import bound
 
 NODES = ("silo1", "silo2", "silo3")
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -117,6 +120,10 @@ class SlurmCluster:
         ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **self.environment})
         return ran.stdout if ran.returncode == 0 else ""
 
+    def submit(self, *options: str) -> None:
+        """A job of no interest but for the nodes that it takes."""
+        self.run("sbatch", "--output=/dev/null", *options)
+
     def jobs(self) -> list[str]:
         """The ids of the jobs that wait, run or are about to end."""
         return self.run("squeue", "--noheader", "--format=%i").split()
@@ -138,7 +145,7 @@ class SlurmCluster:
         with (self.folder / f"{command[0]}.out").open("ab") as output:
             self._daemons.append(
                 subprocess.Popen(
-                    command,
+                    (sys.executable, "-IS", bound.__file__, str(os.getpid()), *command),  # they end with the session
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,

@@ -104,7 +104,7 @@ def _time_limit(slurm: SlurmCluster, job: str) -> None:
 
 
 def _preempt(slurm: SlurmCluster, job: str) -> None:
-    slurm.run("sbatch", "--partition=urgent", "--nodes=3", "--ntasks=12", "--wrap=true")
+    slurm.submit("--partition=urgent", "--nodes=3", "--ntasks=12", "--wrap=true")
 
 
 @pytest.mark.parametrize("happens", [_time_limit, _preempt])
@@ -116,7 +116,7 @@ def test_a_job_that_is_requeued_in_mid_round(
 ) -> None:
     mine = federation()
     job = submit(slurm, single_job("requeue.sbatch", mine))
-    wait_for(lambda: mine.owed(2))
+    wait_for(lambda: mine.owed(2), 200)
     happens(slurm, job)
     wait_for(lambda: slurm.run("squeue", "--noheader", f"--jobs={job}", "--Format=RestartCnt").strip() == "1")
     assert ended(slurm, job) == "COMPLETED", log(mine.folder)
@@ -172,13 +172,13 @@ def test_a_coordinator_job_and_an_agent_that_submits_to_another_cluster(
         agent = edited(DEPLOY / "slurm" / "silo-agent.sh", home, activate=ACTIVATE)
         agents.append(gptfl.script("bash", agent, cwd=home, **another_cluster.environment))
 
-    wait_for(lambda: len(another_cluster.jobs()) == 2)
+    wait_for(lambda: len(another_cluster.jobs()) == 2, 200)
     assert slurm.jobs() == [job]
-    wait_for(lambda: "silo-2" in mine.owed(2))
+    wait_for(lambda: "silo-2" in mine.owed(2), 200)
     another_cluster.run("scancel", another_cluster.jobs()[0])  # somebody's mistake, in mid-round
     assert ended(slurm, job) == "COMPLETED", log(mine.folder)
     for agent in agents:
         assert agent.wait() == 0, agent.stderr
     assert mine.result() == undisturbed.result()
     assert sum(agent.stderr.count("was cancelled") for agent in agents) >= 1
-    wait_for(lambda: another_cluster.jobs() == [], 15)
+    wait_for(lambda: another_cluster.jobs() == [])

@@ -176,7 +176,7 @@ def _cancel(slurm: SlurmCluster) -> None:
 
 
 def _preempt(slurm: SlurmCluster) -> None:
-    slurm.run("sbatch", "--partition=urgent", *ALL, "--wrap=true")
+    slurm.submit("--partition=urgent", *ALL, "--wrap=true")
 
 
 def _run_out(slurm: SlurmCluster) -> None:
@@ -205,7 +205,7 @@ def test_a_slurm_job_that_is_lost_in_mid_training_is_told_in_words(
 
 
 def test_a_queued_job_is_told_in_words_and_may_be_cancelled_there(tmp_path: Path, slurm: SlurmCluster) -> None:
-    slurm.run("sbatch", *ALL, "--wrap=sleep 600")
+    slurm.submit(*ALL, "--wrap=sleep 600")
     notes: list[str] = []
 
     async def scene(trainer: TrainerLine) -> str:
@@ -314,7 +314,7 @@ def test_an_agent_that_is_started_again_cancels_the_job_of_its_earlier_life_and_
     other, mine = tmp_path / "other", tmp_path / "mine"
     for folder in (other, mine):
         folder.mkdir()
-    slurm.run("sbatch", *ALL, "--job-name=full", "--wrap=sleep 600")
+    slurm.submit(*ALL, "--job-name=full", "--wrap=sleep 600")
     for folder in (other, mine):
         _killed_agent(folder, silo_file(folder, "slurm"), lambda: True)
     assert len(slurm.jobs()) == 3

@@ -60,7 +60,7 @@ def _cancel(slurm: SlurmCluster) -> str:
 
 
 def _preempt(slurm: SlurmCluster) -> str:
-    slurm.run("sbatch", "--partition=urgent", *ALL, "--wrap=true")
+    slurm.submit("--partition=urgent", *ALL, "--wrap=true")
     return "was preempted"
 
 
@@ -94,7 +94,7 @@ def test_a_job_that_is_lost_in_mid_round_is_submitted_again(
 ) -> None:
     mine = launched(federation(), **BY_SLURM)
     command = gptfl.start("run", mine.path)
-    wait_for(lambda: "silo-1" in mine.owed(2))
+    wait_for(lambda: "silo-1" in mine.owed(2), 200)
     told = happens(slurm)
     finish(command, mine, undisturbed)
     assert told in agent_log(mine)
@@ -106,7 +106,7 @@ def test_a_job_that_is_lost_too_often_fails_its_round_with_the_reason(
 ) -> None:
     mine = launched(federation(), **BY_SLURM, retries=0)
     command = gptfl.start("run", mine.path)
-    wait_for(lambda: "silo-1" in mine.owed(1) and slurm.run("squeue", "--noheader", "--states=RUNNING"))
+    wait_for(lambda: "silo-1" in mine.owed(1) and slurm.run("squeue", "--noheader", "--states=RUNNING"), 200)
     _cancel(slurm)
     assert command.wait() == 8
     assert "silo-1: TrainerLost: Slurm job" in command.stderr
@@ -116,7 +116,7 @@ def test_a_job_that_is_lost_too_often_fails_its_round_with_the_reason(
 def test_the_coordinators_operator_reads_that_a_job_waits(
     gptfl: Commands, federation: Callable[..., Federation], undisturbed: Federation, slurm: SlurmCluster
 ) -> None:
-    slurm.run("sbatch", *ALL, "--job-name=full", "--wrap=sleep 600")
+    slurm.submit(*ALL, "--job-name=full", "--wrap=sleep 600")
     mine = launched(federation(), **BY_SLURM)
     command = gptfl.start("run", mine.path)
 
@@ -125,7 +125,7 @@ def test_the_coordinators_operator_reads_that_a_job_waits(
         silos = {silo["name"]: silo for silo in status["silos"]}
         return silos["silo-1"]["reason"] if "silo-1" in silos and silos["silo-1"]["work"] == "awaited" else ""
 
-    assert "is queued: " in wait_for(told)
+    assert "is queued: " in wait_for(told, 200)
     slurm.run("scancel", "--name=full")
     finish(command, mine, undisturbed)
 
@@ -140,17 +140,17 @@ def test_a_stopped_run_leaves_no_job_and_goes_on_in_its_round(
 ) -> None:
     mine = launched(federation(), **BY_SLURM, lease="30s")
     command = gptfl.start("run", mine.path)
-    wait_for(lambda: "silo-1" in mine.owed(2))
+    wait_for(lambda: "silo-1" in mine.owed(2), 200)
     first = slurm.jobs()
     os.kill(command.process.pid, number)
     command.wait()
     if number == signal.SIGINT:
-        wait_for(lambda: slurm.jobs() == [], 15)
+        wait_for(lambda: slurm.jobs() == [])
     else:
         assert slurm.jobs() == first  # nobody was left to cancel it
     again = gptfl.start("run", mine.path)
     finish(again, mine, undisturbed)
-    wait_for(lambda: slurm.jobs() == [], 15)
+    wait_for(lambda: slurm.jobs() == [])
 
 
 def test_the_silos_own_limit_of_time_ends_the_job(
