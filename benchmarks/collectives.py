@@ -4,8 +4,8 @@
 
 Programs that move the same model between rank 0 and the other ranks run in turn, `--pairs` times: the floor
 (`null/mpi_floor.py`, of the same MPI), and in each mode the real coordinator and the real silos, whose training
-(`null/training.py`) does nothing. With the mode tls the floor over gRPC (`null/floor.py`) is among them, with
-`--reference FOLDER` a floor of somebody else's in that folder.
+(`null/training.py`) does nothing. With the mode tls the floor over gRPC (`null/floor.py`) is among them, and the wire
+of tls by itself (`null/tls_wire.py`); with `--reference FOLDER` a floor of somebody else's in that folder.
 
 A round goes from the start of a training to the start of the next. A figure is the median over all rounds of one
 program, a ratio that of two such medians. CPU seconds are those of all processes. A rank's memory is the peak (VmHWM)
@@ -29,6 +29,7 @@ sys.path.insert(0, str(HERE))  # whose modules the silos import too
 from marks import read_marks  # noqa: E402
 from processes import Monitor  # noqa: E402
 from programs import (  # noqa: E402
+    MPIEXEC,
     NUMBER_SIZE,
     Run,
     check_result,
@@ -43,9 +44,6 @@ from programs import (  # noqa: E402
     write_federation,
     write_result,
 )
-
-_BESIDE = Path(sys.executable).with_name("mpiexec")  # the wheel's, where there is one
-MPIEXEC = (str(_BESIDE) if _BESIDE.exists() else "mpiexec", "-n", "{ranks}", sys.executable)
 
 
 @dataclass(frozen=True)
@@ -85,6 +83,7 @@ def main() -> None:
             reference.extend(told["round_wall"])
         if "tls" in options.modes:
             add(runs, "grpc floor", run_floor(folder / "grpc-floor", silos, rounds))
+            add(runs, "tls wire", run_tls_wire(folder / "tls-wire", options.ranks, rounds))
         for mode in options.modes:
             add(runs, mode, run_federation(folder / mode, MODES[mode], options.ranks, rounds))
     write_result(result_of(options, runs, reference), options.json)
@@ -104,6 +103,13 @@ def run_mpi_floor(folder: Path, ranks: int, rounds: int) -> Run:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return run_marked(launched(MPIEXEC, ranks, str(HERE / "mpi_floor.py")), folder, rounds)
+
+
+def run_tls_wire(folder: Path, ranks: int, rounds: int) -> Run:
+    """What tls costs without the rest of a round."""
+    shutil.rmtree(folder, ignore_errors=True)
+    save_credentials(folder, "floor", ranks - 1)
+    return run_marked(launched(MPIEXEC, ranks, str(HERE / "tls_wire.py"), str(folder)), folder, rounds)
 
 
 def run_federation(folder: Path, mode: Mode, ranks: int, rounds: int) -> Run:
@@ -184,7 +190,9 @@ def result_of(options: argparse.Namespace, runs: dict[str, list[Run]], reference
     }
     if "grpc floor" in runs:
         floor = runs["grpc floor"]
-        modes["tls"] |= {f"grpc_{what}": median(runs["tls"], of) / median(floor, of) for what, of in RATIOS.items()}
+        ratios = {f"grpc_{what}": median(runs["tls"], of) / median(floor, of) for what, of in RATIOS.items()}
+        wire = {f"wire_grpc_{what}": median(runs["tls wire"], of) / median(floor, of) for what, of in RATIOS.items()}
+        modes["tls"] |= ratios | wire
         result |= {"grpc_floor_wall_s": median(floor, "wall"), "grpc_floor_cpu_s": median(floor, "cpu")}
     if reference:
         result["floor_to_reference"] = median(runs["floor"], "wall") / statistics.median(reference)

@@ -27,6 +27,10 @@ HERE = Path(__file__).resolve().parent
 NUMBER_SIZE = 4  # bytes of a float32
 MB = 1_000_000
 
+_BESIDE = Path(sys.executable).with_name("mpiexec")  # the wheel's, where there is one
+MPIEXEC = (str(_BESIDE) if _BESIDE.exists() else "mpiexec", "-n", "{ranks}", sys.executable)
+"""Starts ranks of Python."""
+
 
 @dataclass
 class Run:
@@ -116,7 +120,12 @@ def run_marked(command: Sequence[str], folder: Path, rounds: int) -> Run:
 
 def run_reference(kind: str, reference: Path, folder: Path, parameters: int, silos: int, rounds: int) -> dict[str, Any]:
     """What a floor that is not ours tells of itself; `runs/run.sh grpc|mpi PARAMETERS` prints it as JSON."""
-    folder.mkdir(parents=True, exist_ok=True)
+    programs = folder / "venv" / "bin"
+    programs.mkdir(parents=True, exist_ok=True)
+    # The Python and the MPI of our own programs. That floor gives the launcher first a word that Open MPI alone knows.
+    for name, command in (("python", f'{sys.executable} "$@"'), ("mpirun", f'{MPIEXEC[0]} "${{@:2}}"')):
+        (programs / name).write_text(f"#!/bin/bash\nexec {command}\n")
+        (programs / name).chmod(0o755)
     environment = {
         **os.environ,
         "FEDBENCH_WORK": str(folder),
@@ -124,11 +133,13 @@ def run_reference(kind: str, reference: Path, folder: Path, parameters: int, sil
         "FEDBENCH_ROUNDS": str(rounds + 1),
         "FEDBENCH_NETNS": "0",
         "FEDBENCH_LIMIT_S": "1200",
-        "FEDBENCH_VENV_FLOOR": str(Path(sys.executable).parent.parent),
+        "FEDBENCH_VENV_FLOOR": str(programs.parent),
     }
-    command = ["bash", str(reference / "runs" / "run.sh"), kind, str(parameters)]
-    subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    run = ["bash", str(reference / "runs" / "run.sh"), kind, str(parameters)]
+    subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
     result: dict[str, Any] = json.loads((folder / "results.jsonl").read_text().splitlines()[-1])
+    if not result["round_wall"]:
+        sys.exit(f"{reference} measured nothing; its logs lie in {folder}")
     return result
 
 
