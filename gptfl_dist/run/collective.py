@@ -36,7 +36,7 @@ from gptfl_dist.run.credentials import coordinator_credentials, silo_credentials
 from gptfl_dist.run.folder import PRIVATE, make_folder, open_run_folder
 from gptfl_dist.run.in_process import InProcessRunner
 from gptfl_dist.run.launcher import Choice, mpi_launcher, torchrun
-from gptfl_dist.run.signals import raise_interrupted, run_until_done
+from gptfl_dist.run.signals import ignore_stops, raise_interrupted, run_until_done
 from gptfl_dist.run.silo import OrderRunner, ProcessRunner, Silo, require_data
 from gptfl_dist.run.threads import ended
 from gptfl_dist.run.world import NAMES, assign, open_world
@@ -69,22 +69,26 @@ def run_world(path: Path, choice: Choice, fresh: bool, say: Callable[[str], None
         collective.close()
         return summary
     except RankEnded as error:  # which that rank has told itself
-        _abort(collective, error.exit_code)
+        _abort(collective, error.exit_code, told=rank == 0)
     except GptflError as error:
         say(f"gptfl, {where}: {error}")
         _abort(collective, error.exit_code)
     except Interrupted as stop:
         if rank == 0:
             say(str(stop))
-        _abort(collective, stop.exit_code)
+        _abort(collective, stop.exit_code, told=rank == 0)
     except BaseException:
         say(f"gptfl, {where}:\n{traceback.format_exc()}")
         _abort(collective, GptflError.exit_code)
 
 
-def _abort(collective: Collective, exit_code: int) -> NoReturn:
-    """Ends all ranks. A launcher drops what it has not passed on by then, so the message gets a moment."""
-    time.sleep(1)
+def _abort(collective: Collective, exit_code: int, *, told: bool = True) -> NoReturn:
+    """Ends all ranks. A launcher drops what it has not passed on by then, so the message gets a moment.
+
+    `told`: this rank is the one to end them; the others come to it only where it does not.
+    """
+    ignore_stops()
+    time.sleep(1 if told else 5)
     collective.abort(exit_code)
 
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from gptfl_dist.exchange.collective.base import SEGMENT, Collective, completed
+from gptfl_dist.exchange.collective.base import SEGMENT, Collective, completed, pipelined
+from gptfl_dist.exchange.collective.reduction import ReducedUpdate, contributions
+from gptfl_dist.weights import Layout
 
 
 def joined(backend: str) -> Collective:
@@ -78,6 +80,48 @@ async def reductions(world: Collective) -> dict[str, Any]:
         "sum": bool(np.array_equal(floats, np.arange(2_000_003, dtype=np.float32) * total)),
         "largest": counts.tolist(),
     }
+
+
+async def updates(world: Collective) -> dict[str, Any]:
+    """The updates of the silos of ranks 1 and 2 are summed; rank 3 has none that counts."""
+    layout = Layout.of(
+        [("w", (700_000,), "F32"), ("x", (3,), "F64"), ("n", (2,), "I64"), ("b", (3,), "I8"), ("f", (2,), "BOOL")]
+    )
+    if world.rank == 0:
+        reduced = ReducedUpdate(layout)
+        found = []
+        for _ in range(2):  # the second finds the buffers of the first
+            reduced.begin()
+            reading = asyncio.create_task(asyncio.to_thread(_read, reduced, layout))
+            async for part in pipelined(reduced.parts(world)):
+                reduced.arrived(part)
+            found.append(await reading)
+        return {"found": found[0], "alike": found[0] == found[1]}
+    silos = {1: [1.0, 10.0], 2: [100.0], 3: []}[world.rank]
+    for _ in range(2):
+        flats = [_flat(layout, value) for value in silos]
+        await completed(contributions(world, layout, flats))
+    return {}
+
+
+def _flat(layout: Layout, value: float) -> Any:
+    """A flat buffer that holds this in each tensor (the I8 as it fits in)."""
+    flat = np.zeros(layout.nbytes, np.uint8)
+    for tensor in layout.tensors:
+        dtype = {"F32": "<f4", "F64": "<f8", "I64": "<i8", "I8": "i1", "BOOL": "?"}[tensor.dtype]
+        flat[tensor.offset : tensor.offset + tensor.nbytes].view(dtype)[:] = -value if tensor.name == "b" else value
+    return flat
+
+
+def _read(reduced: ReducedUpdate, layout: Layout) -> dict[str, list[float]]:
+    told = {}
+    for tensor in layout.tensors:
+        memory = memoryview(bytearray(tensor.nbytes))
+        if tensor.dtype != "BOOL":
+            reduced.read_into(tensor.offset, memory)
+            numbers = np.frombuffer(memory, {"F32": "<f4", "F64": "<f8", "I64": "<i8", "I8": "i1"}[tensor.dtype])
+            told[tensor.name] = sorted(set(numbers.tolist()))
+    return told
 
 
 async def large(world: Collective) -> dict[str, Any]:

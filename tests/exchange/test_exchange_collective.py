@@ -45,6 +45,13 @@ def test_floats_are_added_and_of_counts_the_largest_is_taken(tmp_path: Path, bac
 
 
 @pytest.mark.parametrize("backend", _BACKENDS)
+def test_of_updates_floats_are_summed_and_the_largest_increase_of_counts_is_taken(tmp_path: Path, backend: str) -> None:
+    found = _found(backend, "updates", tmp_path, ranks=4)
+    assert found["found"] == {"w": [111.0], "x": [111.0], "n": [100], "b": [-1]}
+    assert found["alike"]
+
+
+@pytest.mark.parametrize("backend", _BACKENDS)
 def test_more_than_two_to_the_31_elements_pass(tmp_path: Path, backend: str) -> None:
     assert _found(backend, "large", tmp_path, ranks=2) == {"elements": 2**31 + 5}
 
