@@ -56,6 +56,7 @@ class Mode:
 
 RATIOS = {"wall_ratio": "wall", "cpu_ratio": "cpu"}
 MODES = {
+    "fast": Mode(MPIEXEC, {"reduction": "fast"}),
     "exact": Mode(MPIEXEC),
     "tls": Mode(MPIEXEC, {"trust": "tls"}),
 }

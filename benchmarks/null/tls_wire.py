@@ -18,8 +18,8 @@ import numpy as np
 from marks import mark
 from mpi4py import MPI
 
-from gptfl_dist.exchange.collective.tls import TlsWire
-from gptfl_dist.exchange.collective.wire import SEGMENT
+from gptfl_dist.exchange.collective.base import SEGMENT
+from gptfl_dist.exchange.collective.tls import TlsCollective
 from gptfl_dist.security.credentials import load_credentials
 from gptfl_dist.security.identity import Identity
 from gptfl_dist.security.session import Session
@@ -28,7 +28,7 @@ PARAMETERS, ROUNDS = (int(os.environ[name]) for name in ("NULL_PARAMETERS", "NUL
 PART = SEGMENT // 4  # numbers
 
 
-async def serve(wire: TlsWire, silos: int) -> None:
+async def serve(wire: TlsCollective, silos: int) -> None:
     model = np.random.default_rng(7).standard_normal(PARAMETERS, dtype=np.float32)
     total = np.zeros(PARAMETERS, np.float32)
     part = np.empty(PART, np.float32)
@@ -46,7 +46,7 @@ async def serve(wire: TlsWire, silos: int) -> None:
         mark(what="round")
 
 
-async def join(wire: TlsWire, rank: int) -> None:
+async def join(wire: TlsCollective, rank: int) -> None:
     model = np.empty(PARAMETERS, np.float32)
     for _ in range(ROUNDS):
         for start in range(0, PARAMETERS, PART):
@@ -65,7 +65,9 @@ async def main() -> None:
     peers = {0: Identity("floor", "coordinator", "coordinator")}
     if rank == 0:
         peers = {number: Identity("floor", "silo", f"silo-{number}") for number in range(1, silos + 1)}
-    wire = TlsWire(world, {number: Session(credentials, peer, f"rank {number}") for number, peer in peers.items()})
+    wire = TlsCollective(
+        world, {number: Session(credentials, peer, f"rank {number}") for number, peer in peers.items()}
+    )
     await wire.shake_hands()
     await (join(wire, rank) if rank else serve(wire, silos))
 

@@ -23,6 +23,11 @@ class Tapped(MPI.Intracomm):
             tap.write(buffer)
         return super().Ibcast(buffer, root)
 
+    def Ireduce(self, buffer: Any, *arguments: Any, **named: Any) -> MPI.Request:  # noqa: N802
+        if buffer is not MPI.IN_PLACE:
+            tap.write(buffer)
+        return super().Ireduce(buffer, *arguments, **named)
+
 
 if __name__ == "__main__":
     tap = (Path(sys.argv[1]) / str(MPI.COMM_WORLD.Get_rank())).open("wb", buffering=0)

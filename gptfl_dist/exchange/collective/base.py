@@ -53,7 +53,7 @@ class Collective(Protocol):
         """Fills `part` on all ranks with what it holds on rank 0."""
 
     def reduce(self, part: Buffer, how: Literal["sum", "max"]) -> Awaitable[None]:
-        """Leaves in `part` on rank 0 the sum or the maximum of all ranks' parts."""
+        """Leaves in `part` on rank 0 the sum or the maximum of all ranks' parts. Those of the others are used up."""
 
     def fail(self, error: BaseException) -> None:
         """From now on every operation raises this error, also those under way."""

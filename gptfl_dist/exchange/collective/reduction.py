@@ -60,13 +60,12 @@ def contributions(collective: Collective, layout: Layout, updates: Sequence[Buff
     `updates` are the flat buffers, as bytes, of the updates that count of this rank's silos; each holds its floating
     numbers times its samples. They are used up.
     """
-    nothing = np.zeros(SEGMENT, np.uint8)
     for part in parts_of(layout):
         mine = [update[part.start : part.stop] for update in updates]
         if part.how == "max":
             yield collective.reduce(_largest([_numbers(each, part) for each in mine], part), "max")
         elif not mine:
-            yield collective.reduce(nothing[: part.stop - part.start].view(NUMPY[part.dtype]), "sum")
+            yield collective.reduce(np.zeros(part.count, NUMPY[part.dtype]), "sum")
         else:
             total = _typed(mine[0], part)
             for other in mine[1:]:
