@@ -131,9 +131,9 @@ class Commands:
         self._started.append(started)
         return started
 
-    def mpi(self, ranks: int, *arguments: str | Path, options: Sequence[str] = ()) -> Command:
-        """Starts `mpiexec OPTIONS -n RANKS gptfl ARGUMENTS`."""
-        return self.start(*arguments, launcher=(MPIEXEC, *options, "-n", str(ranks)))
+    def mpi(self, ranks: int, *arguments: str | Path) -> Command:
+        """Starts `mpiexec -n RANKS gptfl ARGUMENTS`."""
+        return self.start(*arguments, launcher=(MPIEXEC, "-n", str(ranks)))
 
     def torch(self, ranks: int, *arguments: str | Path) -> Command:
         """Starts `torchrun --nproc-per-node RANKS -m gptfl_dist ARGUMENTS`."""

@@ -135,6 +135,7 @@ async def _run_rank(
         raise
     finally:
         if work is not None and not work.done():
+            collective.fail(GptflError("the job is ended"))  # no goodbye: the other ranks may listen no more
             work.cancel()
             await ended(work)
         await watch.end(exit_code)

@@ -46,6 +46,7 @@ class CollectiveCoordinatorExchange:
         self._inbox = inbox
         self._published: set[str] = set()
         self._listener: asyncio.Task[None] | None = None
+        self._settling: set[asyncio.Task[None]] = set()
         self._parts = [memoryview(bytearray(SEGMENT)) for _ in range(DEPTH)]  # of broadcasts
         self._updates = [memoryview(bytearray(SEGMENT)) for _ in range(DEPTH + 1)]  # of an update that arrives
 
@@ -158,13 +159,28 @@ class CollectiveCoordinatorExchange:
                 # From here on all of it is taken, wanted or not: what is left lying would be taken for the next one.
                 await self._collective.say(rank, {"type": "send", "offset": offset})
                 await self._fill(spool, ticket, rank, offset)
+        except Refused as refusal:
+            await self._refuse(rank, silo, nonce, refusal)
+        else:  # the next one may arrive while this one is checked
+            settling = asyncio.create_task(self._settle(rank, silo, nonce, committed))
+            self._settling.add(settling)
+            settling.add_done_callback(self._settling.discard)
+            settling.add_done_callback(self._ended)
+
+    async def _settle(self, rank: int, silo: str, nonce: str, committed: bool) -> None:
+        """Commits an update that arrived whole, or refuses it; either way its silo is told."""
+        try:
+            if not committed:
                 await asyncio.to_thread(self._inbox.finish, silo, nonce)
         except Refused as refusal:
-            self._fail(silo, nonce, f"refused: {refusal}")
-            await self._collective.say(rank, {"type": "receipt", "committed": False, "reason": str(refusal)})
+            await self._refuse(rank, silo, nonce, refusal)
         else:
             self.events.put_nowait(Answered(silo, nonce))
             await self._collective.say(rank, {"type": "receipt", "committed": True, "reason": ""})
+
+    async def _refuse(self, rank: int, silo: str, nonce: str, refusal: Refused) -> None:
+        self._fail(silo, nonce, f"refused: {refusal}")
+        await self._collective.say(rank, {"type": "receipt", "committed": False, "reason": str(refusal)})
 
     async def _fill(self, spool: Spool, ticket: int, rank: int, offset: int) -> None:
         """Receives an update. Threads write and hash a part, which takes as long as to receive it, beside the next."""
