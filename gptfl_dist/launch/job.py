@@ -105,8 +105,9 @@ class TrainerJob:
         state = await self._launcher.state()
         if state != self._state:
             self._query_pause = _FIRST_QUERY
-            if state.life == "waiting":
+            if state.life != "running":
                 _log.info(state.words)
+            if state.life == "waiting":
                 progress(0, 0, state.words)
         self._state = state
         self._query_pause = min(1.5 * self._query_pause, _LONGEST_QUERY)

@@ -54,27 +54,17 @@ def test_a_job_a_round(
     assert agent_log(mine).count("was submitted") == 4  # three rounds and the final evaluation
 
 
-def _cancel(slurm: SlurmCluster) -> str:
-    slurm.run("scancel", *slurm.jobs())
-    return "was cancelled"
-
-
-def _preempt(slurm: SlurmCluster) -> str:
-    slurm.submit("--partition=urgent", *ALL, "--wrap=true")
-    return "was preempted"
-
-
-def _kill(slurm: SlurmCluster) -> str:
-    (trainer,) = (
+def _trainer(slurm: SlurmCluster) -> int:
+    """The process id of the trainer in a job of this cluster."""
+    mark = f"SLURM_CONF={slurm.environment['SLURM_CONF']}".encode()
+    (found,) = (
         int(process.name)
         for process in Path("/proc").glob("[0-9]*")
-        if f"SLURM_CONF={slurm.environment['SLURM_CONF']}".encode() in _read(process / "environ")
-        and b"gptfl_dist.run.trainer" in _read(process / "cmdline").split(b"\0")
-        and b"guard.py" not in _read(process / "cmdline")
-        and b"SLURM_JOB_ID" in _read(process / "environ")
+        if _read(process / "cmdline").split(b"\0")[1:3] == [b"-m", b"gptfl_dist.run.trainer"]
+        and mark in (environment := _read(process / "environ").split(b"\0"))
+        and any(variable.startswith(b"SLURM_JOB_ID=") for variable in environment)
     )
-    os.kill(trainer, signal.SIGKILL)
-    return "rank 0 was killed by signal 9"
+    return found
 
 
 def _read(path: Path) -> bytes:
@@ -84,18 +74,45 @@ def _read(path: Path) -> bytes:
         return b""
 
 
+def stopped_in_mid_training(slurm: SlurmCluster, mine: Federation) -> int:
+    """The process id of the trainer, which sleeps from now on in a round that it has begun and not ended."""
+    folder = mine.run_folder / "silos" / "silo-1" / "launch" / "silo-1"
+    for round_ in (2, 3):
+        wait_for(lambda: f"round {round_}: ".encode() in _read(folder / "trainer.log"), 200)  # noqa: B023
+        trainer = _trainer(slurm)
+        os.kill(trainer, signal.SIGSTOP)
+        if not list(folder.glob(f"*/update-{round_ + 1}.safetensors")):  # the first message is the set-up
+            return trainer
+        os.kill(trainer, signal.SIGCONT)
+    raise AssertionError("it trains too fast")
+
+
+def _cancel(slurm: SlurmCluster, trainer: int) -> str:
+    slurm.run("scancel", *slurm.jobs())
+    return "was cancelled"
+
+
+def _preempt(slurm: SlurmCluster, trainer: int) -> str:
+    slurm.submit("--partition=urgent", *ALL, "--wrap=true")
+    return "was preempted"
+
+
+def _kill(slurm: SlurmCluster, trainer: int) -> str:
+    os.kill(trainer, signal.SIGKILL)
+    return "rank 0 was killed by signal 9"
+
+
 @pytest.mark.parametrize("happens", [_cancel, _preempt, _kill])
 def test_a_job_that_is_lost_in_mid_round_is_submitted_again(
     gptfl: Commands,
     federation: Callable[..., Federation],
     undisturbed: Federation,
     slurm: SlurmCluster,
-    happens: Callable[[SlurmCluster], str],
+    happens: Callable[[SlurmCluster, int], str],
 ) -> None:
     mine = launched(federation(), **BY_SLURM)
     command = gptfl.start("run", mine.path)
-    wait_for(lambda: "silo-1" in mine.owed(2), 200)
-    told = happens(slurm)
+    told = happens(slurm, stopped_in_mid_training(slurm, mine))
     finish(command, mine, undisturbed)
     assert told in agent_log(mine)
     assert agent_log(mine).count("was submitted") == 2
@@ -107,7 +124,7 @@ def test_a_job_that_is_lost_too_often_fails_its_round_with_the_reason(
     mine = launched(federation(), **BY_SLURM, retries=0)
     command = gptfl.start("run", mine.path)
     wait_for(lambda: "silo-1" in mine.owed(1) and slurm.run("squeue", "--noheader", "--states=RUNNING"), 200)
-    _cancel(slurm)
+    slurm.run("scancel", *slurm.jobs())
     assert command.wait() == 8
     assert "silo-1: TrainerLost: Slurm job" in command.stderr
     assert "was cancelled" in command.stderr
