@@ -214,13 +214,20 @@ def place() -> tuple[int, int]:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if RENDEZVOUS not in os.environ:
         return 0, 1
-    for rank, size in _LAUNCHERS:
-        if rank in os.environ and size in os.environ:
-            return int(os.environ[rank]), int(os.environ[size])
+    if (told := told_by_launcher()) is not None:
+        return told
     raise LaunchError(
         f"{RENDEZVOUS} is set, but no launcher told this process its rank",
         hint=f"start it by torchrun, mpiexec or srun; expected {', '.join(f'{r} and {s}' for r, s in _LAUNCHERS)}",
     )
+
+
+def told_by_launcher() -> tuple[int, int] | None:
+    """The rank and the number of ranks that a launcher which sets no address told this process."""
+    for rank, size in _LAUNCHERS:
+        if rank in os.environ and size in os.environ:
+            return int(os.environ[rank]), int(os.environ[size])
+    return None
 
 
 def _told_by_torch() -> bool:

@@ -39,7 +39,7 @@ from gptfl_dist.learning.code import import_function
 from gptfl_dist.learning.data import load_images, split
 from gptfl_dist.learning.device import resolve_device
 from gptfl_dist.learning.evaluate import evaluate
-from gptfl_dist.learning.group import ALONE, RENDEZVOUS, Group, open_group
+from gptfl_dist.learning.group import ALONE, RENDEZVOUS, Group, open_group, told_by_launcher
 from gptfl_dist.learning.local import train
 from gptfl_dist.learning.models import build_model
 from gptfl_dist.learning.seeding import derive_seed, deterministic
@@ -312,7 +312,7 @@ def main() -> None:
     to_stderr()
     try:
         channel = os.environ.get(ENV, "")
-        if "/" in channel:  # a new folder, shared by all ranks: they can meet there
+        if "/" in channel and told_by_launcher() is not None:  # a new folder, where all ranks can meet
             os.environ.setdefault(RENDEZVOUS, f"{channel}/rendezvous")
         group = open_group(_PATIENCE)
         _serve(group, TrainerEnd() if group.leader else None)
