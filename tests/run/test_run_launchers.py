@@ -188,4 +188,4 @@ def test_the_silos_own_limit_of_time_ends_the_job(
 def test_a_launcher_below_an_mpi_launcher_is_refused(gptfl: Commands, federation: Callable[..., Federation]) -> None:
     command = gptfl.mpi(3, "run", launched(federation(), how="mpirun").path)
     assert command.wait() == 11
-    assert "launch.how is mpirun, but under an MPI launcher" in command.stderr
+    assert "launch.how is mpirun, but in a world of ranks" in command.stderr
