@@ -15,10 +15,13 @@ The tree, with the exit code of the command line for each:
       PolicyError                 7   the silo's own policy forbids what was asked
       FederationError             8   the federation cannot go on (quorum lost, no silo left)
       TrainerError                9   a trainer process failed
+        TrainerLost               9   it was killed, or its job was cancelled, preempted or out of time
       StorageError               10   a disk is full, or a file cannot be written or is damaged
       LaunchError                11   a process, an MPI world or a port cannot be had
+        RankLost                 11   another rank of a group of processes ended, or hangs
       RunAborted                 12   the run was ended for good by `gptfl abort`
     Interrupted                 130   Ctrl-C or SIGTERM: stopped cleanly, the same command goes on
+      Requeue                    75   the same by SIGUSR1, under mpiexec and torchrun also by SIGTERM
 
 `Interrupted` stands apart so that no `except GptflError` swallows it.
 """
@@ -38,11 +41,14 @@ __all__ = [
     "ModelError",
     "PolicyError",
     "ProtocolError",
+    "RankLost",
+    "Requeue",
     "RunAborted",
     "SiloFailed",
     "StageFailed",
     "StorageError",
     "TrainerError",
+    "TrainerLost",
 ]
 
 
@@ -109,12 +115,20 @@ class TrainerError(GptflError):
     exit_code = 9
 
 
+class TrainerLost(TrainerError):
+    pass
+
+
 class StorageError(GptflError):
     exit_code = 10
 
 
 class LaunchError(GptflError):
     exit_code = 11
+
+
+class RankLost(LaunchError):
+    pass
 
 
 class RunAborted(GptflError):
@@ -125,6 +139,12 @@ class Interrupted(BaseException):
     """Ctrl-C or SIGTERM arrived; everything was put away and the same command goes on from there."""
 
     exit_code = 130
+
+
+class Requeue(Interrupted):
+    """A scheduler ends the job before its time: queued again, it goes on from there."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import slurm_cluster
 from hypothesis import settings
-from support import Commands, Federation
+from slurm_cluster import SlurmCluster, private_cluster
+from support import Commands, Federation, wait_for
 
 # A slow machine makes no test fail.
 settings.register_profile("gptfl", deadline=None)
@@ -35,3 +37,24 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Federation:
     federation = Federation(tmp_path_factory.mktemp("undisturbed"))
     commands.run("run", federation.path)
     return federation
+
+
+@pytest.fixture(scope="session")
+def slurm_session() -> Iterator[SlurmCluster]:
+    """A Slurm of three virtual nodes for all tests."""
+    if reason := slurm_cluster.missing():
+        pytest.skip(reason)
+    with private_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def slurm(slurm_session: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
+    """The cluster, found by what the test starts. A test leaves no job behind."""
+    for name, value in slurm_session.environment.items():
+        monkeypatch.setenv(name, value)
+    yield slurm_session
+    try:
+        wait_for(lambda: slurm_session.jobs() == [])
+    finally:
+        slurm_session.run("scancel", "--user=root")

@@ -55,12 +55,15 @@ def shape_set(folder: Path, per_label: int, wrong: Sequence[int] = ()) -> Reques
     pictures = shapes([(sample.label + (at in wrong)) % len(SHAPES) for at, sample in enumerate(samples)])
     pngs = [store.encode_png(picture, SIZE, 1) for picture in pictures]
     folder.mkdir(parents=True, exist_ok=True)
-    shards = tuple(
-        store.write_shard(folder, number, labels, samples[start : start + 10], pngs[start : start + 10], True)
-        for number, start in enumerate(range(0, len(samples), 10))
-    )
+    shards = []
+    for number, start in enumerate(range(0, len(samples), 10)):
+        part = samples[start : start + 10]
+        data = store.encode_shard(labels, part, pngs[start : start + 10], True)
+        shards.append(store.write_shard(folder, number, len(part), data))
     environment = Environment(device="cpu", dtype="float32", threads=1, libraries={})
-    store.write_manifest(folder, Manifest(generator="none", request=request, environment=environment, shards=shards))
+    store.write_manifest(
+        folder, Manifest(generator="none", request=request, environment=environment, shards=tuple(shards))
+    )
     return request
 
 

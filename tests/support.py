@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -21,6 +22,8 @@ _T = TypeVar("_T")
 _MARK = "GPTFL_TEST_MARK"
 GPTFL = (sys.executable, "-m", "gptfl_dist")
 MPIEXEC = str(Path(sys.executable).with_name("mpiexec"))
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
 def wait_for(found: Callable[[], _T], seconds: float = 60.0) -> _T:
@@ -35,7 +38,9 @@ def wait_for(found: Callable[[], _T], seconds: float = 60.0) -> _T:
 class Command:
     """A command in a process group of its own, and all processes that came of it."""
 
-    def __init__(self, command: Sequence[str], folder: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, command: Sequence[str], folder: Path, environment: dict[str, str], cwd: Path | None = None
+    ) -> None:
         self._mark = f"{_MARK}={uuid.uuid4().hex}"
         name, _, value = self._mark.partition("=")
         self._files = folder / f"{value}.out", folder / f"{value}.err"
@@ -45,6 +50,7 @@ class Command:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
+                cwd=cwd,
                 env={**os.environ, **environment, name: value},
                 process_group=0,
             )
@@ -76,6 +82,14 @@ class Command:
         """Expects that none of it is left by then."""
         wait_for(lambda: not self.alive(), seconds)
 
+    def rank(self, number: str) -> int:
+        """The process id of a rank that torchrun started."""
+        for pid in self.pids("gptfl_dist"):
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if f"RANK={number}".encode() in variables:
+                return pid
+        raise AssertionError(f"no rank {number}")
+
     def pids(self, part: str) -> list[int]:
         """The process ids whose command line holds `part`."""
         return [pid for pid, command in self.alive().items() if part in command]
@@ -99,15 +113,34 @@ class Commands:
         self._folder = folder
         self._started: list[Command] = []
 
-    def start(self, *arguments: str | Path, launcher: Sequence[str] = (), **environment: str) -> Command:
-        """Starts `gptfl ARGUMENTS`."""
-        command = Command([*launcher, *GPTFL, *map(str, arguments)], self._folder, environment)
+    def start(
+        self,
+        *arguments: str | Path,
+        launcher: Sequence[str] = (),
+        program: Sequence[str] = GPTFL,
+        **environment: str,
+    ) -> Command:
+        """Starts `gptfl ARGUMENTS`; `program` takes the place of `gptfl`."""
+        command = Command([*launcher, *program, *map(str, arguments)], self._folder, environment)
         self._started.append(command)
         return command
+
+    def script(self, *command: str | Path, cwd: Path, **environment: str) -> Command:
+        """Starts another program than `gptfl`, in a folder."""
+        started = Command(list(map(str, command)), self._folder, environment, cwd)
+        self._started.append(started)
+        return started
 
     def mpi(self, ranks: int, *arguments: str | Path) -> Command:
         """Starts `mpiexec -n RANKS gptfl ARGUMENTS`."""
         return self.start(*arguments, launcher=(MPIEXEC, "-n", str(ranks)))
+
+    def torch(self, ranks: int, *arguments: str | Path) -> Command:
+        """Starts `torchrun --nproc-per-node RANKS -m gptfl_dist ARGUMENTS`."""
+        launcher = (*TORCHRUN, "--nproc-per-node", str(ranks), "-m", "gptfl_dist")
+        command = Command([*launcher, *map(str, arguments)], self._folder, {})
+        self._started.append(command)
+        return command
 
     def run(self, *arguments: str | Path) -> Command:
         """Starts a command, waits for its end and expects it to go well."""
@@ -118,6 +151,13 @@ class Commands:
     def kill(self) -> None:
         for command in self._started:
             command.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 RULES = {"rounds": 3, "cohort": "all", "quorum": "all", "deadline": "120s", "join_deadline": "120s"}

@@ -120,7 +120,7 @@ def test_every_command_in_a_block_parses(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_and_option_in_the_text_exists(page: Path) -> None:
     known = {name for command in COMMANDS.values() for name in options_of(command)} | {"--version", "-h", "--help"}
-    foreign = {"--oversubscribe", "--cpus-per-task"}
+    foreign = {"--oversubscribe", "--cpus-per-task", "--no-requeue"}
     for span in spans(page):
         for words in arguments(span.split()):
             if words and words[0] not in {"COMMAND", "--version"}:

@@ -10,11 +10,9 @@ say how much of it. The server notes the end of each round in NULL_MARKS.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import numpy as np
+from marks import mark
 
 CHUNK = 2 << 20
 PARAMETERS, SILOS, ROUNDS = (int(os.environ[name]) for name in ("NULL_PARAMETERS", "NULL_SILOS", "NULL_ROUNDS"))
@@ -65,8 +64,7 @@ class Server:
                     np.divide(self.sum, np.float32(100 * SILOS * (SILOS + 1) / 2), out=self.model)
                     self.sum[:] = 0
                     self.arrived, self.round = 0, round_
-                    with Path(os.environ["NULL_MARKS"]).open("a") as marks:
-                        marks.write(json.dumps({"time": time.time(), "what": "round", "round": round_}) + "\n")
+                    mark(what="round", round=round_)
                     self.changed.notify_all()
                 else:
                     await self.changed.wait_for(lambda r=round_: self.round >= r)

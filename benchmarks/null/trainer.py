@@ -6,23 +6,17 @@ adds k to every parameter), and writes the update. It notes when each order came
 
 from __future__ import annotations
 
-import json
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from marks import mark
 from processes import peak_memory, resident_memory
 
 from gptfl_dist.launch.channel import TrainerEnd
 from gptfl_dist.weights import BLOCK, Layout, WeightsFile, overwrite_weights
-
-
-def mark(**facts: Any) -> None:
-    with Path(os.environ["NULL_MARKS"]).open("a") as marks:
-        marks.write(json.dumps({"time": time.time(), "pid": os.getpid(), **facts}) + "\n")
 
 
 def main() -> None:

@@ -6,7 +6,10 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -17,8 +20,10 @@ from gptfl_dist import __version__
 from gptfl_dist.cli import operate
 from gptfl_dist.cli.options import FederationPath, Format, FormatOption
 from gptfl_dist.errors import ConfigError, GptflError, Interrupted
+from gptfl_dist.run.launcher import Wire, choose
 
 if TYPE_CHECKING:
+    from gptfl_dist.learning.group import Group
     from gptfl_dist.observe.summary import Summary
 
 app = typer.Typer(
@@ -42,12 +47,6 @@ app = typer.Typer(
     Results and progress: summary.json, report.html and logs in the run folder. Exit codes: docs/reference.md.
     """,
 )
-
-
-class Wire(StrEnum):
-    auto = "auto"
-    grpc = "grpc"
-    mpi = "mpi"
 
 
 QuietOption = Annotated[bool, typer.Option(hidden=True, help="for a process of ours that waits for the result")]
@@ -79,7 +78,7 @@ def demo(
     """
     from gptfl_dist.run.demo import prepare
 
-    _over_mpi(Wire.grpc)
+    choose(Wire.grpc)
     path = prepare(folder, silos=silos, rounds=rounds, seed=seed, fresh=fresh)
     _run(path, Wire.grpc, fresh, format_)
 
@@ -87,7 +86,7 @@ def demo(
 @app.command()
 def run(
     file: FederationPath,
-    exchange: Annotated[Wire, typer.Option(help="auto takes MPI under mpiexec, else gRPC")] = Wire.auto,
+    exchange: Annotated[Wire, typer.Option(help="auto: as the launcher says, else grpc")] = Wire.auto,
     fresh: FreshOption = False,
     format_: FormatOption = Format.text,
 ) -> None:
@@ -96,6 +95,7 @@ def run(
     \b
     gptfl run federation.yaml                 silos as processes on this machine, gRPC with mutual TLS
     mpiexec -n 5 gptfl run federation.yaml    rank 0 coordinates four silos
+    torchrun --nproc-per-node 5 -m gptfl_dist run federation.yaml
     """
     _run(file, exchange, fresh, format_)
 
@@ -170,13 +170,21 @@ def prompts(
 
 @app.command()
 def generate(file: FederationPath, quiet: QuietOption = False, format_: FormatOption = Format.text) -> None:
-    """Make the synthetic data set of a federation file, and filter it. Stopped and started again, it goes on."""
+    """Make the synthetic data set of a federation file, and filter it. Stopped and started again, it goes on.
+
+    \b
+    gptfl generate federation.yaml
+    torchrun --nproc-per-node 4 -m gptfl_dist generate federation.yaml    on four GPUs; the same set
+    """
     from gptfl_dist.config.load import load_federation
     from gptfl_dist.run import stages
     from gptfl_dist.run.candidates import CANDIDATES, CONTACT_SHEET
 
     federation = load_federation(file)
-    made = stages.generate(federation, file.parent)
+    with _group() as group:
+        made = stages.generate(federation, file.parent, group)
+    if made is None:
+        return
     sheet = federation.run_folder / (CANDIDATES if federation.synthesis.candidates else CONTACT_SHEET)
     if made.filter is not None:
         _say(f"filter: {made.filter}")
@@ -189,13 +197,21 @@ def generate(file: FederationPath, quiet: QuietOption = False, format_: FormatOp
 
 @app.command()
 def pretrain(file: FederationPath, quiet: QuietOption = False, format_: FormatOption = Format.text) -> None:
-    """Train the model of a federation file on its synthetic data set."""
+    """Train the model of a federation file on its synthetic data set. Stopped and started again, it goes on.
+
+    \b
+    gptfl pretrain federation.yaml
+    torchrun --nproc-per-node 4 -m gptfl_dist pretrain federation.yaml    data-parallel on four GPUs
+    """
     from gptfl_dist.config.load import load_federation
     from gptfl_dist.run import stages
     from gptfl_dist.run.candidates import CANDIDATES, PRETRAINED_WEIGHTS
 
     federation = load_federation(file)
-    facts = stages.pretrain(federation, file.parent)
+    with _group() as group:
+        facts = stages.pretrain(federation, file.parent, group)
+    if facts is None:
+        return
     each = facts.get("candidates", {"": facts})
     weights = federation.run_folder / (CANDIDATES if "candidates" in facts else PRETRAINED_WEIGHTS)
     if format_ is Format.json:
@@ -338,7 +354,7 @@ def main() -> NoReturn:
         _complain(error)
     except Interrupted as stop:
         _say(str(stop))
-        sys.exit(Interrupted.exit_code)
+        sys.exit(stop.exit_code)
     finally:
         ignore_stops()
     sys.exit(0)
@@ -357,30 +373,36 @@ def _say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def _over_mpi(wire: Wire) -> bool:
-    """Whether this process is one rank of many. Raises ConfigError where a launcher started several and must not."""
-    from gptfl_dist.run.mpi import launched
+@contextmanager
+def _group() -> Iterator[Group]:
+    """The processes that carry a stage out together, of which rank 0 alone prints the result."""
+    from gptfl_dist.learning.group import open_group
 
-    launcher = launched()
-    if wire is Wire.grpc and launcher is not None and launcher[2] > 0:
-        raise ConfigError("--exchange grpc under an MPI launcher would start every process several times")
-    return wire is Wire.mpi or (wire is Wire.auto and launcher is not None)
+    group = open_group(patience=timedelta(days=1))  # in generation, ranks wait while others make a last shard
+    try:
+        yield group
+    except GptflError as error:
+        if group.size > 1:
+            error.message = f"rank {group.rank}: {error.message}"
+        raise
+    group.close()
 
 
 def _run(file: Path, wire: Wire, fresh: bool, format_: Format) -> None:
+    choice = choose(wire)
     summary: Summary | None
-    if _over_mpi(wire):
-        from gptfl_dist.run.mpi import run_world
-
-        summary = run_world(file, fresh, _say)
-    else:
+    if choice.wire is Wire.grpc:
         from gptfl_dist.run.folder import open_run_folder
         from gptfl_dist.run.local import run_locally
         from gptfl_dist.run.signals import run_until_done
 
         open_run_folder(file, fresh)
-        _say("exchange: gRPC with mutual TLS (no MPI launcher started this process)")
+        _say(f"exchange: gRPC with mutual TLS ({choice.why})")
         summary = run_until_done(run_locally(file, _say))
+    else:
+        from gptfl_dist.run.collective import run_world
+
+        summary = run_world(file, choice, fresh, _say)
     if summary is not None:  # which rank 0 alone has
         _show(summary, file, format_)
 

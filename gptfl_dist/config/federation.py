@@ -324,6 +324,16 @@ class Exchange(Section):
         return self
 
 
+class Collective(Section):
+    """How ranks under mpiexec or torchrun deal with each other; there `exchange` names nothing but the certificates.
+
+    Updates come whole (`exact`) or are summed on their way (`fast`).
+    """
+
+    reduction: Literal["exact", "fast"] = "exact"
+    trust: Literal["plain", "tls"] = "plain"
+
+
 class Compression(Section):
     """How updates (up) and weights (down) are encoded on their way; `top_share` and `error_feedback` are of updates."""
 
@@ -360,9 +370,28 @@ class FederationFile(Section):
     federation: Federation = Federation()
     strategy: Strategy = Strategy()
     exchange: Exchange = Exchange()
+    collective: Collective = Collective()
     compression: Compression = Compression()
     test_data: Path | None = None
     silos: list[SiloEntry] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _nothing_that_needs_single_updates(self) -> Self:
+        rules = self.federation
+        needs = {
+            f"federation.mode is {rules.mode}": rules.mode != "synchronous",
+            f"federation.late is {rules.late}": rules.late != "drop",
+            f"compression.up is {self.compression.up}": self.compression.up != "none",
+            f"compression.down is {self.compression.down}": self.compression.down != "none",
+            f"collective.trust is {self.collective.trust}": self.collective.trust != "plain",
+        }
+        for setting, given in needs.items():
+            if given and self.collective.reduction == "fast":
+                raise ValueError(
+                    f"collective.reduction is fast, which sums the plain updates of one round, but {setting}: "
+                    "set collective.reduction to exact"
+                )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

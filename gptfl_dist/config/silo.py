@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from gptfl_dist.config.base import Address, Name, Section
 from gptfl_dist.config.federation import Device, Share
@@ -57,6 +57,58 @@ class Code(Section):
         return self
 
 
+class Torchrun(Section):
+    """`torchrun` on the agent's machine."""
+
+    processes: PositiveInt = 1
+    options: list[str] = Field(default=[])
+
+
+class Mpirun(Section):
+    """An MPI's own launcher on the agent's machine, which may start ranks on others."""
+
+    command: str = "mpiexec"
+    ranks: PositiveInt = 1
+    options: list[str] = Field(default=[])
+
+
+class Slurm(Section):
+    """A job, held until the federation is over, or one for each order."""
+
+    hold: Literal["run", "round"] = "run"
+    options: list[str] = Field(default=[])
+
+    @field_validator("options")
+    @classmethod
+    def _not_what_the_agent_sets(cls, options: list[str]) -> list[str]:
+        for option in options:
+            name = option.partition("=")[0] if option.startswith("--") else option[:2]
+            if not option.startswith("-") or " " in option.partition("=")[0]:
+                raise ValueError(f"expected options of sbatch such as --time=04:00:00, found {option!r}")
+            if name in _AGENTS_OWN:
+                raise ValueError(f"launch.slurm.options must not hold {name}: the agent sets it, or would lose its job")
+        return options
+
+
+_AGENTS_OWN = {
+    *("--job-name", "-J", "--comment", "--output", "-o", "--error", "-e", "--open-mode", "--requeue", "--no-requeue"),
+    *("--array", "-a", "--wait", "-W", "--wrap", "--parsable", "--chdir", "-D", "--hold", "-H"),
+}
+
+
+class Launch(Section):
+    """How the training process is started. What is lost (killed, cancelled, preempted) is started again."""
+
+    how: Literal["child", "torchrun", "mpirun", "slurm"] = "child"
+    folder: Path | None = None
+    lease: Annotated[Duration, Field(ge=1.0)] = 60.0
+    retries: NonNegativeInt = 1
+    pause: Duration = 1.0
+    torchrun: Torchrun = Torchrun()
+    mpirun: Mpirun = Mpirun()
+    slurm: Slurm = Slurm()
+
+
 class Policy(Section):
     """What the coordinator may ask of this silo. More than this is refused."""
 
@@ -77,6 +129,7 @@ class SiloFile(Section):
     data: Data | None = None
     code: Code | None = None
     policy: Policy = Policy()
+    launch: Launch = Launch()
     model_source: str | None = None
     device: Device = "auto"
     work_folder: Path | None = None

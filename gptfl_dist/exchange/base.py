@@ -11,11 +11,11 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from gptfl_dist.config.plan import Plan
 from gptfl_dist.federation.orders import Order, Report
-from gptfl_dist.weights import Layout, WeightsFile
+from gptfl_dist.weights import FlatReader, Layout, WeightsFile
 
 PROTOCOL_VERSION = 1
 
@@ -97,12 +97,13 @@ class OrderFailed:
 
 @dataclass(frozen=True, slots=True)
 class SiloProgress:
-    """How far a silo's training is."""
+    """How far a silo's training is, or what it waits for."""
 
     silo: str
     nonce: str
     done: int
     total: int
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +147,14 @@ class CoordinatorExchange(Protocol):
         """Says goodbye to every silo and ends the wire."""
 
 
+@runtime_checkable
+class Reducing(Protocol):
+    """A coordinator's end that sums updates on their way. Silos then report, and their updates are never here."""
+
+    async def reduce(self, silos: tuple[str, ...]) -> FlatReader:
+        """The sum of the updates of these silos, each times its samples; of integers the largest increase."""
+
+
 class SiloExchange(Protocol):
     """A silo's end of a wire. Each call raises Disconnected where the wire broke."""
 
@@ -170,8 +179,8 @@ class SiloExchange(Protocol):
     async def report(self, report: Report) -> None:
         """Answers an evaluation."""
 
-    async def progress(self, nonce: str, done: int, total: int) -> None:
-        """Tells how far the training is."""
+    async def progress(self, nonce: str, done: int, total: int, note: str = "") -> None:
+        """Tells how far the training is, or in words what it waits for."""
 
     async def fail(self, nonce: str, reason: str) -> None:
         """Tells that an order cannot be carried out."""

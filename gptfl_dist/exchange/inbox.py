@@ -145,9 +145,10 @@ class Inbox:
     """`max_samples` holds the registered maximum of each silo; `commit(silo, order, report, digest)` makes it count.
     `durable`: a committed update is there after a power cut too.
 
-    `digest` is "" for an evaluation. Updates arrive encoded by `codec`; they are checked and read decoded. `max_norm`
-    bounds the Euclidean norm of an update; None does not. `finish` may run in a thread beside all other calls: what it
-    checks cannot be overwritten meanwhile, and an order that is withdrawn meanwhile is not committed.
+    `digest` is "" for an answer without an update. Updates arrive encoded by `codec`; they are checked and read
+    decoded. `max_norm` bounds the Euclidean norm of an update; None does not. `finish` may run in a thread beside all
+    other calls: what it checks cannot be overwritten meanwhile, and an order that is withdrawn meanwhile is not
+    committed.
     """
 
     folder: Path
@@ -272,8 +273,16 @@ class Inbox:
 
     def accept(self, silo: str, report: Report) -> None:
         """Takes the answer to an evaluation. Raises Refused."""
+        self._accept(silo, report, "evaluate")
+
+    def accept_reduced(self, silo: str, report: Report) -> None:
+        """Takes the answer to any order, where updates stay with their silos until they are summed. Raises Refused."""
+        expected = self._expected.get(silo)
+        self._accept(silo, report, "evaluate" if expected is None else expected.order.kind)
+
+    def _accept(self, silo: str, report: Report, kind: str) -> None:
         with self._lock:
-            expected = self._check_report(silo, report, "evaluate")
+            expected = self._check_report(silo, report, kind)
             if not expected.committed:
                 self.commit(silo, expected.order, report, "")
                 expected.committed = True

@@ -4,9 +4,7 @@ A `MemoryNetwork` joins one coordinator at a time with any number of silos and o
 drop one and start it anew. Updates go through the real inbox. A fault waits at a step of an order's way:
 
     order (the silo hears it) -> download -> upload -> half (of the update is there) -> sent (all of it)
-        -> committed (nobody was told yet) -> receipt (the silo alone was not told yet), or refused (likewise)
-
-or, for an evaluation, report in place of upload and what follows.
+        -> committed (nobody was told yet), or refused (the silo was not told yet)      or: report (an evaluation)
 
 `hold` stops the order there until it is released, which makes a silo late; `cut` breaks the silo's line there.
 """
@@ -40,7 +38,7 @@ from gptfl_dist.exchange.inbox import Busy, Inbox, Refused, Superseded
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.weights import BLOCK, Layout, WeightsFile, write_weights
 
-Step = Literal["order", "download", "upload", "half", "sent", "committed", "receipt", "refused", "report"]
+Step = Literal["order", "download", "upload", "half", "sent", "committed", "refused", "report"]
 
 
 @dataclass(eq=False)
@@ -271,9 +269,9 @@ class MemoryCoordinatorExchange:
             if awaited:
                 self.events.put_nowait(Answered(silo, report.nonce))
 
-    def note_progress(self, silo: str, nonce: str, done: int, total: int) -> None:
+    def note_progress(self, silo: str, nonce: str, done: int, total: int, note: str) -> None:
         if self._inbox.awaits(silo, nonce):
-            self.events.put_nowait(SiloProgress(silo, nonce, done, total))
+            self.events.put_nowait(SiloProgress(silo, nonce, done, total, note))
 
     def give_up(self, silo: str, nonce: str, reason: str) -> None:
         """Tells that an order failed, once. What a silo says of orders that are not open changes nothing."""
@@ -321,8 +319,8 @@ class MemorySiloExchange:
         coordinator, line = self._open
         try:
             receipt = await coordinator.take(self._silo, header, update)
-            step: Step = "receipt" if receipt.committed else "refused"
-            await self._network.reach(step, self._silo, header.report.nonce)
+            if not receipt.committed:
+                await self._network.reach("refused", self._silo, header.report.nonce)
         except Disconnected:
             coordinator.leave(self._silo, line)
             raise
@@ -333,8 +331,8 @@ class MemorySiloExchange:
         await self._reach("report", report.nonce)
         self._open[0].answer(self._silo, report)
 
-    async def progress(self, nonce: str, done: int, total: int) -> None:
-        self._open[0].note_progress(self._silo, nonce, done, total)
+    async def progress(self, nonce: str, done: int, total: int, note: str = "") -> None:
+        self._open[0].note_progress(self._silo, nonce, done, total, note)
 
     async def fail(self, nonce: str, reason: str) -> None:
         self._open[0].give_up(self._silo, nonce, reason)

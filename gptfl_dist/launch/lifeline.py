@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from gptfl_dist.errors import LaunchError
+from gptfl_dist.learning.group import outside
 
 _ENV = "GPTFL_LIFELINE"
 
@@ -55,7 +56,7 @@ class Child:
                 stdout=answer if answer is not None else output,
                 stderr=output,
                 cwd=cwd,
-                env={**os.environ, _ENV: str(reading)},
+                env={**outside(os.environ), _ENV: str(reading)},
                 pass_fds=(reading,),
                 start_new_session=True,
             )

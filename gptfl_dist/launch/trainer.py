@@ -11,13 +11,16 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from gptfl_dist.errors import LaunchError, TrainerError
+from gptfl_dist.errors import LaunchError, TrainerError, TrainerLost
 from gptfl_dist.files import storage_error
 from gptfl_dist.launch import bound
-from gptfl_dist.launch.channel import ENV, LONGEST_MESSAGE, Message, encode, error_from_message
+from gptfl_dist.launch.base import Progress, unheard
+from gptfl_dist.launch.channel import ENV, LONGEST_MESSAGE, encode, error_from_message
+from gptfl_dist.launch.folder import Message
+from gptfl_dist.learning.group import outside
 
 TIME_TO_END = 30.0  # seconds that a trainer has after the federation, to save its model for example
 _TAIL = 2000  # bytes of a dead trainer's output that are shown
@@ -42,12 +45,7 @@ class TrainerProcess:
     def running(self) -> bool:
         return self._process is not None and self._process.returncode is None
 
-    @property
-    def exit_code(self) -> int | None:
-        """Of a process that ended by itself; None while it runs and after `stop`."""
-        return None if self._process is None else self._process.returncode
-
-    async def start(self) -> None:
+    async def start(self, run: str = "") -> None:
         """Raises LaunchError if the command cannot be run."""
         try:
             self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -56,7 +54,7 @@ class TrainerProcess:
             raise storage_error(error, self._log) from None
         ours, theirs = socket.socketpair()
         try:
-            _require_program(self._command[0])
+            require_program(self._command[0])
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-IS", bound.__file__, str(os.getpid())),
                 *self._command,
@@ -64,7 +62,7 @@ class TrainerProcess:
                 stdout=log,
                 stderr=log,
                 cwd=self._cwd,
-                env={**os.environ, ENV: str(theirs.fileno())},
+                env={**outside(os.environ), ENV: str(theirs.fileno())},
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
             )
@@ -77,14 +75,12 @@ class TrainerProcess:
         self._cleared = asyncio.create_task(self._clear(self._process))
         self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=LONGEST_MESSAGE)
 
-    async def ask(
-        self, message: Message, answer: str, progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> Message:
+    async def ask(self, message: Message, answer: str, progress: Progress = unheard) -> Message:
         """Sends a message and waits for the answer of this type; progress on the way is passed on.
 
-        Raises the error that the trainer met, or TrainerError if the process ended or sent what is no message. A
-        trainer whose answer is not waited for any more (the call is cancelled) is killed: the next call would take
-        that answer for its own.
+        Raises the error that the trainer met, TrainerLost if the process was killed (as for want of memory) or ended
+        as one that is done, or TrainerError if it ended otherwise or sent what is no message. A trainer whose answer is
+        not waited for any more (the call is cancelled) is killed: the next call would take that answer for its own.
         """
         assert self._reader is not None
         assert self._writer is not None
@@ -113,7 +109,9 @@ class TrainerProcess:
             raise
         code = await process.wait()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        raise TrainerError(f"the trainer {how} before it answered\n{self._last_words()}", hint=f"see {self._log}")
+        # A script whose own loop is over ends by itself, as it did before it was a silo's: it can begin anew.
+        kind = TrainerLost if code <= 0 else TrainerError
+        raise kind(f"the trainer {how} before it answered\n{last_words(self._log)}", hint=f"see {self._log}")
 
     async def finish(self, message: Message) -> None:
         """Sends a last message and gives the trainer time to end by itself."""
@@ -142,11 +140,13 @@ class TrainerProcess:
         await process.wait()
         _kill_group(process.pid)
 
-    def _last_words(self) -> str:
-        with contextlib.suppress(OSError), self._log.open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL))
-            return log.read().decode(errors="replace").strip()
-        return ""
+
+def last_words(path: Path) -> str:
+    """The end of a trainer's output."""
+    with contextlib.suppress(OSError), path.open("rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL))
+        return log.read().decode(errors="replace").strip()
+    return ""
 
 
 def _kill_group(leader: int) -> None:
@@ -162,7 +162,7 @@ def _decode(line: bytes) -> Message:
     return message
 
 
-def _require_program(name: str) -> None:
+def require_program(name: str) -> None:
     """Raises the OSError that running it would: `bound` could tell it to nobody."""
     if shutil.which(name) is None:
         Path(name).stat()

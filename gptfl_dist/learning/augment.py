@@ -21,10 +21,15 @@ ELASTIC = 0.1  # standard deviation at the coarse grid's points, in units of hal
 ELASTIC_POINTS = 5
 
 
-def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Warped copies of float32 images (N, C, H, W), of the same shape. What comes in from outside repeats the edge."""
+def augment(
+    images: torch.Tensor, generator: torch.Generator, *, batch: int | None = None, part: slice = slice(None)
+) -> torch.Tensor:
+    """Warped copies of float32 images (N, C, H, W), of the same shape. What comes in from outside repeats the edge.
+
+    `images` may be the `part` of a larger `batch`: draws are made for all of it, so each image gets the same ones.
+    """
     count, _, height, width = images.shape
-    draws = torch.rand(count, 6, generator=generator) * 2 - 1
+    draws = (torch.rand(batch or count, 6, generator=generator) * 2 - 1)[part]
     angle, shear = draws[:, 0] * ROTATION, draws[:, 1] * SHEAR
     scale_x, scale_y = torch.exp(draws[:, 2] * SCALE), torch.exp(draws[:, 3] * SCALE)
     cos, sin = torch.cos(angle), torch.sin(angle)
@@ -36,7 +41,7 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         ],
         dim=1,
     )
-    coarse = torch.randn(count, 2, ELASTIC_POINTS, ELASTIC_POINTS, generator=generator) * ELASTIC
+    coarse = (torch.randn(batch or count, 2, ELASTIC_POINTS, ELASTIC_POINTS, generator=generator) * ELASTIC)[part]
     # Separable cubic interpolation as two small matrix products: far cheaper here than F.interpolate.
     rows, columns = _interpolation(height), _interpolation(width)
     elastic = torch.einsum("hi,ncij,wj->nhwc", rows, coarse, columns)

@@ -13,6 +13,7 @@ from gptfl_dist.config.federation import Task
 from gptfl_dist.errors import DataError
 from gptfl_dist.learning.data import ImageSet
 from gptfl_dist.learning.device import resolve_device
+from gptfl_dist.learning.group import ALONE, Group
 from gptfl_dist.learning.models import logits
 from gptfl_dist.learning.preprocess import normalise
 
@@ -29,18 +30,24 @@ class Evaluation:
     confusion: np.ndarray
 
 
-def evaluate(model: nn.Module, data: ImageSet, task: Task, *, device: str) -> Evaluation:
-    """Runs the model in evaluation mode over `data`. The model stays on the device, its mode is put back."""
+def evaluate(model: nn.Module, data: ImageSet, task: Task, *, device: str, group: Group = ALONE) -> Evaluation:
+    """Runs the model in evaluation mode over `data`. The model stays on the device, its mode is put back.
+
+    A group's ranks share out the batches; each has the result.
+    """
     if len(data) == 0:
         raise DataError("there is no sample to evaluate on", hint="give a data set with at least one image")
     labels = len(data.label_names)
     loss = 0.0
     confusion = torch.zeros(labels * labels, dtype=torch.int64)
-    batches = torch.split(scores(model, data.images, task, device=device), BATCH_SIZE)
-    for found, truth in zip(batches, torch.split(data.labels, BATCH_SIZE), strict=True):
+    truths = torch.split(data.labels, BATCH_SIZE)[group.rank :: group.size]
+    batches = torch.split(data.images, BATCH_SIZE)[group.rank :: group.size]
+    for images, truth in zip(batches, truths, strict=True):
+        found = scores(model, images, task, device=device)
         loss += float(F.cross_entropy(found, truth, reduction="sum"))
         confusion += torch.bincount(truth * labels + found.argmax(dim=1), minlength=labels * labels)
-    matrix = confusion.view(labels, labels).numpy()
+    total = group.sum(torch.tensor([loss, *confusion.tolist()], dtype=torch.float64))
+    loss, matrix = float(total[0]), total[1:].to(torch.int64).view(labels, labels).numpy()
     return Evaluation(float(matrix.trace() / len(data)), loss / len(data), len(data), matrix)
 
 

@@ -1,7 +1,8 @@
 """A silo's local training in one round: SGD from the weights it was given.
 
 Nothing outlives the call but the weights: a new optimiser each time, every draw from the seed. With
-`settings.trained` at `head`, the last layer alone is trained and the rest runs as in evaluation.
+`settings.trained` at `head`, the last layer alone is trained and the rest runs as in evaluation. A silo of several
+ranks trains data-parallel (`shared`): on the batches of one rank, to the same weights but for rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from gptfl_dist.errors import DataError, TrainerError
 from gptfl_dist.learning.augment import augment
 from gptfl_dist.learning.data import ImageSet
 from gptfl_dist.learning.device import resolve_device
+from gptfl_dist.learning.group import ALONE, Group
 from gptfl_dist.learning.models import head_of, logits
+from gptfl_dist.learning.parallel import shared
 from gptfl_dist.learning.preprocess import normalise
 from gptfl_dist.learning.seeding import derive_seed, deterministic
 
@@ -34,9 +37,11 @@ def train(
     seed: int,
     device: str,
     progress: Callable[[int, int], None],
+    group: Group = ALONE,
 ) -> dict[str, float]:
     """Trains `model` in place and leaves it on the device: `settings.epochs` epochs over `data`, shuffled by `seed`.
 
+    Every rank of the group calls it with the same model and data and has the same result.
     Sets torch's threads and global seeds (see `deterministic`). `progress(done, total)` counts batches.
     Returns `train_loss` (mean of the last epoch), `samples` (of the data set) and `seconds`.
     Raises TrainerError where the loss is no longer finite, DataError where there is no data.
@@ -44,7 +49,7 @@ def train(
     if len(data) == 0:
         raise DataError("there is no sample to train on", hint="give a data set with at least one image")
     started = time.monotonic()
-    deterministic(seed, settings.threads)
+    deterministic(derive_seed(seed, "rank", group.rank) if group.rank else seed, settings.threads)
     target = resolve_device(device)
     model.to(target)
     trained = model if settings.trained == "all" else head_of(model)
@@ -62,30 +67,33 @@ def train(
     warping = torch.Generator().manual_seed(derive_seed(seed, "augment"))
     total = settings.epochs * batch_count(len(data), settings.batch_size)
     done = 0
-    for _ in range(settings.epochs):
-        epoch_loss = 0.0
-        for chosen in batches(len(data), settings.batch_size, shuffling):
-            images = normalise(data.images[chosen].to(target), task)
-            if settings.augmentation:
-                images = augment(images, warping)
-            loss = F.cross_entropy(logits(model, images), data.labels[chosen].to(target))
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise TrainerError(
-                    f"the training loss became {value} in batch {done + 1} of {total}",
-                    hint=f"training.learning_rate is {settings.learning_rate:g}: lower it; "
-                    "if the loss is not finite in the first batch, the received weights are at fault",
-                )
-            optimiser.zero_grad()
-            loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
-            if settings.proximal:
-                _pull_back(parameters, received, settings.proximal)
-            if settings.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-            optimiser.step()
-            epoch_loss += value * len(chosen)
-            done += 1
-            progress(done, total)
+    with shared(model, parameters, group) as share:
+        for _ in range(settings.epochs):
+            epoch_loss = 0.0
+            for chosen in batches(len(data), settings.batch_size, shuffling):
+                part, factor = share.of(len(chosen))
+                images = normalise(data.images[chosen[part]].to(target), task)
+                if settings.augmentation:
+                    images = augment(images, warping, batch=len(chosen), part=part)
+                labels = data.labels[chosen[part]].to(target)
+                loss = F.cross_entropy(logits(share.network, images), labels) * factor
+                value = share.mean(loss)
+                if not math.isfinite(value):
+                    raise TrainerError(
+                        f"the training loss became {value} in batch {done + 1} of {total}",
+                        hint=f"training.learning_rate is {settings.learning_rate:g}: lower it; "
+                        "if the loss is not finite in the first batch, the received weights are at fault",
+                    )
+                optimiser.zero_grad()
+                loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
+                if settings.proximal:
+                    _pull_back(parameters, received, settings.proximal)
+                if settings.clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+                optimiser.step()
+                epoch_loss += value * len(chosen)
+                done += 1
+                progress(done, total)
     return {
         "train_loss": epoch_loss / len(data),
         "samples": float(len(data)),

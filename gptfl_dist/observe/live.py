@@ -37,12 +37,14 @@ class Standing:
 
 @dataclass(slots=True)
 class LiveSilo:
-    """`seen` is when it was heard last, by this coordinator or an earlier one (UTC, ISO 8601)."""
+    """`seen` is when it was heard last, by this coordinator or an earlier one (UTC, ISO 8601); `note` says in the
+    silo's words what its training waits for."""
 
     connected: bool = False
     seen: str | None = None
     done: int | None = None
     total: int | None = None
+    note: str = ""
 
 
 @dataclass(slots=True)
@@ -100,13 +102,15 @@ class LiveFile:
         self._silo(silo).seen = now()
         self._changed()
 
-    def progress(self, silo: str, done: int, total: int) -> None:
-        self._silo(silo).done, self._silo(silo).total = done, total
+    def progress(self, silo: str, done: int, total: int, note: str = "") -> None:
+        known = self._silo(silo)
+        known.done, known.total, known.note = done, total, note
         self._changed()
 
     def done(self, silo: str) -> None:
         """A silo is at work no more."""
-        self._silo(silo).done = self._silo(silo).total = None
+        known = self._silo(silo)
+        known.done, known.total, known.note = None, None, ""
         self._changed()
 
     def close(self) -> None:

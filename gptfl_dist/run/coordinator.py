@@ -80,9 +80,9 @@ class Terminal:
     def heard(self, silo: str) -> None:
         self._live.heard(silo)
 
-    def silo_progress(self, silo: str, done: int, total: int) -> None:
+    def silo_progress(self, silo: str, done: int, total: int, note: str) -> None:
         self.table.working(silo, done, total)
-        self._live.progress(silo, done, total)
+        self._live.progress(silo, done, total, note)
 
     def silo_done(self, silo: str) -> None:
         self.table.silo_done(silo)
@@ -157,7 +157,7 @@ def _end_noted(ledger: Ledger) -> Iterator[None]:
 def _request(file: FederationFile) -> str:
     """What makes a run another run: everything but where it lies, how it is reached, what it survives and keeps."""
     content = file.model_dump(mode="json", exclude={"run_folder", "durability", "exchange"})
-    del content["federation"]["keep"]
+    del content["federation"]["keep"], content["collective"]["trust"]
     for silo in content["silos"]:
         del silo["file"]
     return json.dumps(content, sort_keys=True)

@@ -31,6 +31,7 @@ from gptfl_dist.exchange.base import (
     ExchangeFailed,
     Goodbye,
     OrderFailed,
+    Reducing,
     SiloJoined,
     SiloLeft,
     SiloProgress,
@@ -60,7 +61,7 @@ from gptfl_dist.run.evaluation import RANDOM_WEIGHTS, Evaluator
 from gptfl_dist.run.handout import HandOut
 from gptfl_dist.run.requests import aborted
 from gptfl_dist.run.threads import to_its_end
-from gptfl_dist.weights import BLOCK, Codec, Layout, WeightsFile
+from gptfl_dist.weights import BLOCK, Codec, FlatReader, Layout, WeightsFile
 
 _log = logging.getLogger(__name__)
 
@@ -84,8 +85,8 @@ class Watcher(Protocol):
     def heard(self, silo: str) -> None:
         """A silo gave a sign of life."""
 
-    def silo_progress(self, silo: str, done: int, total: int) -> None:
-        """How many batches of its local training a silo has behind it."""
+    def silo_progress(self, silo: str, done: int, total: int, note: str) -> None:
+        """How many batches of its local training a silo has behind it; `note` says what it waits for."""
 
     def silo_done(self, silo: str) -> None:
         """Of this silo no more progress is to be expected: it delivered, failed, was recalled or left."""
@@ -122,6 +123,7 @@ class Federator:
             durable=ledger.durable,
         )
         self.exchange = make_exchange(self._inbox)
+        self._reducing = self.exchange if isinstance(self.exchange, Reducing) else None
         self._connected: set[str] = set()
         self._news: list[str] = []  # who came and went since the operator was told last
         self._missing: tuple[str, ...] = ()  # as the operator was told
@@ -336,7 +338,7 @@ class Federator:
             given = await self._hand_out.prepare(round_.base)
             follows = record.last_committed(told.silo, round_.round)
             order = arm.orders[told.silo] = arm.order("train", told.nonce, round_.round, given, follows)
-            if told.digest is None:
+            if not told.digest or self._reducing is not None:  # an update that was reported lay in its silo's memory
                 self._inbox.expect(told.silo, order)
             elif await asyncio.to_thread(self._inbox.expect_committed, told.silo, order, told.digest):
                 delivered[told.silo] = round_.round
@@ -393,7 +395,8 @@ class Federator:
             arm.set_deadline(command.seconds, lambda: self._queue.put_nowait(event))
         elif isinstance(command, machine.Aggregate):
             counted = {silo: arm.orders[silo].round for silo in command.silos}
-            digest = await to_its_end(self._aggregate, arm, counted)
+            reduced = None if self._reducing is None else await self._reducing.reduce(command.silos)
+            digest = await to_its_end(self._aggregate, arm, counted, reduced)
             self._note_spent(arm)
             arm.stop_counting(self.exchange.traffic)
             ledger.close_round(plan.name, command.round, digest, counted)
@@ -419,8 +422,11 @@ class Federator:
         if spent is not None:
             self._ledger.note_spent(arm.plan.name, arm.round, *spent)
 
-    def _aggregate(self, arm: ArmRun, counted: Mapping[str, int]) -> str:
-        """The next weights, from the updates whose orders' rounds these are. Returns their digest."""
+    def _aggregate(self, arm: ArmRun, counted: Mapping[str, int], reduced: FlatReader | None) -> str:
+        """The next weights, from the updates whose orders' rounds these are. Returns their digest.
+
+        `reduced` is the sum of these updates, each times its samples, where they are not here.
+        """
         rounds = {r.round: r for r in self._record(arm.plan.name).rounds}
         samples = {
             order.silo: order.samples
@@ -430,7 +436,11 @@ class Federator:
         }
         staleness = {silo: arm.round - given for silo, given in counted.items()}
         weights = shares(samples, staleness, self._file.federation.staleness)
-        updates = self._inbox.updates(tuple(counted))
+        updates: Mapping[str, FlatReader]
+        if reduced is not None:
+            updates, weights = {"": reduced}, {"": 1 / sum(samples.values())}
+        else:
+            updates = self._inbox.updates(tuple(counted))
         old = self._ledger.state_path(arm.base) if arm.round > 1 else None
         new, durable = self._ledger.incoming_state, self._ledger.durable
         with stepping(self._file.strategy, self._layout, old, new, durable=durable) as optimizer:
@@ -478,7 +488,7 @@ class Federator:
 
     def _answer(self, arm: ArmRun, order: Order, event: Answered | OrderFailed | SiloProgress) -> list[machine.Event]:
         if isinstance(event, SiloProgress):
-            self._watcher.silo_progress(event.silo, event.done, event.total)
+            self._watcher.silo_progress(event.silo, event.done, event.total, event.note)
             return []
         self._watcher.silo_done(event.silo)
         if isinstance(event, Answered):

@@ -10,7 +10,7 @@ from gptfl_dist.files import storage_error
 from gptfl_dist.ledger.store import FILE_NAME, locked
 from gptfl_dist.observe.live import LIVE
 from gptfl_dist.observe.logs import configure
-from gptfl_dist.run.candidates import CANDIDATES, CHOICE, CONTACT_SHEET, DROPPED_SHEET
+from gptfl_dist.run.candidates import CANDIDATES, CHOICE, CONTACT_SHEET, DROPPED_SHEET, PRETRAINING_STATE
 
 PRIVATE = 0o700
 """The mode of a silo's work folder, which nobody but its owner enters."""
@@ -19,7 +19,7 @@ _MADE_BY_A_RUN = (
     *(FILE_NAME, f"{FILE_NAME}-wal", f"{FILE_NAME}-shm", LIVE, "weights", "strategy", "spools", "silos", "models"),
     *("logs", "summary.json", "report.html", "pretrained.safetensors", "pretrained.json", "random.safetensors"),
     "handed-out",
-    *(CONTACT_SHEET, DROPPED_SHEET, CANDIDATES, CHOICE),
+    *(CONTACT_SHEET, DROPPED_SHEET, CANDIDATES, CHOICE, PRETRAINING_STATE),
 )
 """What `--fresh` deletes: never the federation file, data or a synthetic set that lie in the same folder."""
 

@@ -9,17 +9,18 @@ from pathlib import Path
 
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import load_federation, load_silo
-from gptfl_dist.errors import ConfigError, IdentityError, StorageError
+from gptfl_dist.errors import ConfigError, StorageError
 from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
 from gptfl_dist.exchange.inbox import Inbox
+from gptfl_dist.launch.start import open_trainer
 from gptfl_dist.observe.logs import configure
 from gptfl_dist.observe.summary import Summary
 from gptfl_dist.run.addresses import try_listening
 from gptfl_dist.run.coordinator import coordinate
+from gptfl_dist.run.credentials import coordinator_credentials, silo_credentials
 from gptfl_dist.run.folder import PRIVATE, make_folder
 from gptfl_dist.run.silo import ProcessRunner, Silo, require_data
 from gptfl_dist.security.authority import Authority
-from gptfl_dist.security.credentials import load_credentials
 
 _KEEPALIVE = 30.0  # seconds; a silent connection through a firewall is kept open by it
 
@@ -27,15 +28,8 @@ _KEEPALIVE = 30.0  # seconds; a silent connection through a firewall is kept ope
 async def run_coordinator(path: Path, say: Callable[[str], None]) -> Summary:
     """Runs the coordinator of the federation file at `path`. Raises what stops it."""
     settings = load_federation(path).exchange
-    if settings.authority is None or settings.certificate is None or settings.key is None:
-        raise ConfigError(
-            f"{path}: exchange.authority, certificate and key are missing",
-            hint="make them with: gptfl credentials FEDERATION_FILE --host NAME, and name them in the file",
-        )
+    credentials = coordinator_credentials(path, settings)
     try_listening(settings.listen)  # gRPC would find out only after hours of synthesis
-    credentials, identity = load_credentials(settings.authority, settings.certificate, settings.key, section="exchange")
-    if identity.role != "coordinator":
-        raise IdentityError(f"{settings.certificate} is the certificate of {identity.uri}, expected the coordinator's")
 
     def make_exchange(file: FederationFile, inbox: Inbox) -> CoordinatorExchange:
         from gptfl_dist.exchange.grpc.server import GrpcCoordinatorExchange
@@ -65,27 +59,17 @@ async def run_silo(
     silo = load_silo(path)
     require_data(silo)
     side = silo.coordinator
-    if coordinator is None and side is None:
+    if side is None and coordinator is None:
         raise ConfigError(f"{path}: coordinator is missing", hint="name its address, authority, certificate and key")
-    if credentials_folder is not None:
-        files = [credentials_folder / f"{name}.pem" for name in ("authority", "certificate", "key")]
-    elif side is not None:
-        files = [side.authority, side.certificate, side.key]
-    else:
+    if side is None and credentials_folder is None:
         raise ConfigError("--coordinator without --credentials", hint="give both, or name them in the silo file")
-    section = "coordinator" if credentials_folder is None else None
-    credentials, identity = load_credentials(*files, section=section)
-    if identity.role != "silo" or identity.name != silo.name:
-        raise IdentityError(
-            f"{files[1]} is the certificate of {identity.uri}, but {path} is the file of the silo {silo.name}",
-            hint="use the set that was made for this silo",
-        )
+    credentials, _ = silo_credentials(path, silo, credentials_folder)
     folder = work_folder or silo.work_folder or path.parent / f"{silo.name}-work"
     make_folder(folder, PRIVATE)
     configure(folder / "agent.jsonl", shown=logging.INFO)  # all that the silo's operator sees of it
     address = coordinator if coordinator is not None else side.address if side is not None else ""
     exchange = GrpcSiloExchange(address=address, credentials=credentials, keepalive=_KEEPALIVE)
-    runner = ProcessRunner(silo, path.parent, folder / "trainer.log")
+    runner = ProcessRunner(silo, path.parent, await open_trainer(silo, path.parent, folder))
     return await Silo(silo=silo, exchange=exchange, runner=runner, folder=folder).run()
 
 

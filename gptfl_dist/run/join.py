@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptfl_dist.errors import TrainerError
+from gptfl_dist.errors import LaunchError, TrainerError
 from gptfl_dist.launch.channel import TrainerEnd, error_to_message
 
 if TYPE_CHECKING:
@@ -31,8 +31,15 @@ class Silo:
     """A training script's place in the federation. Made by `join`."""
 
     def __init__(self, model: nn.Module, evaluate: Callable[[], Metrics] | None) -> None:
+        from gptfl_dist.learning.group import place
         from gptfl_dist.weights.flat import FlatModel
 
+        rank, size = place()
+        if rank > 0:
+            raise LaunchError(
+                f"rank {rank} of {size} called gptfl_dist.join: rank 0 alone may",
+                hint="call it in rank 0 and pass the weights on to the other ranks, or launch one process",
+            )
         self._channel = TrainerEnd()
         self._evaluate = evaluate
         self._flat = FlatModel(model)
@@ -104,6 +111,7 @@ def join(model: nn.Module, *, evaluate: Callable[[], Metrics] | None = None) -> 
     """Makes this script the trainer of the silo that started it.
 
     `evaluate` is called with the received weights in the model and returns the accuracy on the silo's own validation
-    data, or a mapping of metrics. Raises LaunchError where the script was not started by `gptfl silo`.
+    data, or a mapping of metrics. Raises LaunchError where the script was not started by `gptfl silo`, or this is not
+    rank 0 of several that were.
     """
     return Silo(model, evaluate)

@@ -1,4 +1,8 @@
-"""Ctrl-C and SIGTERM end a command cleanly: the work in progress is put away, and the same command goes on."""
+"""Ctrl-C, SIGTERM and SIGUSR1 end a command cleanly: the work in progress is put away, and the same command goes on.
+
+SIGUSR1 is how Slurm tells a job of its time limit, where the job asks for it (`--signal`): its exit code is another,
+and under mpiexec and torchrun SIGTERM's too, so that a script knows that the job is to be queued again.
+"""
 
 from __future__ import annotations
 
@@ -7,46 +11,59 @@ from collections.abc import Coroutine
 from types import FrameType
 from typing import Any, TypeVar
 
-from gptfl_dist.errors import Interrupted
+from gptfl_dist.errors import Interrupted, Requeue
 
 _T = TypeVar("_T")
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def raise_interrupted() -> None:
-    """From now on both signals raise Interrupted in the main thread, where no event loop takes them."""
+def raise_interrupted(terminated: type[Interrupted] = Interrupted) -> None:
+    """From now on these signals raise Interrupted in the main thread, where no event loop takes them.
+
+    `terminated` is what SIGTERM raises.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise _stopped(number, terminated)
+
     for number in _STOPPING:
-        signal.signal(number, _interrupt)
+        signal.signal(number, interrupt)
 
 
 def ignore_stops() -> None:
-    """From now on both signals change nothing: all is done, and Python on its way out would die of them."""
+    """From now on these signals change nothing: all is done, and Python on its way out would die of them."""
     for number in _STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise _stopped()
+def _stopped(number: int, terminated: type[Interrupted]) -> Interrupted:
+    kinds: dict[int, type[Interrupted]] = {signal.SIGTERM: terminated, signal.SIGUSR1: Requeue}
+    return kinds.get(number, Interrupted)("stopped; the same command goes on from here")
 
 
-def _stopped() -> Interrupted:
-    return Interrupted("stopped; the same command goes on from here")
+def run_until_done(main: Coroutine[Any, Any, _T], terminated: type[Interrupted] = Interrupted) -> _T:
+    """Runs a coroutine to its end. Raises Interrupted once a signal has cancelled it and it has cleaned up.
 
-
-def run_until_done(main: Coroutine[Any, Any, _T]) -> _T:
-    """Runs a coroutine to its end. Raises Interrupted once a signal has cancelled it and it has cleaned up."""
+    `terminated` is what SIGTERM raises.
+    """
     import asyncio  # 0.1 s that `gptfl --help` does without
 
     async def supervised() -> _T:
         task = asyncio.ensure_future(main)
         loop = asyncio.get_running_loop()
         before = {number: signal.getsignal(number) for number in _STOPPING}
+        arrived: list[int] = []
+
+        def stop(number: int) -> None:
+            arrived.append(number)
+            task.cancel()
+
         for number in _STOPPING:
-            loop.add_signal_handler(number, task.cancel)
+            loop.add_signal_handler(number, stop, number)
         try:
             return await task
         except asyncio.CancelledError:
-            raise _stopped() from None
+            raise _stopped(arrived[0], terminated) from None
         finally:
             for number, handler in before.items():
                 loop.remove_signal_handler(number)

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -26,13 +26,14 @@ from gptfl_dist.errors import (
     PolicyError,
     ProtocolError,
     TrainerError,
+    TrainerLost,
 )
 from gptfl_dist.exchange.base import Disconnected, Goodbye, Recalled, SiloExchange, UpdateHeader, Welcome
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.federation.silo import PolicyGuard
 from gptfl_dist.files import storage_error
-from gptfl_dist.launch.channel import Message
-from gptfl_dist.launch.trainer import TrainerProcess, python_module
+from gptfl_dist.launch.base import Progress, TrainerLine, unheard
+from gptfl_dist.launch.folder import Message
 from gptfl_dist.run.threads import ended, to_its_end
 from gptfl_dist.weights import BLOCK, Codec, Layout, WeightsFile, overwrite_weights
 from gptfl_dist.weights.feedback import Residuals
@@ -71,13 +72,31 @@ def require_data(silo: SiloFile) -> None:
         )
 
 
+def require_layout(expected: Layout, built: Layout) -> None:
+    """Raises ModelError where the model that was built here has another layout than the federation's."""
+    difference = expected.difference(built)
+    if difference:
+        raise ModelError(
+            f"the model built here is not the federation's: {difference}",
+            hint="use the coordinator's model definition and release",
+        )
+
+
 class OrderRunner(Protocol):
-    """Carries out orders: a trainer process, or the trainer in this very process."""
+    """Carries out orders: a trainer process, or the trainer in this very process.
 
-    async def setup(self, plan: Plan) -> Layout:
-        """Builds model and data; returns the model's layout."""
+    `keeps_updates`: an update is not written but kept, for an exchange that sums it. The silo then only reports.
+    """
 
-    async def run(self, order: Order, weights: Path, update: Path, progress: Callable[[int, int], None]) -> Result:
+    keeps_updates: bool
+
+    async def setup(self, run: str, plan: Plan, layout: Layout) -> None:
+        """Builds model and data; raises ModelError where the model's layout is another.
+
+        A trainer that would wait in a queue for it is set up with its first order, and an error comes with that.
+        """
+
+    async def run(self, order: Order, weights: Path, update: Path, progress: Progress) -> Result:
         """Trains or evaluates."""
 
     async def finish(self) -> None:
@@ -88,77 +107,82 @@ class OrderRunner(Protocol):
 
 
 class ProcessRunner:
-    """An OrderRunner whose trainer is a process of its own, started anew when it has ended.
+    """An OrderRunner whose trainer is a process or a job of its own, started anew when it has ended.
 
-    One that was killed, as the kernel does for want of memory, is given a second try in each order.
+    One that was lost, as when the kernel kills it for want of memory, is given other tries in each order.
     """
 
-    def __init__(self, silo: SiloFile, folder: Path, log: Path) -> None:
-        """`folder` is where the silo file lies; the trainer's output goes to `log`."""
-        script = silo.code.script if silo.code is not None else None
-        command = python_module("gptfl_dist.run.trainer")
-        if script is not None:
-            command = [command[0], str(script)]
+    keeps_updates = False
+
+    def __init__(self, silo: SiloFile, folder: Path, trainer: TrainerLine) -> None:
+        """`folder` is where the silo file lies."""
         self._silo = silo
-        self._folder = folder
-        self._process = TrainerProcess(command, log, cwd=folder)
+        self._folder = folder.absolute()  # a trainer may run elsewhere
+        self._trainer = trainer
+        self._held = silo.launch.how != "slurm" or silo.launch.slurm.hold == "run"
         self._plan: Plan | None = None
+        self._layout: Layout | None = None
+        self._run = ""
 
-    async def setup(self, plan: Plan) -> Layout:
-        self._plan = plan
-        try:
-            return await self._start(plan)
-        except TrainerError:
-            if not self._killed():
-                raise
-            return await self._start(plan)
+    async def setup(self, run: str, plan: Plan, layout: Layout) -> None:
+        self._run, self._plan, self._layout = run, plan, layout
+        await self._trainer.stop()
+        if self._silo.launch.how != "slurm":
+            await self._persist(lambda: self._start(unheard), unheard)
 
-    async def _start(self, plan: Plan) -> Layout:
-        await self._process.stop()
-        await self._process.start()
-        message: Message = {
-            "type": "setup",
-            "plan": plan.model_dump(mode="json"),
-            "silo": self._silo.model_dump(mode="json"),
-            "folder": str(self._folder),
-        }
-        return Layout.from_json((await self._process.ask(message, "ready"))["layout"])
-
-    async def run(self, order: Order, weights: Path, update: Path, progress: Callable[[int, int], None]) -> Result:
-        if not self._process.running:
-            assert self._plan is not None
-            await self.setup(self._plan)
+    async def run(self, order: Order, weights: Path, update: Path, progress: Progress) -> Result:
         message: Message = {"type": order.kind, "weights": str(weights)}
         if order.training is not None:
             training = order.training.model_dump(mode="json")
             message |= {"update": str(update), "round": order.round, "training": training}
-        try:
-            answer = await self._process.ask(message, "result", progress)
-        except TrainerError:
-            if self._process.exit_code == 0:
-                # A script whose own loop is over ends by itself, as it did before it was a silo's: it begins anew.
-                _log.warning("the trainer ended between two rounds and is started again")
-            elif not self._killed():
-                raise
-            assert self._plan is not None
-            await self._start(self._plan)
-            answer = await self._process.ask(message, "result", progress)
+
+        async def attempt() -> Message:
+            if not self._trainer.running:
+                await self._start(progress)
+            return await self._trainer.ask(message, "result", progress)
+
+        answer = await self._persist(attempt, progress)
+        if not self._held:
+            await self.finish()
+            await self._trainer.stop()
         metrics = {str(name): float(value) for name, value in answer["metrics"].items()}
         return Result(str(answer["digest"]), int(answer["samples"]), metrics)
 
-    def _killed(self) -> bool:
-        """Whether the trainer was killed, and not by us; says so."""
-        code = self._process.exit_code
-        if code is None or code >= 0:
-            return False
-        _log.warning("the trainer was killed by signal %d and is started again", -code)
-        return True
+    async def _persist(self, attempt: Callable[[], Awaitable[_R]], progress: Progress) -> _R:
+        """Makes as many attempts as the silo file allows where the trainer was lost."""
+        for left in range(self._silo.launch.retries, 0, -1):
+            try:
+                return await attempt()
+            except TrainerLost as lost:
+                _log.warning("%s\nit is started again, %d more tries", lost.message, left)
+                progress(0, 0, f"{lost.message.splitlines()[0]}; it is started again")
+                await self._trainer.stop()
+                await asyncio.sleep(self._silo.launch.pause)
+        return await attempt()
+
+    async def _start(self, progress: Progress) -> None:
+        assert self._plan is not None
+        assert self._layout is not None
+        await self._trainer.stop()
+        await self._trainer.start(self._run)
+        message: Message = {
+            "type": "setup",
+            "plan": self._plan.model_dump(mode="json"),
+            "silo": self._silo.model_dump(mode="json"),
+            "folder": str(self._folder),
+        }
+        built = Layout.from_json((await self._trainer.ask(message, "ready", progress))["layout"])
+        try:
+            require_layout(self._layout, built)
+        except ModelError:
+            await self._trainer.stop()
+            raise
 
     async def finish(self) -> None:
-        await self._process.finish({"type": "finish"})
+        await self._trainer.finish({"type": "finish"})
 
     async def stop(self) -> None:
-        await self._process.stop()
+        await self._trainer.stop()
 
 
 class Silo:
@@ -226,13 +250,8 @@ class Silo:
         await self._drop_work()
         self._order = self._result = None
         self._guard.check_model(welcome.layout.nbytes)
-        self._layout = await self._runner.setup(welcome.plan)
-        difference = welcome.layout.difference(self._layout)
-        if difference:
-            raise ModelError(
-                f"the model built here is not the federation's: {difference}",
-                hint="use the coordinator's model definition and release",
-            )
+        await self._runner.setup(welcome.run, welcome.plan, welcome.layout)
+        self._layout = welcome.layout
         compression = welcome.plan.compression
         self._up = Codec(compression.up, compression.top_share)
         self._down = Codec(compression.down)
@@ -284,18 +303,13 @@ class Silo:
             await ended(listening)
 
     async def _drop_work(self) -> None:
-        """Gives up what is being worked on.
-
-        A trainer that works is stopped, or its late answer would be taken for the next. One whose result is there is
-        left alone: the next order may overtake the receipt of that result.
-        """
+        """Gives up what is being worked on. The trainer is stopped, or its late answer would be taken for the next."""
         if self._work is None:
             return
         work, self._work = self._work, None
         if not work.done():
             work.cancel()
-            if self._result is None:
-                await self._runner.stop()
+            await self._runner.stop()
         await ended(work)
 
     async def _carry_out(self, order: Order) -> bool:
@@ -367,7 +381,7 @@ class Silo:
         if unusable:
             raise TrainerError(f"the metrics {', '.join(unusable)} are not finite")
         report = Report(order.nonce, result.samples, metrics)
-        if order.kind == "evaluate":
+        if order.kind == "evaluate" or self._runner.keeps_updates:
             await self._exchange.report(report)
             self._pause = FIRST_PAUSE
             return True
@@ -383,21 +397,24 @@ class Silo:
             _log.error("round %d of %s: update refused: %s", order.round, order.arm, receipt.reason)
         return receipt.committed
 
-    def _progress_of(self, order: Order) -> Callable[[int, int], None]:
-        """Passes a training's progress on, at most once a second. A report that cannot be sent is let go."""
+    def _progress_of(self, order: Order) -> Progress:
+        """Passes a training's progress on, at most once a second, and at once in words what it waits for.
+
+        A report that cannot be sent is let go.
+        """
         loop = asyncio.get_running_loop()
         sent = loop.time()
         reports: set[asyncio.Task[None]] = set()
 
-        async def tell(done: int, total: int) -> None:
+        async def tell(done: int, total: int, note: str) -> None:
             with contextlib.suppress(Disconnected, ConnectionFailed):
-                await self._exchange.progress(order.nonce, done, total)
+                await self._exchange.progress(order.nonce, done, total, note)
 
-        def report(done: int, total: int) -> None:
+        def report(done: int, total: int, note: str = "") -> None:
             nonlocal sent
-            if loop.time() - sent >= _PROGRESS_EVERY:
+            if note or loop.time() - sent >= _PROGRESS_EVERY:
                 sent = loop.time()
-                task = asyncio.create_task(tell(done, total))
+                task = asyncio.create_task(tell(done, total, note))
                 reports.add(task)
                 task.add_done_callback(reports.discard)
 

@@ -1,16 +1,18 @@
 """The stages before the federation, each a function: synthetic data, then pre-training on them.
 
 Each finds what an earlier call finished and goes on from there. They run in a process of their own (`run_stage`), so
-that the coordinator's stays small and Ctrl-C ends them at once.
+that the coordinator's stays small and Ctrl-C ends them at once. Several ranks can carry one out together.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +22,7 @@ from gptfl_dist.errors import DataError, ModelError, StageFailed, StorageError
 from gptfl_dist.files import storage_error, write_file
 from gptfl_dist.launch.channel import error_from_message
 from gptfl_dist.launch.lifeline import Child
+from gptfl_dist.learning.group import ALONE, Group
 from gptfl_dist.observe.progress import progress
 from gptfl_dist.observe.wording import choice_text
 from gptfl_dist.run.candidates import (
@@ -27,6 +30,7 @@ from gptfl_dist.run.candidates import (
     DROPPED_SHEET,
     PRETRAINED_FACTS,
     PRETRAINED_WEIGHTS,
+    PRETRAINING_STATE,
     adopt,
     asks_silos,
     candidate_files,
@@ -36,6 +40,7 @@ from gptfl_dist.weights import WeightsFile
 if TYPE_CHECKING:
     from gptfl_dist.learning.data import ImageSet
     from gptfl_dist.synthesis.selection import Selection
+    from gptfl_dist.synthesis.synthesize import SyntheticSet
 
 
 @dataclass(frozen=True)
@@ -47,31 +52,46 @@ class Generated:
     filter: str | None
 
 
-def generate(file: FederationFile, folder: Path) -> Generated:
+def generate(file: FederationFile, folder: Path, group: Group = ALONE) -> Generated | None:
     """Makes the synthetic set, selects from it where the file has a filter, and draws the contact sheets.
 
     Does so for every candidate, where the file has some, and returns the sums. `folder` is where the federation file
-    lies. Raises GeneratorError, also where the filter keeps too few of a label.
+    lies. All ranks of the group make the sets; the rest is rank 0's, and the others return None. Raises GeneratorError,
+    also where the filter keeps too few of a label.
     """
-    made = {name: _generate(one, folder, f"generate {name}") for name, one in candidate_files(file).items()}
-    if not made:
-        return _generate(file, folder, "generate")
+    candidates = candidate_files(file)
+    sets = {
+        name: _synthesize(one, f"generate {name}".rstrip(), group) for name, one in (candidates or {"": file}).items()
+    }
+    if not group.leader:
+        return None
+    if not candidates:
+        return _select(file, folder, sets[""])
+    made = {name: _select(one, folder, sets[name]) for name, one in candidates.items()}
     filtered = "; ".join(f"{name}: {one.filter}" for name, one in made.items() if one.filter is not None)
     return Generated(sum(one.images for one in made.values()), sum(one.kept for one in made.values()), filtered or None)
 
 
-def _generate(file: FederationFile, folder: Path, title: str) -> Generated:
-    from gptfl_dist.run.filter import filter_images
-    from gptfl_dist.synthesis.contact_sheet import contact_sheet, dropped_sheet
+def _synthesize(file: FederationFile, title: str, group: Group) -> SyntheticSet:
     from gptfl_dist.synthesis.synthesize import synthesize
 
-    try:
-        file.run_folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error(error, file.run_folder) from None
-    total = file.synthesis.images_per_label * len(file.labels)
-    with progress(title, total, "images") as bar:
-        made = synthesize(file.synthesis, file.task, file.labels, file.seed, file.synthesis.folder, bar.callback)
+    if group.leader:
+        try:
+            file.run_folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, file.run_folder) from None
+    settings = file.synthesis
+    generator = settings.generator.model_copy(update={"device": group.device(settings.generator.device)})
+    settings = settings.model_copy(update={"generator": generator})
+    total = settings.images_per_label * len(file.labels)
+    with _shown(group, title, total, "images") as report:
+        return synthesize(settings, file.task, file.labels, file.seed, settings.folder, report, group)
+
+
+def _select(file: FederationFile, folder: Path, made: SyntheticSet) -> Generated:
+    from gptfl_dist.run.filter import filter_images
+    from gptfl_dist.synthesis.contact_sheet import contact_sheet, dropped_sheet
+
     selection = filter_images(file, folder)
     contact_sheet(file.synthesis.folder, file.run_folder / CONTACT_SHEET, selection)
     dropped = file.run_folder / DROPPED_SHEET
@@ -83,23 +103,32 @@ def _generate(file: FederationFile, folder: Path, title: str) -> Generated:
     return Generated(made.count, selection.count, selection.in_words())
 
 
-def pretrain(file: FederationFile, folder: Path) -> dict[str, Any]:
+def pretrain(file: FederationFile, folder: Path, group: Group = ALONE) -> dict[str, Any] | None:
     """Trains the model on the synthetic set, of which the file's filter may have kept a part.
 
     Writes the weights into the run folder and returns how it went. Where the file has candidates, a model of each is
     trained: the answer has `candidates`, by name, and `choice`, a line where held-out images chose (else the silos do
     later, and it is None). `folder` is where the federation file lies, for a model.source that names a module there.
+    All ranks of the group train, each reads the synthetic set; rank 0 alone writes, and the others return None.
 
-    Reused where the synthetic set, the model and every setting are the same and the weights are whole. Raises
-    DataError, ModelError.
+    Reused where the synthetic set, the model and every setting are the same and the weights are whole; one that was
+    stopped goes on after its last whole epoch. Raises DataError, ModelError.
     """
-    facts = {name: _pretrain(one, folder, f"pretrain {name}") for name, one in candidate_files(file).items()}
-    if not facts:
-        return _pretrain(file, folder, "pretrain")
+    candidates = candidate_files(file)
+    facts = {
+        name: _pretrain(one, folder, f"pretrain {name}".rstrip(), group)
+        for name, one in (candidates or {"": file}).items()
+    }
+    if not group.leader:
+        return None
+    if not candidates:
+        return facts[""]
     return {"candidates": facts, "choice": None if asks_silos(file) else _choose_on_held_out(file, folder)}
 
 
-def _pretrain(file: FederationFile, folder: Path, title: str) -> dict[str, Any]:
+def _pretrain(file: FederationFile, folder: Path, title: str, group: Group) -> dict[str, Any]:
+    """What rank 0 learns of a model's pre-training; nothing at other ranks."""
+    from gptfl_dist.learning.checkpoint import Checkpoint
     from gptfl_dist.learning.models import build_model
     from gptfl_dist.learning.pretrain import pretrain as train
     from gptfl_dist.learning.seeding import usable_cores
@@ -122,20 +151,48 @@ def _pretrain(file: FederationFile, folder: Path, title: str) -> dict[str, Any]:
         "threads": file.pretraining.threads or usable_cores(),
     }
     facts, weights = file.run_folder / PRETRAINED_FACTS, file.run_folder / PRETRAINED_WEIGHTS
-    if facts.exists() and weights.exists():
-        known: dict[str, Any] = json.loads(facts.read_text())
-        if known["request"] == request and known.get("digest") == _digest_of(weights):
-            return known
+    known = _known(facts, weights, request) if group.leader else None
+    if group.tell({"known": known is not None} if group.leader else None)["known"]:
+        return known or {}
     data = _images(file, selection)
     sys.path.insert(0, str(folder.absolute()))
     model = build_model(file.model, file.task, len(file.labels), file.seed)
-    with progress(title, 0, "batches") as bar:
-        result = train(model, data, file.pretraining, file.task, seed=_seed(file), progress=bar.callback)
+    checkpoint = Checkpoint(file.run_folder / PRETRAINING_STATE, json.dumps(request))
+    with _shown(group, title, 0, "batches") as report:
+        result = train(
+            *(model, data, file.pretraining, file.task),
+            seed=_seed(file),
+            progress=report,
+            group=group,
+            checkpoint=checkpoint,
+        )
+    if not group.leader:
+        return {}
     digest = FlatModel(model.cpu()).save(weights)
     filtered = None if selection is None else selection.in_words()
-    known = {"request": request, "digest": digest, "images": len(data), "filter": filtered, **asdict(result)}
+    known = {"request": request, "digest": digest, "images": len(data), "filter": filtered, "ranks": group.size}
+    known |= asdict(result)
     write_file(facts, json.dumps(known, indent=1))
+    checkpoint.remove()
     return known
+
+
+def _known(facts: Path, weights: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+    """What an earlier pre-training wrote; None where it was another one, or its weights are not whole."""
+    if not (facts.exists() and weights.exists()):
+        return None
+    known: dict[str, Any] = json.loads(facts.read_text())
+    return known if known["request"] == request and known.get("digest") == _digest_of(weights) else None
+
+
+@contextlib.contextmanager
+def _shown(group: Group, title: str, total: int, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """The progress of a stage, which rank 0 shows for all."""
+    if not group.leader:
+        yield lambda done, total: None
+        return
+    with progress(title, total, unit) as bar:
+        yield bar.callback
 
 
 def _choose_on_held_out(file: FederationFile, folder: Path) -> str:

@@ -154,6 +154,8 @@ class _Telling:
         progress = None
         if work == "awaited" and self._at_work is not None and known.done is not None and known.total:
             work, progress = "training", known.done / known.total
+        elif work == "awaited" and self._at_work is not None:
+            reason = known.note
         connected = known.connected if self._at_work is not None else None
         return SiloStatus(name, connected, work, reason, progress, self._behind(name), known.seen)
 

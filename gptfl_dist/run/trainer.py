@@ -2,27 +2,44 @@
 
     python -m gptfl_dist.run.trainer      (started by the agent, never by hand)
 
-`Trainer` holds model and data for the whole run. The program serves it over the channel; under MPI the rank calls it
-directly. Nothing but the weights goes from one round to the next.
+`Trainer` holds model and data for the whole run. The program serves it over the channel. Nothing but the weights goes
+from one round to the next.
+
+Started as several processes (see `gptfl_dist.learning.group`), they train data-parallel. Rank 0 alone has the channel,
+reads the weights and writes the update; each rank reads the data. Rank 0 passes every message on, and while the agent
+is silent says so every few seconds, so that a rank that died is missed by then at the latest. What one rank alone may
+find wrong, with its data or a file, is raised at all and answered; anything else ends it with its traceback, and the
+group with it.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
 import logging
+import os
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+
+import torch
+from blake3 import blake3
 
 from gptfl_dist.config.federation import Model
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.config.silo import SiloFile
-from gptfl_dist.errors import GptflError, ModelError, PolicyError, TrainerError
-from gptfl_dist.launch.channel import TrainerEnd, error_to_message
+from gptfl_dist.errors import DataError, GptflError, ModelError, PolicyError, RankLost, TrainerError
+from gptfl_dist.launch.channel import ENV, TrainerEnd, encode, error_from_message, error_to_message
+from gptfl_dist.launch.folder import Message
 from gptfl_dist.learning.code import import_function
 from gptfl_dist.learning.data import load_images, split
 from gptfl_dist.learning.device import resolve_device
 from gptfl_dist.learning.evaluate import evaluate
+from gptfl_dist.learning.group import ALONE, RENDEZVOUS, Group, open_group, told_by_launcher
 from gptfl_dist.learning.local import train
 from gptfl_dist.learning.models import build_model
 from gptfl_dist.learning.seeding import derive_seed, deterministic
@@ -31,6 +48,8 @@ from gptfl_dist.weights import Layout
 from gptfl_dist.weights.flat import FlatModel
 
 _log = logging.getLogger("gptfl_dist.run.trainer")  # of which __name__ is __main__ in its own process
+_PATIENCE = timedelta(minutes=10)  # that a rank has for another in one step of the training
+_SILENCE = 5.0  # seconds until rank 0 tells the others that there is no message
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,25 +64,27 @@ class Trained:
 class Trainer:
     """Trains and evaluates one silo's model on its data."""
 
-    def __init__(self, plan: Plan, silo: SiloFile, folder: Path) -> None:
+    def __init__(self, plan: Plan, silo: SiloFile, folder: Path, group: Group = ALONE) -> None:
         """Reads the data and builds the model; `folder` is where the silo file lies, for code of its own.
 
+        Every rank of the group has a Trainer and calls the same methods with the same arguments.
         Raises DataError, ModelError or PolicyError.
         """
         assert silo.data is not None
         self._plan = plan
         self._name = silo.name
-        self._device = str(resolve_device(silo.device))
-        self._train = train
+        self._group = group
+        self._device = str(resolve_device(group.device(silo.device)))
+        self._train: Callable[..., dict[str, float]] = train
         if silo.code is not None:
             sys.path.insert(0, str(folder))
             if silo.code.function is not None:
-                self._train = import_function(silo.code.function, "code.function")
+                self._train = _function_of(silo.code.function, group)
         data = load_images(silo.data, plan.task, plan.labels)
         seed = derive_seed(plan.seed, "validation", silo.name)
         self._training, self._validation = split(data, silo.data.validation_share, seed)
         model = build_model(_model_of(plan, silo), plan.task, len(plan.labels), plan.seed)
-        self._flat = FlatModel(model.to(self._device))
+        self.flat = FlatModel(model.to(self._device))
         _log.info(
             "%s: device %s, %d samples to train on, %d to validate, %s parameters",
             *(silo.name, self._device, self.samples, len(self._validation), f"{self.layout.parameters:,}"),
@@ -71,12 +92,26 @@ class Trainer:
 
     @property
     def layout(self) -> Layout:
-        return self._flat.layout
+        return self.flat.layout
 
     @property
     def samples(self) -> int:
         """How many samples the silo trains on; the validation part is not among them."""
         return len(self._training)
+
+    def require_same_data(self) -> None:
+        """Raises DataError at every rank where one read other data than rank 0: they could not share out a batch."""
+        if self._group.size == 1:
+            return
+        digest = blake3(self._training.images.numpy().tobytes())
+        digest.update(self._training.labels.numpy().tobytes())
+        first = self._group.share(digest.digest())
+        with _agreed(self._group):
+            if digest.digest() != first:
+                raise DataError(
+                    f"the data that this rank read is not that of rank 0 ({self.samples} samples to train on)",
+                    hint="name data that all ranks see alike, on a file system that they share",
+                )
 
     def label_counts(self) -> list[int]:
         """How many samples the silo has of each label, training and validation together."""
@@ -91,13 +126,14 @@ class Trainer:
         *,
         round_: int,
         settings: LocalTraining,
-        weights: Path,
-        update: Path,
+        weights: Path | torch.Tensor,
+        update: Path | None,
         progress: Callable[[int, int], None],
     ) -> Trained:
         """Evaluates the received weights on the validation part, trains, and writes the update.
 
-        Seeded by (run seed, round, silo).
+        Seeded by (run seed, round, silo). Without `update` nothing is written: `flat` holds what was trained. Of a
+        group rank 0 alone reads the weights and writes; the others return no digest.
         """
         _log.info(
             "round %d: %d epochs on %d samples, threads %d", round_, settings.epochs, self.samples, settings.threads
@@ -105,13 +141,14 @@ class Trainer:
         received = self.evaluate(weights, settings.threads)
         seed = derive_seed(self._plan.seed, "train", round_, self._name)
         metrics = self._train(
-            self._flat.model,
+            self.flat.model,
             self._training,
             settings,
             self._plan.task,
             seed=seed,
             device=self._device,
             progress=progress,
+            **({"group": self._group} if _takes_group(self._train) else {}),
         )
         if not isinstance(metrics, dict):
             raise TrainerError(
@@ -119,21 +156,29 @@ class Trainer:
                 hint='return for example {"train_loss": 0.3}',
             )
         self._check_bound()
-        digest = self._flat.save_update(weights, update)
+        digest = ""
+        if update is not None and self._group.leader:
+            assert isinstance(weights, Path)
+            digest = self.flat.save_update(weights, update)
         told = {name: float(value) for name, value in metrics.items()}
         return Trained(digest, self.samples, {**told, **received.metrics})
 
-    def evaluate(self, weights: Path, threads: int = 1) -> Trained:
-        """Loads weights and evaluates them on the validation part. The digest is empty."""
+    def evaluate(self, weights: Path | torch.Tensor, threads: int = 1) -> Trained:
+        """Loads weights from a file or a flat buffer, evaluates them on the validation part. The digest is empty."""
         deterministic(0, threads)
         self._check_bound()
-        self._flat.load(weights)
-        result = evaluate(self._flat.model, self._validation, self._plan.task, device=self._device)
+        with _agreed(self._group):
+            if isinstance(weights, torch.Tensor):
+                self.flat.take(weights)
+            elif self._group.leader:
+                self.flat.load(weights)
+        self._group.copy(self.flat.buffer)
+        result = evaluate(self.flat.model, self._validation, self._plan.task, device=self._device, group=self._group)
         return Trained("", self.samples, {"accuracy": result.accuracy, "loss": result.loss})
 
     def _check_bound(self) -> None:
         """Weights loaded into a model whose tensors were replaced would not reach it; its update would be zero."""
-        if not self._flat.bound:
+        if not self.flat.bound:
             raise TrainerError(
                 "the training function replaced the model's tensors, so that what it trained cannot be handed over",
                 hint="change them in place (an optimiser's step, load_state_dict, copy_), and train on the device that "
@@ -173,44 +218,110 @@ def _check_folder(source: str) -> None:
         )
 
 
+def _function_of(name: str, group: Group) -> Callable[..., dict[str, float]]:
+    """The silo's own training function. Raises PolicyError where it does not know of the group's other ranks."""
+    function = import_function(name, "code.function")
+    if group.size > 1 and not _takes_group(function):
+        raise PolicyError(
+            f"code.function {name} takes no argument `group`, and this silo trains with {group.size} ranks",
+            hint="each rank would train by itself; share out the batches as gptfl_dist.learning.parallel does and take "
+            "`group`, or launch one process",
+        )
+    return function
+
+
+def _takes_group(function: Callable[..., object]) -> bool:
+    return "group" in inspect.signature(function).parameters
+
+
+@contextmanager
+def _agreed(group: Group) -> Iterator[None]:
+    """What one rank may meet by itself in the block: an error of ours at one is raised at every rank.
+
+    The block must hold no call of the group, or the other ranks would wait in it for one that is not there.
+    """
+    told = b""
+    try:
+        yield
+    except GptflError as error:
+        if group.size == 1:
+            raise
+        where = f"rank {group.rank}: " if group.rank else ""
+        told = encode({**error_to_message(error), "message": f"{where}{error.message}"})
+    found = [each for each in group.gather(told) if each]
+    first = group.share((found or [b""])[0] if group.leader else None)
+    if first:
+        raise error_from_message(json.loads(first))
+
+
+def _messages(group: Group, channel: TrainerEnd | None) -> Iterator[Message]:
+    """The agent's messages, at every rank, until the last one. Rank 0 alone has a channel."""
+    while True:
+        message: Message | None = None
+        if channel is not None:
+            message = channel.receive_within(None if group.size == 1 else _SILENCE) or {"type": "none"}
+        message = group.tell(message)
+        if message["type"] == "finish":
+            return
+        if message["type"] != "none":
+            yield message
+
+
+def _serve(group: Group, channel: TrainerEnd | None) -> None:
+    """Carries the agent's messages out at every rank, and answers at rank 0."""
+    trainer: Trainer | None = None
+
+    def report(done: int, total: int) -> None:
+        if channel is not None:
+            channel.send({"type": "progress", "done": done, "total": total})
+
+    for message in _messages(group, channel):
+        try:
+            if message["type"] == "setup":
+                with _agreed(group):
+                    silo = SiloFile.model_validate(message["silo"])
+                    trainer = Trainer(Plan.model_validate(message["plan"]), silo, Path(message["folder"]), group)
+                trainer.require_same_data()
+                answer: Message = {"type": "ready", "layout": trainer.layout.to_json()}
+            else:
+                assert trainer is not None
+                weights = Path(message["weights"])
+                if message["type"] == "train":
+                    result = trainer.train(
+                        round_=message["round"],
+                        settings=LocalTraining.model_validate(message["training"]),
+                        weights=weights,
+                        update=Path(message["update"]),
+                        progress=report,
+                    )
+                else:
+                    result = trainer.evaluate(weights)
+                metrics = dict(result.metrics)
+                answer = {"type": "result", "digest": result.digest, "samples": result.samples, "metrics": metrics}
+        except RankLost:
+            raise
+        except GptflError as error:
+            _log.error("%s: %s", type(error).__name__, error)
+            answer = error_to_message(error)
+        if channel is not None:
+            channel.send(answer)
+
+
 def main() -> None:
     """Serves a Trainer until the federation is over or the agent is gone. What it logs is the silo's `trainer.log`."""
     to_stderr()
-    channel = TrainerEnd()
-    trainer: Trainer | None = None
-    while True:
-        message = channel.receive()
-        if message["type"] == "finish":
-            return
-        try:
-            if message["type"] == "setup":
-                silo = SiloFile.model_validate(message["silo"])
-                trainer = Trainer(Plan.model_validate(message["plan"]), silo, Path(message["folder"]))
-                channel.send({"type": "ready", "layout": trainer.layout.to_json()})
-                continue
-            assert trainer is not None
-            weights = Path(message["weights"])
-            if message["type"] == "train":
-                result = trainer.train(
-                    round_=message["round"],
-                    settings=LocalTraining.model_validate(message["training"]),
-                    weights=weights,
-                    update=Path(message["update"]),
-                    progress=lambda done, total: channel.send({"type": "progress", "done": done, "total": total}),
-                )
-            else:
-                result = trainer.evaluate(weights)
-            channel.send(
-                {
-                    "type": "result",
-                    "digest": result.digest,
-                    "samples": result.samples,
-                    "metrics": dict(result.metrics),
-                }
-            )
-        except GptflError as error:
-            _log.error("%s: %s", type(error).__name__, error)
-            channel.send(error_to_message(error))
+    try:
+        channel = os.environ.get(ENV, "")
+        if "/" in channel and told_by_launcher() is not None:  # a new folder, where all ranks can meet
+            os.environ.setdefault(RENDEZVOUS, f"{channel}/rendezvous")
+        group = open_group(_PATIENCE)
+        _serve(group, TrainerEnd() if group.leader else None)
+        group.close()
+    except Exception:
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # at once: Python on its way out may wait for connections to ranks that wait for this one
 
 
 if __name__ == "__main__":

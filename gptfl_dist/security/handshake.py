@@ -20,7 +20,7 @@ from urllib.request import proxy_bypass
 from gptfl_dist.config.base import host_of, port_of
 from gptfl_dist.errors import ConnectionFailed, IdentityError
 from gptfl_dist.security.authority import Credentials
-from gptfl_dist.security.credentials import identity_in
+from gptfl_dist.security.credentials import identity_in, tls_context
 from gptfl_dist.security.identity import Identity
 
 _PATIENCE = 5.0  # seconds for the whole of it
@@ -126,15 +126,9 @@ def _first_set(*names: str) -> str:
 
 
 def _context(credentials: Credentials) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context = tls_context(credentials, server=False)
+    context.check_hostname = True
     context.set_alpn_protocols(["h2"])
-    context.load_verify_locations(cadata=credentials.authority.decode())
-    # ssl takes a key from a file alone: here one in memory, so that no copy of the key comes onto a disk.
-    with os.fdopen(os.memfd_create("credentials"), "wb") as file:
-        file.write(credentials.certificate + credentials.key)
-        file.flush()
-        context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
     return context
 
 

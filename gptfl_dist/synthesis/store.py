@@ -73,6 +73,10 @@ class Request(Section):
         """How many shards the set has."""
         return -(-self.count // self.shard_size)
 
+    def rows_of(self, number: int) -> int:
+        """How many images a shard has."""
+        return min(self.shard_size, self.count - number * self.shard_size)
+
 
 class Environment(Section):
     """What can change the last bit of a picture without changing the request: it must stay until the set is whole."""
@@ -171,10 +175,8 @@ def intact(folder: Path, shard: Shard) -> bool:
         return path.is_file() and blake3(path.read_bytes()).hexdigest() == shard.digest
 
 
-def write_shard(
-    folder: Path, number: int, labels: Sequence[str], samples: Sequence[Sample], pngs: Sequence[bytes], guided: bool
-) -> Shard:
-    """Write one shard; the same arguments give the same bytes. `guided` false leaves the guidance column empty."""
+def encode_shard(labels: Sequence[str], samples: Sequence[Sample], pngs: Sequence[bytes], guided: bool) -> bytes:
+    """A shard's file; the same arguments give the same bytes. `guided` false leaves the guidance column empty."""
     columns = {
         "image": [
             {"bytes": png, "path": f"{sample.label:03d}-{sample.index:06d}.png"}
@@ -187,9 +189,13 @@ def write_shard(
     }
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns, schema=_schema(labels)), buffer)
-    data = buffer.getvalue()
+    return buffer.getvalue()
+
+
+def write_shard(folder: Path, number: int, rows: int, data: bytes) -> Shard:
+    """Write what `encode_shard` gave. Raises StorageError."""
     write_file(folder / shard_name(number), data)
-    return Shard(file=shard_name(number), rows=len(samples), digest=blake3(data).hexdigest())
+    return Shard(file=shard_name(number), rows=rows, digest=blake3(data).hexdigest())
 
 
 def read_shard(folder: Path, shard: Shard, channels: int) -> tuple[list[np.ndarray], list[int]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from gptfl_dist.config.plan import Plan
 from gptfl_dist.exchange.memory import Fault, MemoryCoordinatorExchange, MemoryNetwork, MemorySiloExchange
 from gptfl_dist.federation.orders import Order
+from gptfl_dist.launch.base import Progress
 from gptfl_dist.run.silo import Result
 from gptfl_dist.weights import Layout, write_weights
 
@@ -26,19 +27,20 @@ class ScriptedTrainer:
     `script(order)` returns the update as a flat buffer (b"" for an evaluation) and the metrics, or raises TrainerError.
     """
 
+    keeps_updates = False
+
     def __init__(
         self, layout: Layout, samples: int, script: Callable[[Order], tuple[bytes, Mapping[str, float]]]
     ) -> None:
         self.orders: list[Order] = []  # that were carried out, in order
-        self.stops = 0  # how often it was ended
         self._layout = layout
         self._samples = samples
         self._script = script
 
-    async def setup(self, plan: Plan) -> Layout:
-        return self._layout
+    async def setup(self, run: str, plan: Plan, layout: Layout) -> None:
+        pass
 
-    async def run(self, order: Order, weights: Path, update: Path, progress: Callable[[int, int], None]) -> Result:
+    async def run(self, order: Order, weights: Path, update: Path, progress: Progress) -> Result:
         self.orders.append(order)
         flat, metrics = self._script(order)
         digest = write_weights(update, self._layout, [flat]) if order.kind == "train" else ""
@@ -48,4 +50,4 @@ class ScriptedTrainer:
         pass
 
     async def stop(self) -> None:
-        self.stops += 1
+        pass

@@ -5,6 +5,7 @@ Loading weights is then one read into the buffer, and an update is one subtracti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,14 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.numpy())  # type: ignore[arg-type]
 
 
+def _square(numbers: torch.Tensor) -> float:
+    """The sum of squares; NaN where a number is NaN or infinite."""
+    square = float(torch.dot(numbers, numbers))
+    if not math.isfinite(square):  # squares of large numbers overflow where the numbers are finite
+        square = float(torch.dot(numbers.double(), numbers.double())) if numbers.isfinite().all() else math.nan
+    return square
+
+
 class FlatModel:
     """Binds a model to one flat buffer: a uint8 tensor of `layout.nbytes` on the model's device."""
 
@@ -84,6 +93,30 @@ class FlatModel:
                 staging = torch.empty_like(self.buffer, device="cpu")
                 file.read_into(0, _bytes_of(staging))
                 self.buffer.copy_(staging)
+
+    def take(self, weights: torch.Tensor) -> None:
+        """Copies a flat buffer, from whatever device."""
+        self.buffer.copy_(weights)
+
+    def become_update(self, received: torch.Tensor, factor: float) -> float:
+        """Turns the weights into the update since `received`, in place; floating numbers times `factor`.
+
+        Returns the Euclidean norm of the floating numbers before that, NaN where one of them is NaN or infinite.
+        A BOOL keeps the local value itself.
+        """
+        square = 0.0
+        for segment in self.layout.segments():
+            if segment.dtype == "BOOL":
+                continue
+            dtype = _DTYPES[segment.dtype]
+            for start in range(segment.start, segment.stop, BLOCK):
+                stop = min(start + BLOCK, segment.stop)
+                update = self.buffer[start:stop].view(dtype)
+                update -= received[start:stop].to(self.buffer.device).view(dtype)
+                if dtype.is_floating_point:
+                    square += _square(update)
+                    update *= factor
+        return math.sqrt(square)
 
     def save(self, path: Path) -> str:
         """Writes the buffer as a weights file; returns its BLAKE3 digest."""

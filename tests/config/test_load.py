@@ -134,6 +134,13 @@ def test_a_mistake_is_named_at_its_place(tmp_path: Path, added: str, expected: s
             "synthesis.prompts.file: file holds the prompts themselves: give it without styles",
         ),
         ("synthesis:\n  prompts:\n    templates: [a cat]", "synthesis.prompts: the template 'a cat' has no {label}"),
+        (
+            "collective: {reduction: fast}\nfederation: {mode: asynchronous}",
+            "f.yaml:5:25: collective.reduction: collective.reduction is fast, which sums the plain updates of one "
+            "round, but federation.mode is asynchronous: set collective.reduction to exact",
+        ),
+        ("collective: {reduction: fast}\ncompression: {up: int8}", "but compression.up is int8"),
+        ("collective: {reduction: fast}\ncompression: {down: fp16}", "but compression.down is fp16"),
         ("arms: [gptfl, gptfl]", "f.yaml:5:7: arms: arms names gptfl twice"),
     ],
 )

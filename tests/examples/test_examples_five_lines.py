@@ -18,6 +18,8 @@ from gptfl_dist.config.load import load_federation, load_silo
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.errors import TrainerError
 from gptfl_dist.federation.orders import Order
+from gptfl_dist.launch.base import unheard
+from gptfl_dist.launch.start import open_trainer
 from gptfl_dist.run.silo import ProcessRunner, Result
 from gptfl_dist.weights import WeightsFile
 from gptfl_dist.weights.flat import FlatModel
@@ -87,17 +89,17 @@ def _rounds(folder: Path, count: int) -> list[Result]:
     training = LocalTraining.of(file, 0.05, 1)
 
     async def run() -> list[Result]:
-        runner = ProcessRunner(load_silo(folder / "hospital.yaml"), folder, folder / "trainer.log")
+        silo = load_silo(folder / "hospital.yaml")
+        runner = ProcessRunner(silo, folder, await open_trainer(silo, folder, folder))
         try:
-            layout = await runner.setup(Plan.of(file))
             with WeightsFile(weights) as received:
-                assert layout.difference(received.layout) == ""
+                await runner.setup("run", Plan.of(file), received.layout)
             results = []
             for round_ in range(1, count + 1):
                 order = Order("train", f"{round_}", "gptfl", round_, "", 60.0, training)
-                results.append(await runner.run(order, weights, update, lambda done, total: None))
+                results.append(await runner.run(order, weights, update, unheard))
             order = Order("evaluate", "last", "gptfl", count + 1, "", 60.0, None)
-            return [*results, await runner.run(order, weights, update, lambda done, total: None)]
+            return [*results, await runner.run(order, weights, update, unheard)]
         finally:
             await runner.stop()
 

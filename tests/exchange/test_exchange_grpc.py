@@ -116,6 +116,8 @@ async def test_a_round_from_welcome_to_goodbye(tmp_path):
         assert flat_of(tmp_path / "got") == flat
         await silo.progress("n1", 3, 10)
         assert await world.event() == SiloProgress("alice", "n1", 3, 10)
+        await silo.progress("n1", 0, 0, "Slurm job 12 is queued\x1b[2J")
+        assert await world.event() == SiloProgress("alice", "n1", 0, 0, "Slurm job 12 is queued [2J")
         header = header_of(order, SMALL, update_digest, loss=0.25)
         assert await silo.upload(header, update) == Receipt(True)
         assert await world.event() == Answered("alice", "n1")

@@ -6,6 +6,7 @@ named here with it. Anything else is a fault.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -27,9 +28,10 @@ from gptfl_dist.exchange.inbox import Busy, Inbox, Refused
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.launch.channel import encode, error_from_message, error_to_message
 from gptfl_dist.launch.trainer import _decode
-from gptfl_dist.security.authority import Authority
+from gptfl_dist.security.authority import Authority, Credentials
 from gptfl_dist.security.credentials import identity_in
 from gptfl_dist.security.identity import Identity, peer_identity
+from gptfl_dist.security.session import Session
 from gptfl_dist.weights import Layout, WeightsFile, write_weights
 
 _LAYOUT = Layout.of([("layer.weight", (3, 5), "F32"), ("layer.bias", (3,), "BF16"), ("seen", (1,), "I64")])
@@ -141,6 +143,41 @@ def _certificate(data: bytes) -> None:
     identity_in(data, "the certificate")
 
 
+def _established() -> tuple[Session, Session]:
+    """The two ends of a new session: the coordinator's and the silo's."""
+    coordinator = Session(_credentials()[0], Identity("fed", "silo", "silo-1"), "rank 1")
+    silo = Session(_credentials()[1], Identity("fed", "coordinator", "coordinator"), "rank 0")
+    coordinator.step(silo.step(coordinator.step(silo.step())))
+    return coordinator, silo
+
+
+def _session(data: bytes) -> None:
+    """Nothing is opened but what the peer sealed in this very session; of that, nothing but messages."""
+    coordinator, silo = _established()
+    if data:
+        silo._ssl.write(data)
+        with contextlib.suppress(ProtocolError):
+            coordinator.open(silo._outgoing.read(), lambda kind, size: memoryview(bytearray(size)))
+    silo.open(data, lambda kind, size: memoryview(bytearray(size)))
+    raise AssertionError("opened what nobody sealed for it")
+
+
+def _handshake(data: bytes) -> None:
+    server = Session(_credentials()[0], Identity("fed", "silo", "silo-1"), "rank 1")
+    server.step(data)
+    assert not server.established
+
+
+@cache
+def _credentials() -> tuple[Credentials, Credentials]:
+    authority = Authority("fed", valid=timedelta(days=1))
+    return authority.issue_coordinator(["localhost"]), authority.issue_silo("silo-1")
+
+
+def _hellos() -> list[bytes]:
+    return [Session(_credentials()[1], Identity("fed", "coordinator", "coordinator"), "rank 0").step()]
+
+
 def _weights_seeds() -> list[bytes]:
     path = _folder() / "seed.safetensors"
     write_weights(path, _LAYOUT, [bytes(_LAYOUT.nbytes)])
@@ -205,6 +242,12 @@ TARGETS = {
     ),
     "weights_file": Target(_weights_file, _weights_seeds, (ModelError,)),
     "trainer_line": Target(_trainer_line, _lines, (ValueError, TrainerError)),
+    "session": Target(
+        _session,
+        lambda: [_established()[0].seal(1, b"a message"), _established()[0].seal(3, bytes(40_000))],
+        (ProtocolError,),
+    ),
+    "handshake": Target(_handshake, _hellos, (ProtocolError,)),
     "identity": Target(
         _identity,
         lambda: [b"gptfl://fed/silo/silo-1", b"gptfl://fed/coordinator", b"gptfl://f%20d/silo/a%2Fb"],

@@ -40,7 +40,7 @@ while True:
     elif kind == "killed":
         os.kill(os.getpid(), 9)
     elif kind == "garbage":
-        channel._socket.sendall(message["text"].encode() + b"\\n")
+        channel._line.socket.sendall(message["text"].encode() + b"\\n")
     elif kind == "slow":
         time.sleep(0.5)
         channel.send({"type": "result", "value": "late"})

@@ -94,7 +94,7 @@ class Notes:
     def heard(self, silo: str) -> None:
         pass
 
-    def silo_progress(self, silo: str, done: int, total: int) -> None:
+    def silo_progress(self, silo: str, done: int, total: int, note: str) -> None:
         pass
 
     def silo_done(self, silo: str) -> None:

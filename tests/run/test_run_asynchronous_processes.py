@@ -74,7 +74,7 @@ def test_a_slow_silo_over_grpc_and_a_run_that_is_killed_with_orders_of_several_r
 def test_over_mpi_all_weights_that_are_needed_reach_the_ranks(gptfl: Commands, uneven: Federation) -> None:
     command = gptfl.mpi(4, "run", uneven.path)
     wait_for(lambda: uneven.owed(3) or command.process.poll() is not None)
-    held = uneven.run_folder / "silos" / "silo-3"
+    held = uneven.run_folder / "ranks" / "3"
     wait_for(lambda: len(list(held.glob("broadcast-*.safetensors"))) == 2)  # those of its order, and the newest
     (uneven.folder / "go").touch()
     assert command.wait() == 0, command.stderr

@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 from PIL import Image
+from slurm_cluster import SlurmCluster
 from support import Commands
 
 from gptfl_dist.run.check import Finding, check_file
@@ -344,3 +345,20 @@ def test_the_command_ends_with_the_code_of_the_first_failure(gptfl: Commands, tm
     assert [(finding["checked"], finding["exit_code"]) for finding in failed] == [("generator", 4), ("test data", 3)]
     assert "gptfl generate would fail to download it" in failed[0]["found"]
     assert command.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("launch", "status", "part"),
+    [
+        ("{how: mpirun, mpirun: {command: no-mpi}}", "failed", "no-mpi is not found"),
+        ("{how: torchrun, torchrun: {processes: 2}}", "ok", "2 processes"),
+        ("{how: slurm, slurm: {options: [--ntasks=2]}}", "ok", "to start at"),
+        ("{how: slurm, slurm: {options: [--partition=none]}}", "failed", "invalid partition"),
+    ],
+)
+def test_the_launcher_of_a_silo(tmp_path: Path, slurm: SlurmCluster, launch: str, status: str, part: str) -> None:
+    path = silo_file(tmp_path, "localhost:1")
+    path.write_text(path.read_text() + f"launch: {launch}\n")
+    findings = by_name(check_file(path))
+    assert (findings["launcher"].status, findings["launch folder"].status) == (status, "ok")
+    assert part in findings["launcher"].found

@@ -240,7 +240,7 @@ def test_a_killed_trainer_is_started_again_and_killed_once_more_costs_its_silo_t
     for victim in second:
         os.kill(victim, signal.SIGKILL)
     assert command.wait() == 0, command.stderr
-    assert re.search(r"round 2: silo-\d failed: TrainerError: the trainer was killed by signal 9", command.stderr)
+    assert re.search(r"round 2: silo-\d failed: TrainerLost: the trainer was killed by signal 9", command.stderr)
     arm = three.summary()["arms"]["fedavg_random"]
     assert arm["rounds"] == 3
     # Five updates in rounds 2 and 3 together: the silo was back in round 3, with a new trainer.

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support import Command, Commands, Federation, wait_for
+from support import Command, Commands, Federation, free_port, wait_for
 
 from gptfl_dist.config.document import dump_yaml
 
@@ -27,9 +27,7 @@ class Sides:
     def __init__(self, federation: Federation, gptfl: Commands) -> None:
         self.federation = federation
         self._gptfl = gptfl
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         # The silos' own files do not stand in the federation file: the coordinator never sees them.
         _change(federation.path, silos=[{"name": name} for name in federation.silos])
         self.issue("credentials")

@@ -10,6 +10,7 @@ from whole_set import load_images
 
 from gptfl_dist.config.federation import Filter, Synthesis, Task
 from gptfl_dist.errors import StorageError
+from gptfl_dist.learning.group import ALONE
 from gptfl_dist.synthesis import contact_sheet, dropped_sheet, synthesize
 from gptfl_dist.synthesis.selection import Judge, Selection, select_images
 
@@ -22,7 +23,7 @@ def test_one_row_a_label(unguided_pipeline_folder: Path, tmp_path: Path, channel
         {"generator": {"source": str(unguided_pipeline_folder), "steps": 1, "device": "cpu"}, "threads": 1}
         | {"images_per_label": 7, "shard_size": 3}
     )
-    synthesize(settings, Task(size=8, channels=channels), LABELS, 0, tmp_path / "set", lambda done, total: None)
+    synthesize(settings, Task(size=8, channels=channels), LABELS, 0, tmp_path / "set", lambda done, total: None, ALONE)
     contact_sheet(tmp_path / "set", tmp_path / "sheet.png", per_label=4)
     with Image.open(tmp_path / "sheet.png") as image:
         assert image.mode == ("L" if channels == 1 else "RGB")

@@ -18,6 +18,7 @@ from whole_set import load_images
 
 from gptfl_dist.config.federation import Synthesis, Task
 from gptfl_dist.errors import StorageError
+from gptfl_dist.learning.group import ALONE
 from gptfl_dist.synthesis import SyntheticSet, synthesize
 
 LABELS = ["one", "two", "three"]
@@ -44,7 +45,7 @@ def make(
     progress: Callable[[int, int], None] = lambda done, total: None,
     seed: int = 11,
 ) -> SyntheticSet:
-    return synthesize(settings, task or Task(size=12), LABELS, seed, folder, progress)
+    return synthesize(settings, task or Task(size=12), LABELS, seed, folder, progress, ALONE)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -152,10 +153,11 @@ class TestResuming:
         code = (
             "import sys; from pathlib import Path\n"
             "from gptfl_dist.config.federation import Synthesis, Task\n"
+            "from gptfl_dist.learning.group import ALONE\n"
             "from gptfl_dist.synthesis import synthesize\n"
             "settings = Synthesis.model_validate_json(Path(sys.argv[1]).read_text())\n"
             f"synthesize(settings, Task(size=12), {LABELS}, 11, Path(sys.argv[2]),"
-            " lambda done, total: print(done, flush=True))\n"
+            " lambda done, total: print(done, flush=True), ALONE)\n"
         )
         instants = random.Random(2)
         count, moment = instants.randint(20, 60), instants.uniform(0, 0.05)

@@ -106,6 +106,33 @@ def test_training_a_bound_model_changes_the_flat_buffer_and_the_update_is_the_di
     assert update["first.weight"].abs().sum() > 0
 
 
+@given(st.floats(0.5, 1000), st.integers(0, 10))
+def test_a_model_becomes_its_update_in_place(factor: float, seed: int):
+    torch.manual_seed(seed)
+    flat = FlatModel(nn.Sequential(nn.Linear(300, 400), nn.BatchNorm1d(400)))
+    received = flat.buffer.clone()
+    before = {name: tensor.clone() for name, tensor in flat.model.state_dict().items()}
+    for tensor in flat.model.state_dict().values():
+        tensor += torch.ones((), dtype=tensor.dtype) if tensor.dtype == torch.int64 else torch.randn(tensor.shape)
+    updates = {name: tensor - before[name] for name, tensor in flat.model.state_dict().items()}
+    length = flat.become_update(received, factor)
+    for name, tensor in flat.model.state_dict().items():
+        expected = updates[name] if tensor.dtype == torch.int64 else updates[name] * factor
+        assert torch.equal(tensor, expected), name
+    floats = torch.cat([update.double().flatten() for update in updates.values() if update.is_floating_point()])
+    assert length == pytest.approx(float(floats.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("value", "length"), [(float("nan"), None), (float("inf"), None), (3e30, 3e30)])
+def test_the_norm_of_an_update_tells_whether_all_of_it_is_finite(value: float, length: float | None):
+    flat = FlatModel(nn.Linear(300, 400))
+    received = flat.buffer.clone()
+    with torch.no_grad():
+        flat.model.bias[399] += value
+    found = flat.become_update(received, 1.0)
+    assert math.isnan(found) if length is None else found == pytest.approx(length)
+
+
 def test_weights_of_another_model_are_refused_by_the_name_of_the_tensor(tmp_path: Path):
     FlatModel(nn.Linear(3, 4)).save(tmp_path / "w.safetensors")
     with pytest.raises(ModelError, match="weight"):

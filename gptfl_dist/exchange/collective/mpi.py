@@ -1,347 +1,121 @@
-"""The exchange over MPI: weights by broadcast, updates by typed messages into the inbox, control messages as JSON.
+"""The collective operations over MPI, by mpi4py's typed buffers.
 
-Nothing blocks inside MPI: every operation is started and then tested with growing pauses, so a waiting rank leaves
-its core to others and a signal is handled at once. Updates arrive whole at rank 0 and are aggregated by the same code
-as over gRPC, so the weights are the same bit for bit.
+MPI moves data only while somebody calls it. An operation under way is tested again and again, at first almost without
+pause, for its partners have been told to start theirs: parts then flow faster than in one blocking call. What takes
+longer than that waits for somebody, and the tests come with growing pauses. Blocking calls would not do: a signal
+handler does not run inside them, and an idle rank of MPICH burns a core.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Awaitable, Callable
+from typing import Literal, NoReturn, TypeVar
 
 from mpi4py import MPI
 
-from gptfl_dist.config.plan import LocalTraining, Plan
-from gptfl_dist.errors import ProtocolError
-from gptfl_dist.exchange.base import (
-    Answered,
-    ExchangeEvent,
-    ExchangeFailed,
-    Goodbye,
-    OrderFailed,
-    Recalled,
-    Receipt,
-    SiloJoined,
-    SiloProgress,
-    Traffic,
-    UpdateHeader,
-    Welcome,
-)
-from gptfl_dist.exchange.inbox import Inbox, Refused
-from gptfl_dist.federation.orders import Order, Report
-from gptfl_dist.files import storage_error
-from gptfl_dist.weights import Codec, Layout, WeightsFile
-from gptfl_dist.weights.file import header_of
+from gptfl_dist.exchange.collective.base import Buffer, Message, decode, encode
 
 _CONTROL, _DATA = 1, 2  # message tags
-_SEGMENT = 4 << 20  # bytes of one broadcast or message
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0001, 0.02  # seconds between two tests
+_BUSY = 0.2  # seconds of almost no pause after an operation was started or completed
+_TURN = 0.002  # seconds of such tests before the event loop gets its turn
+_EAGER = 20  # tests that only yield the core; then naps, or the partners on this core would get too little of it
+_NAP = 2e-5  # seconds
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.02  # seconds between two tests after that
+_PATIENCE = 0.1  # a wait for a message is looked after once in this part of the time that it has taken
 
-Message = dict[str, Any]
-
-
-async def _complete(request: MPI.Request) -> None:
-    """Waits for an operation without holding the core."""
-    pause = _SHORTEST_PAUSE
-    while not request.Test():
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
+_T = TypeVar("_T")
 
 
-async def _say(world: MPI.Comm, rank: int, message: Message) -> None:
-    await _complete(world.Isend(json.dumps(message).encode(), rank, _CONTROL))
+class MpiCollective:
+    """See `Collective`."""
 
+    transport: str = "mpi"
+    device = "cpu"
 
-async def _hear(world: MPI.Comm, rank: int) -> tuple[int, Message]:
-    """The next control message from `rank` (or MPI.ANY_SOURCE), and who sent it."""
-    status = MPI.Status()
-    pause = _SHORTEST_PAUSE
-    while not world.Iprobe(rank, _CONTROL, status):
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
-    sender = status.Get_source()
-    buffer = bytearray(status.Get_count(MPI.BYTE))
-    world.Recv(buffer, sender, _CONTROL)
-    return sender, json.loads(buffer)
+    def __init__(self, world: MPI.Comm) -> None:
+        self.rank = world.Get_rank()
+        self.size = world.Get_size()
+        self.world = world
+        self._error: BaseException | None = None
+        self._active = 0.0  # when an operation was started or completed last
 
+    async def say(self, rank: int, message: Message) -> None:
+        await self.completed(self.world.Isend(encode(message), rank, _CONTROL))
 
-async def dismiss(world: MPI.Comm) -> None:
-    """Tells every rank that there is nothing to federate, in place of a welcome."""
-    for rank in range(1, world.Get_size()):
-        await _say(world, rank, {"type": "goodbye"})
+    async def hear(self) -> tuple[int, Message]:
+        status = MPI.Status()
+        await self.until(lambda: self.world.Iprobe(MPI.ANY_SOURCE, _CONTROL, status) or None)
+        sender = status.Get_source()
+        buffer = bytearray(status.Get_count(MPI.BYTE))
+        self.world.Recv(buffer, sender, _CONTROL)  # which is there
+        return sender, decode(buffer)
 
+    def send(self, part: memoryview, rank: int) -> Awaitable[None]:
+        return self.completed(self.world.Isend(part, rank, _DATA))
 
-class MpiCoordinatorExchange:
-    """See `CoordinatorExchange`. Rank k is the k-th silo by name."""
+    def receive(self, part: memoryview, rank: int) -> Awaitable[None]:
+        return self.completed(self.world.Irecv(part, rank, _DATA))
 
-    transport = "mpi"
+    def broadcast(self, part: Buffer) -> Awaitable[None]:
+        return self.completed(self.world.Ibcast(part, root=0))
 
-    def __init__(self, *, world: MPI.Comm, silos: tuple[str, ...], inbox: Inbox) -> None:
-        self.events: asyncio.Queue[ExchangeEvent] = asyncio.Queue()
-        self.traffic = Traffic()
-        self._world = world
-        self._rank_of = {silo: rank for rank, silo in enumerate(sorted(silos), start=1)}
-        self._silo_of = {rank: silo for silo, rank in self._rank_of.items()}
-        self._inbox = inbox
-        self._published: set[str] = set()
-        self._listener: asyncio.Task[None] | None = None
-        self._segment = memoryview(bytearray(_SEGMENT))
+    def reduce(self, part: Buffer, how: Literal["sum", "max"]) -> Awaitable[None]:
+        operation = MPI.SUM if how == "sum" else MPI.MAX
+        if self.rank == 0:
+            return self.completed(self.world.Ireduce(MPI.IN_PLACE, part, operation, root=0))
+        return self.completed(self.world.Ireduce(part, None, operation, root=0))
 
-    async def open(self, welcome: Welcome) -> None:
-        message: Message = {
-            "type": "welcome",
-            "run": welcome.run,
-            "plan": welcome.plan.model_dump(mode="json"),
-            "layout": welcome.layout.to_json(),
-        }
-        await self._tell_all(message)
-        self._listener = asyncio.create_task(self._listen())
-        self._listener.add_done_callback(self._ended)
+    def fail(self, error: BaseException) -> None:
+        self._error = error
 
-    async def publish(self, bases: Mapping[str, WeightsFile]) -> None:
-        """Broadcasts the weights that the ranks do not hold yet; they drop those that are not named any more."""
-        await self._tell_all({"type": "bases", "digests": sorted(bases)})
-        for digest in sorted(bases.keys() - self._published):
-            await self._broadcast(digest, bases[digest])
-        self._published = set(bases)
+    def close(self) -> None:
+        """Nothing to do: mpi4py finalises MPI when the process ends."""
 
-    async def _broadcast(self, digest: str, weights: WeightsFile) -> None:
-        await self._tell_all({"type": "weights", "digest": digest})
-        buffer = memoryview(bytearray(_SEGMENT))
-        for offset in range(0, weights.nbytes, _SEGMENT):
-            part = buffer[: min(_SEGMENT, weights.nbytes - offset)]
-            weights.read_into(offset, part)
-            await _complete(self._world.Ibcast(part, root=0))
-        self.traffic.down += weights.nbytes * len(self._rank_of)
+    def abort(self, exit_code: int) -> NoReturn:
+        self.world.Abort(exit_code)
+        os._exit(exit_code)  # some MPIs return from Abort before they have ended this process
 
-    async def send(self, silo: str, order: Order) -> None:
-        training = None if order.training is None else order.training.model_dump(mode="json")
-        message: Message = {
-            "type": "order",
-            "kind": order.kind,
-            "nonce": order.nonce,
-            "arm": order.arm,
-            "round": order.round,
-            "base": order.base,
-            "seconds": order.seconds,
-            "training": training,
-            "follows": order.follows,
-        }
-        await _say(self._world, self._rank_of[silo], message)
+    async def until(self, look: Callable[[], _T | None]) -> _T:
+        """Waits for what `look` finds. It looks again after a part of the time that it has waited."""
+        since = time.monotonic()
+        while (found := look()) is None:
+            self._check()
+            waited = time.monotonic() - since
+            await asyncio.sleep(min(max(_PATIENCE * waited, _SHORTEST_PAUSE), _LONGEST_PAUSE))
+        return found
 
-    async def recall(self, silo: str, nonce: str, reason: str) -> None:
-        await _say(self._world, self._rank_of[silo], {"type": "recall", "nonce": nonce, "reason": reason})
+    def completed(self, request: MPI.Request) -> Awaitable[None]:
+        """Waits for an operation that was started just now."""
+        self._active = time.monotonic()
+        return self._complete(request)
 
-    def _ended(self, listener: asyncio.Task[None]) -> None:
-        if not listener.cancelled() and (error := listener.exception()) is not None:
-            self.events.put_nowait(ExchangeFailed(error))
-
-    async def close(self, goodbye: Goodbye) -> None:
-        if self._listener is not None:
-            self._listener.cancel()
-        await self._tell_all({"type": "goodbye", "finished": goodbye.finished, "reason": goodbye.reason})
-
-    async def _tell_all(self, message: Message) -> None:
-        for rank in self._silo_of:
-            await _say(self._world, rank, message)
-
-    async def _listen(self) -> None:
-        while True:
-            rank, message = await _hear(self._world, MPI.ANY_SOURCE)
-            silo, kind = self._silo_of[rank], message["type"]
-            if kind == "ready":
-                self.events.put_nowait(SiloJoined(silo))
-            elif kind == "progress":
-                self.events.put_nowait(SiloProgress(silo, message["nonce"], message["done"], message["total"]))
-            elif kind == "failure":
-                self._fail(silo, message["nonce"], message["reason"])
-            elif kind == "report":
-                report = Report(**message["report"])
-                try:
-                    self._inbox.accept(silo, report)
-                    self.events.put_nowait(Answered(silo, report.nonce))
-                except Refused as refusal:
-                    self._fail(silo, report.nonce, f"refused: {refusal}")
-            elif kind == "update":
-                await self._receive_update(rank, silo, message)
-
-    async def _receive_update(self, rank: int, silo: str, message: Message) -> None:
-        header = UpdateHeader(**{**message["header"], "report": Report(**message["header"]["report"])})
-        nonce = header.report.nonce
-        try:
-            offset, committed = self._inbox.announce(silo, header)
-            if not committed:
-                spool = self._inbox.spool(silo, nonce)
-                ticket = spool.claim()
-                # From here on all of it is taken, wanted or not: what is left lying would be taken for the next one.
-                await _say(self._world, rank, {"type": "send", "offset": offset})
-                while offset < header.size:
-                    part = self._segment[: min(_SEGMENT, header.size - offset)]
-                    await _complete(self._world.Irecv(part, rank, _DATA))
-                    spool.write(ticket, offset, part)
-                    offset += len(part)
-                    self.traffic.up += len(part)
-                await asyncio.to_thread(self._inbox.finish, silo, nonce)
-        except Refused as refusal:
-            self._fail(silo, nonce, f"refused: {refusal}")
-            await _say(self._world, rank, {"type": "receipt", "committed": False, "reason": str(refusal)})
-        else:
-            self.events.put_nowait(Answered(silo, nonce))
-            await _say(self._world, rank, {"type": "receipt", "committed": True, "reason": ""})
-
-    def _fail(self, silo: str, nonce: str, reason: str) -> None:
-        if self._inbox.fail(silo, nonce):
-            self.events.put_nowait(OrderFailed(silo, nonce, reason))
-
-
-class MpiSiloExchange:
-    """See `SiloExchange`. The rank takes part in every broadcast, called on in that round or not."""
-
-    def __init__(self, *, world: MPI.Comm, folder: Path) -> None:
-        self._world = world
-        self._folder = folder
-        self._words: asyncio.Queue[Order | Recalled | Goodbye] = asyncio.Queue()
-        self._answers: asyncio.Queue[Message] = asyncio.Queue()
-        self._arrived: set[str] = set()  # digests of the weights that lie in the folder
-        self._arrival = asyncio.Condition()
-        self._layout: Layout | None = None  # of what is broadcast
-        self._listener: asyncio.Task[None] | None = None
-        self._uploading = asyncio.Lock()
-        self._first: Message | None = None
-
-    async def invited(self) -> bool:
-        """Waits for rank 0's first word, before `connect`. False where there is nothing to federate."""
-        _, self._first = await _hear(self._world, 0)
-        return bool(self._first["type"] != "goodbye")
-
-    async def connect(self) -> Welcome:
-        message, self._first = self._first, None
-        if message is None:
-            _, message = await _hear(self._world, 0)
-        if message["type"] != "welcome":
-            raise ProtocolError(f"rank 0 sent {message['type']!r}, expected a welcome")
-        welcome = Welcome(message["run"], Plan.model_validate(message["plan"]), Layout.from_json(message["layout"]))
-        self._layout = Codec(welcome.plan.compression.down).layout(welcome.layout)
-        self._listener = asyncio.create_task(self._listen())
-        return welcome
-
-    async def ready(self) -> None:
-        await _say(self._world, 0, {"type": "ready"})
-
-    async def receive(self) -> Order | Recalled | Goodbye:
-        """The next word; raises what ended the listening."""
-        assert self._listener is not None
-        word = asyncio.ensure_future(self._words.get())
-        await asyncio.wait({word, self._listener}, return_when=asyncio.FIRST_COMPLETED)
-        if not word.done():
-            word.cancel()
-            self._listener.result()
-        return await word
-
-    async def download(self, digest: str, layout: Layout, path: Path) -> None:
-        async with self._arrival:
-            await self._arrival.wait_for(lambda: digest in self._arrived)
-        try:
-            path.unlink(missing_ok=True)
-            os.link(self._broadcast(digest), path)
-        except OSError as error:
-            raise storage_error(error, path) from None
-
-    async def upload(self, header: UpdateHeader, update: WeightsFile) -> Receipt:
-        report = header.report
-        message: Message = {
-            "type": "update",
-            "header": {
-                "report": {"nonce": report.nonce, "samples": report.samples, "metrics": dict(report.metrics)},
-                "base": header.base,
-                "layout": header.layout,
-                "digest": header.digest,
-                "size": header.size,
-            },
-        }
-        # Once begun it goes on, even where the order is recalled: rank 0 waits for every byte that was announced.
-        return await asyncio.shield(asyncio.create_task(self._upload(message, update.path)))
-
-    async def _upload(self, message: Message, path: Path) -> Receipt:
-        with WeightsFile(path) as update:
-            async with self._uploading:
-                await _say(self._world, 0, message)
-                answer = await self._answers.get()
-                if answer["type"] == "send":
-                    for offset in range(answer["offset"], update.nbytes, _SEGMENT):
-                        part = update.read(offset, min(_SEGMENT, update.nbytes - offset))
-                        await _complete(self._world.Isend(part, 0, _DATA))
-                    answer = await self._answers.get()
-        return Receipt(answer["committed"], answer["reason"])
-
-    async def report(self, report: Report) -> None:
-        message = {"nonce": report.nonce, "samples": report.samples, "metrics": dict(report.metrics)}
-        await _say(self._world, 0, {"type": "report", "report": message})
-
-    async def progress(self, nonce: str, done: int, total: int) -> None:
-        await _say(self._world, 0, {"type": "progress", "nonce": nonce, "done": done, "total": total})
-
-    async def fail(self, nonce: str, reason: str) -> None:
-        await _say(self._world, 0, {"type": "failure", "nonce": nonce, "reason": reason})
-
-    async def close(self) -> None:
-        if self._listener is not None:
-            self._listener.cancel()
-
-    async def _listen(self) -> None:
-        while True:
-            _, message = await _hear(self._world, 0)
-            kind = message.pop("type")
-            if kind == "bases":
-                self._keep(message["digests"])
-            elif kind == "weights":
-                await self._take_broadcast(message["digest"])
-            elif kind == "order":
-                training = message.pop("training")
-                settings = None if training is None else LocalTraining.model_validate(training)
-                self._words.put_nowait(Order(**message, training=settings))
-            elif kind == "recall":
-                self._words.put_nowait(Recalled(**message))
-            elif kind == "goodbye":
-                self._words.put_nowait(Goodbye(**message))
-                return
+    async def _complete(self, request: MPI.Request) -> None:
+        pause = _SHORTEST_PAUSE
+        while not self._tested(request):
+            self._check()
+            if time.monotonic() - self._active < _BUSY:
+                await asyncio.sleep(0)
             else:
-                self._answers.put_nowait({"type": kind, **message})
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+        self._active = time.monotonic()
 
-    def _broadcast(self, digest: str) -> Path:
-        return self._folder / f"broadcast-{digest}.safetensors"
+    def _tested(self, request: MPI.Request) -> bool:
+        """Tests an operation for a turn, or once where it waits for somebody."""
+        turn, tests = time.monotonic() + _TURN, 0
+        while not request.Test():
+            now, tests = time.monotonic(), tests + 1
+            if now > turn or now - self._active > _BUSY:
+                return False
+            if tests < _EAGER:
+                os.sched_yield()
+            else:
+                time.sleep(_NAP)
+        return True
 
-    def _keep(self, digests: list[str]) -> None:
-        """Drops all weights but these, also those that an earlier run left."""
-        self._arrived &= set(digests)
-        kept = {self._broadcast(digest) for digest in self._arrived}
-        for path in self._folder.glob("broadcast-*"):
-            if path not in kept:
-                path.unlink()
-
-    async def _take_broadcast(self, digest: str) -> None:
-        assert self._layout is not None
-        part = self._folder / "broadcast-incoming.part"
-        buffer = memoryview(bytearray(min(_SEGMENT, self._layout.nbytes)))
-        try:
-            with part.open("wb") as file:
-                part.chmod(0o600)
-                file.write(header_of(self._layout))
-                for offset in range(0, self._layout.nbytes, _SEGMENT):
-                    received = buffer[: min(_SEGMENT, self._layout.nbytes - offset)]
-                    await _complete(self._world.Ibcast(received, root=0))
-                    file.write(received)
-        except OSError as error:
-            raise storage_error(error, part) from None
-        with WeightsFile(part) as weights:
-            if weights.digest() != digest:
-                raise ProtocolError("the weights that were broadcast do not have the digest that was announced")
-        part.replace(self._broadcast(digest))
-        async with self._arrival:
-            self._arrived.add(digest)
-            self._arrival.notify_all()
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error

@@ -26,9 +26,9 @@ from gptfl_dist.exchange.base import (
     UpdateHeader,
     Welcome,
 )
+from gptfl_dist.exchange.buffers import keep_buffers
 from gptfl_dist.exchange.grpc import convert, frames
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
-from gptfl_dist.exchange.grpc.buffers import keep_buffers
 from gptfl_dist.exchange.grpc.options import WIDEST, line_options
 from gptfl_dist.exchange.grpc.server import NONCE, SERVICE, UPLOAD_CHUNK
 from gptfl_dist.federation.orders import Order, Report
@@ -222,8 +222,8 @@ class GrpcSiloExchange:
     async def report(self, report: Report) -> None:
         await self._say(pb.FromSilo(report=convert.report_to_message(report)))
 
-    async def progress(self, nonce: str, done: int, total: int) -> None:
-        await self._say(pb.FromSilo(progress=pb.Progress(nonce=nonce, done=done, total=total)))
+    async def progress(self, nonce: str, done: int, total: int, note: str = "") -> None:
+        await self._say(pb.FromSilo(progress=pb.Progress(nonce=nonce, done=done, total=total, note=note)))
 
     async def fail(self, nonce: str, reason: str) -> None:
         await self._say(pb.FromSilo(failure=pb.Failure(nonce=nonce, reason=reason)))

@@ -32,9 +32,9 @@ from gptfl_dist.exchange.base import (
     Traffic,
     Welcome,
 )
+from gptfl_dist.exchange.buffers import keep_buffers
 from gptfl_dist.exchange.grpc import convert, frames
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
-from gptfl_dist.exchange.grpc.buffers import keep_buffers
 from gptfl_dist.exchange.grpc.options import WIDEST, line_options
 from gptfl_dist.exchange.inbox import Busy, Inbox, Refused, Superseded
 from gptfl_dist.federation.orders import Order
@@ -235,7 +235,8 @@ class GrpcCoordinatorExchange:
             self.events.put_nowait(SiloJoined(silo))
         elif kind == "progress" and self._inbox.awaits(silo, message.progress.nonce):
             progress = message.progress
-            self.events.put_nowait(SiloProgress(silo, progress.nonce, progress.done, progress.total))
+            note = convert.legible(progress.note)
+            self.events.put_nowait(SiloProgress(silo, progress.nonce, progress.done, progress.total, note))
         elif kind == "failure":
             self._fail(silo, message.failure.nonce, message.failure.reason)
         elif kind == "report":

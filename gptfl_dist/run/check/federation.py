@@ -67,6 +67,8 @@ def check_federation(checks: Checklist, path: Path, file: FederationFile) -> Non
         if silo_path is not None:
             checks.run(f"silo file of {entry.name}", lambda e=entry, p=silo_path: _silo_file(path, file, e, p))  # type: ignore[misc]
             checks.run(f"training of {entry.name}", lambda e=entry, p=silo_path: _silo_training(path, file, e, p))  # type: ignore[misc]
+            if file.collective.trust == "tls":
+                checks.run(f"credentials of {entry.name}", lambda e=entry, p=silo_path: _silo_credentials(file, e, p))  # type: ignore[misc]
     checks.run("silo files", lambda: _silo_entries(file))
     checks.run("credentials", lambda: _coordinator_credentials(file))
     checks.run("exchange.listen", lambda: _listen(file.exchange.listen))
@@ -372,9 +374,26 @@ def _silo_training(path: Path, file: FederationFile, entry: SiloEntry, silo_path
     return f"{sum(counts)} images of {labels} of {len(counts)} labels fit the federation's model"
 
 
+def _silo_credentials(file: FederationFile, entry: SiloEntry, silo_path: Path) -> str:
+    """What a silo's rank shows where the ranks speak TLS."""
+    side = load_silo(silo_path).coordinator
+    if side is None:
+        raise IdentityError(
+            f"collective.trust is tls, and {silo_path} names no certificates under coordinator",
+            hint="name the authority, certificate and key that `gptfl credentials` made for this silo",
+        )
+    expiry = check_credentials(side.authority, side.certificate, side.key, "silo", entry.name, file.name)
+    return valid_until(expiry, f"those of {entry.name}")
+
+
 def _coordinator_credentials(file: FederationFile) -> str:
     exchange = file.exchange
     if exchange.authority is None or exchange.certificate is None or exchange.key is None:
+        if file.collective.trust == "tls":
+            raise IdentityError(
+                "collective.trust is tls, and exchange names no authority, certificate and key",
+                hint="make them with: gptfl credentials FEDERATION_FILE --host NAME, and name them in the file",
+            )
         return "none named: gptfl run makes its own; gptfl coordinator needs them"
     expiry = check_credentials(exchange.authority, exchange.certificate, exchange.key, "coordinator", None, file.name)
     dialled = {host_of(exchange.listen): "exchange.listen"}

@@ -1,0 +1,270 @@
+"""A silo rank's end of a collective exchange: one line to the coordinator, for one silo or several.
+
+`RankExchange` hears what the coordinator says, hands each silo its words, and takes part in every broadcast and
+reduction, whoever is called on. `SiloOnRank` is the exchange of one of its silos. Where the weights go that are
+broadcast, a `Keeper` knows: into a file (`FileKeeper`), for silos whose trainer is another process, or into memory
+(`MemoryKeeper`), for trainers in this one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from blake3 import blake3
+
+from gptfl_dist.config.plan import LocalTraining, Plan
+from gptfl_dist.errors import ProtocolError
+from gptfl_dist.exchange.base import Disconnected, Goodbye, Recalled, Receipt, UpdateHeader, Welcome
+from gptfl_dist.exchange.collective.base import DEPTH, SEGMENT, Buffer, Collective, Message, completed, pipelined
+from gptfl_dist.exchange.collective.reduction import contributions
+from gptfl_dist.federation.orders import Order, Report
+from gptfl_dist.files import storage_error
+from gptfl_dist.weights import Codec, Layout, WeightsFile
+from gptfl_dist.weights.file import header_of
+
+
+class Keeper(Protocol):
+    """Where a rank keeps the weights that were broadcast."""
+
+    def keep_only(self, digests: Collection[str]) -> None:
+        """Drops all others."""
+
+    async def take(self, collective: Collective, digest: str, layout: Layout) -> None:
+        """Takes part in the broadcast of these weights. Raises ProtocolError where others arrive."""
+
+    async def fetch(self, digest: str, path: Path) -> None:
+        """Waits until these weights are here, and puts them at `path` if they are kept in files."""
+
+
+class FileKeeper:
+    """Keeps weights as files in a folder; silos get links to them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._here: set[str] = set()
+        self._arrival = asyncio.Condition()
+
+    def keep_only(self, digests: Collection[str]) -> None:
+        """Drops all others, also those that an earlier run left."""
+        self._here &= set(digests)
+        kept = {self._path(digest) for digest in self._here}
+        for path in self._folder.glob("broadcast-*"):
+            if path not in kept:
+                path.unlink()
+
+    async def take(self, collective: Collective, digest: str, layout: Layout) -> None:
+        incoming, hasher = self._folder / "broadcast-incoming.part", blake3()
+        try:
+            with incoming.open("wb") as file:
+                incoming.chmod(0o600)
+                file.write(header_of(layout))
+                async for part in pipelined(_arrivals(collective, layout.nbytes)):
+                    file.write(part)
+                    hasher.update(part)
+            if hasher.hexdigest() != digest:
+                raise ProtocolError("the weights that were broadcast do not have the digest that was announced")
+            incoming.replace(self._path(digest))
+        except OSError as error:
+            raise storage_error(error, incoming) from None
+        async with self._arrival:
+            self._here.add(digest)
+            self._arrival.notify_all()
+
+    async def fetch(self, digest: str, path: Path) -> None:
+        async with self._arrival:
+            await self._arrival.wait_for(lambda: digest in self._here)
+        try:
+            path.unlink(missing_ok=True)
+            os.link(self._path(digest), path)
+        except OSError as error:
+            raise storage_error(error, path) from None
+
+    def _path(self, digest: str) -> Path:
+        return self._folder / f"broadcast-{digest}.safetensors"
+
+
+def _arrivals(collective: Collective, size: int) -> Iterator[tuple[Awaitable[None], memoryview]]:
+    import numpy as np
+
+    ring = [np.empty(min(SEGMENT, size), np.uint8) for _ in range(DEPTH)]
+    for number, start in enumerate(range(0, size, SEGMENT)):
+        part = ring[number % DEPTH][: size - start]
+        yield collective.broadcast(part), part.data
+
+
+class MemoryKeeper:
+    """Keeps the newest weights in one buffer of memory, and knows where each silo's update lies.
+
+    `weights` is a tensor of bytes on the collective's device. `updates` is for trainers to fill.
+    """
+
+    def __init__(self) -> None:
+        self.weights: Buffer = None
+        self.updates: dict[str, Buffer] = {}
+        self._digest = ""
+        self._arrival = asyncio.Condition()
+
+    def keep_only(self, digests: Collection[str]) -> None:
+        """Nothing to do: the next weights take the place of these."""
+
+    async def take(self, collective: Collective, digest: str, layout: Layout) -> None:
+        import torch
+
+        if self.weights is None:
+            self.weights = torch.empty(layout.nbytes, dtype=torch.uint8, device=collective.device)
+        whole = self.weights.numpy() if collective.device == "cpu" else self.weights
+        self._digest = ""
+        await completed(collective.broadcast(whole[o : o + SEGMENT]) for o in range(0, layout.nbytes, SEGMENT))
+        async with self._arrival:
+            self._digest = digest
+            self._arrival.notify_all()
+
+    async def fetch(self, digest: str, path: Path) -> None:
+        async with self._arrival:
+            await self._arrival.wait_for(lambda: digest == self._digest)
+
+    def updates_of(self, silos: Collection[str]) -> list[Buffer]:
+        """The updates of those of the silos that are on this rank."""
+        return [self.updates[silo] for silo in sorted(self.updates) if silo in silos]
+
+
+class RankExchange:
+    """The line of one rank to the coordinator; `silos` are those that it serves."""
+
+    def __init__(self, *, collective: Collective, silos: Sequence[str], keeper: Keeper) -> None:
+        self.welcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
+        self.words: dict[str, asyncio.Queue[Order | Recalled | Goodbye]] = {silo: asyncio.Queue() for silo in silos}
+        self.keeper = keeper
+        self._collective = collective
+        self._answers: asyncio.Queue[Message] = asyncio.Queue()
+        self._layout: Layout | None = None  # of the model
+        self._broadcast: Layout | None = None  # of what is broadcast of it
+        self._sending = asyncio.Lock()  # of updates: one at a time
+        self._unanswered = False  # whether one is on its way
+        self._parted = False
+
+    async def listen(self) -> None:
+        """Hears the coordinator until it says goodbye, and then says so too.
+
+        Without a welcome before, there is nothing to federate.
+        """
+        while not self._parted or self._unanswered:  # the coordinator takes an update that was begun to its end
+            _, message = await self._collective.hear()
+            kind = message.pop("type")
+            if kind == "welcome":
+                plan, layout = Plan.model_validate(message["plan"]), Layout.from_json(message["layout"])
+                self._layout, self._broadcast = layout, Codec(plan.compression.down).layout(layout)
+                self.welcome.set_result(Welcome(message["run"], plan, layout))
+            elif kind == "bases":
+                self.keeper.keep_only(message["digests"])
+            elif kind == "weights":
+                assert self._broadcast is not None
+                await self.keeper.take(self._collective, message["digest"], self._broadcast)
+            elif kind == "order":
+                training = message.pop("training")
+                settings = None if training is None else LocalTraining.model_validate(training)
+                self.words[message.pop("silo")].put_nowait(Order(**message, training=settings))
+            elif kind == "recall":
+                self.words[message.pop("silo")].put_nowait(Recalled(**message))
+            elif kind == "reduce":
+                assert self._layout is not None
+                assert isinstance(self.keeper, MemoryKeeper)
+                updates = self.keeper.updates_of(message["silos"])
+                await completed(contributions(self._collective, self._layout, updates))
+            elif kind == "goodbye":
+                for words in self.words.values():
+                    words.put_nowait(Goodbye(**message))
+                if not self.welcome.done():
+                    self.welcome.cancel()
+                self._parted = True
+            else:
+                self._unanswered &= kind != "receipt"
+                self._answers.put_nowait({"type": kind, **message})
+        await self._collective.say(0, {"type": "goodbye"})
+
+    async def say(self, message: Message) -> None:
+        """Raises Disconnected after the coordinator's goodbye: nobody listens any more."""
+        if self._parted:
+            raise Disconnected("the coordinator has ended")
+        await self._collective.say(0, message)
+
+    async def upload(self, message: Message, path: Path) -> Receipt:
+        """Sends an update, one after the other."""
+        with WeightsFile(path) as update:
+            async with self._sending:
+                await self.say(message)
+                self._unanswered = True
+                answer = await self._answers.get()
+                if answer["type"] == "send":
+                    await completed(self._parts(update, answer["offset"]))
+                    answer = await self._answers.get()
+        return Receipt(answer["committed"], answer["reason"])
+
+    def _parts(self, update: WeightsFile, offset: int) -> Iterator[Awaitable[None]]:
+        ring = [memoryview(bytearray(min(SEGMENT, update.nbytes))) for _ in range(DEPTH)]
+        for number, start in enumerate(range(offset, update.nbytes, SEGMENT)):
+            part = ring[number % DEPTH][: update.nbytes - start]
+            update.read_into(start, part)
+            yield self._collective.send(part, 0)
+
+
+class SiloOnRank:
+    """See `SiloExchange`. The exchange of one silo of a rank, whose `listen` runs beside it."""
+
+    def __init__(self, rank: RankExchange, silo: str) -> None:
+        self._rank = rank
+        self._silo = silo
+        self._connected = False
+
+    async def connect(self) -> Welcome:
+        if self._connected:
+            await asyncio.get_running_loop().create_future()  # the coordinator went, and ends this job with it
+        self._connected = True
+        return await asyncio.shield(self._rank.welcome)
+
+    async def ready(self) -> None:
+        await self._say({"type": "ready"})
+
+    async def receive(self) -> Order | Recalled | Goodbye:
+        return await self._rank.words[self._silo].get()
+
+    async def download(self, digest: str, layout: Layout, path: Path) -> None:
+        await self._rank.keeper.fetch(digest, path)
+
+    async def upload(self, header: UpdateHeader, update: WeightsFile) -> Receipt:
+        message: Message = {
+            "type": "update",
+            "silo": self._silo,
+            "header": {
+                "report": _told(header.report),
+                "base": header.base,
+                "layout": header.layout,
+                "digest": header.digest,
+                "size": header.size,
+            },
+        }
+        # Once begun it goes on, even where the order is recalled: rank 0 waits for every byte that was announced.
+        return await asyncio.shield(asyncio.create_task(self._rank.upload(message, update.path)))
+
+    async def report(self, report: Report) -> None:
+        await self._say({"type": "report", "report": _told(report)})
+
+    async def progress(self, nonce: str, done: int, total: int, note: str = "") -> None:
+        await self._say({"type": "progress", "nonce": nonce, "done": done, "total": total})
+
+    async def fail(self, nonce: str, reason: str) -> None:
+        await self._say({"type": "failure", "nonce": nonce, "reason": reason})
+
+    async def close(self) -> None:
+        """The rank's line is not this silo's to end."""
+
+    async def _say(self, message: Message) -> None:
+        await self._rank.say({**message, "silo": self._silo})
+
+
+def _told(report: Report) -> Message:
+    return {"nonce": report.nonce, "samples": report.samples, "metrics": dict(report.metrics)}

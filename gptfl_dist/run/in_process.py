@@ -1,0 +1,121 @@
+"""A silo's trainer in its rank's own process, for reductions: weights and updates are never anywhere but in memory.
+
+Weights come from the buffer into which they were broadcast, and after the training the model's own buffer becomes the
+update, which is checked here before it may count. A training cannot be killed: one that is not wanted any more ends at
+its next report of progress.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gptfl_dist.config.plan import Plan
+from gptfl_dist.config.silo import SiloFile
+from gptfl_dist.errors import ConfigError, TrainerError
+from gptfl_dist.exchange.collective.silo import MemoryKeeper
+from gptfl_dist.federation.orders import Order
+from gptfl_dist.launch.base import Progress
+from gptfl_dist.run.silo import Result, require_layout
+from gptfl_dist.run.threads import ended
+from gptfl_dist.weights import Layout
+
+if TYPE_CHECKING:
+    from gptfl_dist.run.trainer import Trainer
+
+_T = TypeVar("_T")
+
+
+class _Unwanted(Exception):
+    """Ends a training from within."""
+
+
+class InProcessRunner:
+    """An OrderRunner that trains in a thread."""
+
+    keeps_updates = True
+
+    def __init__(
+        self, silo: SiloFile, folder: Path, keeper: MemoryKeeper, turn: asyncio.Lock, max_norm: float | None
+    ) -> None:
+        """`folder` is where the silo file lies; `turn` is shared by all silos of the rank, which train in turn.
+
+        `max_norm` bounds the Euclidean norm of an update. Raises ConfigError for a silo with a script of its own.
+        """
+        if silo.code is not None and silo.code.script is not None:
+            raise ConfigError(
+                f"silo {silo.name} is trained by {silo.code.script}, a process of its own, but collective.reduction "
+                "is fast, which trains in the rank",
+                hint="set collective.reduction to exact in the federation file",
+            )
+        self._silo = silo
+        self._folder = folder
+        self._keeper = keeper
+        self._turn = turn
+        self._max_norm = max_norm
+        self._trainer: Trainer | None = None
+        self._unwanted = threading.Event()
+
+    async def setup(self, run: str, plan: Plan, layout: Layout) -> None:
+        self._trainer = await self._in_turn(self._build, plan)
+        require_layout(layout, self._trainer.layout)
+
+    def _build(self, plan: Plan) -> Trainer:
+        from gptfl_dist.run.trainer import Trainer
+
+        return Trainer(plan, self._silo, self._folder)
+
+    async def run(self, order: Order, weights: Path, update: Path, progress: Progress) -> Result:
+        loop = asyncio.get_running_loop()
+
+        def report(done: int, total: int) -> None:
+            if self._unwanted.is_set():
+                raise _Unwanted
+            loop.call_soon_threadsafe(progress, done, total, "")
+
+        return await self._in_turn(self._carry_out, order, report)
+
+    def _carry_out(self, order: Order, report: Callable[[int, int], None]) -> Result:
+        trainer, received = self._trainer, self._keeper.weights
+        assert trainer is not None
+        self._keeper.updates.pop(self._silo.name, None)
+        if order.training is None:
+            result = trainer.evaluate(received)
+        else:
+            result = trainer.train(
+                round_=order.round, settings=order.training, weights=received, update=None, progress=report
+            )
+            length = trainer.flat.become_update(received, trainer.samples)
+            if math.isnan(length):
+                raise TrainerError("the update holds NaN or infinite values")
+            if self._max_norm is not None and length > self._max_norm:
+                raise TrainerError(
+                    f"the update's norm is {length:.4g}, federation.max_update_norm allows {self._max_norm:g}"
+                )
+            buffer = trainer.flat.buffer
+            on_cpu = self._keeper.weights.device.type == "cpu"
+            self._keeper.updates[self._silo.name] = buffer.cpu().numpy() if on_cpu else buffer
+        return Result(result.digest, result.samples, dict(result.metrics))
+
+    async def _in_turn(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        """Calls a function in a thread, once it is this silo's turn. Cancelled, it waits for the thread's early end."""
+        async with self._turn:
+            self._unwanted.clear()
+            work = asyncio.create_task(asyncio.to_thread(function, *arguments))
+            try:
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:
+                self._unwanted.set()
+                raise
+            finally:
+                await ended(work)
+
+    async def finish(self) -> None:
+        """Nothing outlives the rank."""
+
+    async def stop(self) -> None:
+        self._unwanted.set()

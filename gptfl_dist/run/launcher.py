@@ -1,0 +1,101 @@
+"""Which launcher started this process, and so which exchange `--exchange auto` takes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from enum import StrEnum
+
+from gptfl_dist.errors import ConfigError, LaunchError
+
+
+class Wire(StrEnum):
+    """The values of `--exchange`."""
+
+    auto = "auto"
+    grpc = "grpc"
+    mpi = "mpi"
+    torch = "torch"
+
+
+@dataclass(frozen=True, slots=True)
+class Launcher:
+    """What a launcher of several processes says of itself in the environment, and of this one of them."""
+
+    wire: Wire
+    variable: str
+    ranks: int
+    rank: int
+
+    @property
+    def told(self) -> str:
+        return f"{self.variable}={os.environ[self.variable]}"
+
+
+_MPI = {
+    "PMI_SIZE": "PMI_RANK",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "MPI_LOCALNRANKS": "MPI_LOCALRANKID",
+}
+"""Environment variables of MPI launchers: number of ranks, own rank. Slurm's own alone say nothing of an MPI."""
+
+_TORCHRUN = "TORCHELASTIC_RUN_ID"
+_OF_TORCHRUN = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
+    *("ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+)
+
+
+def torchrun() -> Launcher | None:
+    """torchrun, where it started this process. Its run id is asked for: other programs set RANK and WORLD_SIZE too."""
+    if _TORCHRUN not in os.environ:
+        return None
+    return Launcher(Wire.torch, _TORCHRUN, int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
+
+
+def mpi_launcher() -> Launcher | None:
+    """The MPI launcher that started this process."""
+    for size, rank in _MPI.items():
+        if size in os.environ:
+            return Launcher(Wire.mpi, size, int(os.environ[size]), int(os.environ.get(rank, "0")))
+    return None
+
+
+def forget_torchrun() -> None:
+    """Takes torchrun's variables out of the environment: what this process starts is none of the ranks."""
+    for name in [name for name in os.environ if name in _OF_TORCHRUN or name.startswith("TORCHELASTIC_")]:
+        del os.environ[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The exchange that is taken, and why."""
+
+    wire: Wire
+    why: str
+
+
+def choose(asked: Wire) -> Choice:
+    """The exchange of this process. torchrun comes first: it may have been started by mpiexec, once a node.
+
+    Raises ConfigError where a launcher started several processes that are to be none of a world, LaunchError where
+    torchrun is to have started this one and has not.
+    """
+    launcher = torchrun() or mpi_launcher()
+    if asked is Wire.grpc:
+        if launcher is not None and launcher.rank > 0:
+            raise ConfigError(
+                f"--exchange grpc under a launcher ({launcher.told}) would start every process several times"
+            )
+        return Choice(Wire.grpc, "--exchange grpc")
+    if asked is Wire.torch and torchrun() is None:
+        raise LaunchError(
+            f"--exchange torch, but torchrun did not start this process ({_TORCHRUN} is not set)",
+            hint="start it with: torchrun --nproc-per-node N -m gptfl_dist run FILE",
+        )
+    if asked is not Wire.auto:
+        return Choice(asked, f"--exchange {asked}")
+    if launcher is not None:
+        return Choice(launcher.wire, f"a launcher set {launcher.told}")
+    slurm = "; Slurm's variables alone start no world" if "SLURM_JOB_ID" in os.environ else ""
+    return Choice(Wire.grpc, f"neither an MPI launcher nor torchrun started this process{slurm}")
