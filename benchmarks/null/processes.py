@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _TICK = os.sysconf("SC_CLK_TCK")
-_EVERY = 0.05  # seconds: to look twice as often takes a twelfth of two cores away from what is measured
+_EVERY = 0.05  # seconds: looking more often takes more of the cores away from what is measured
 
 
 def _status(pid: int, name: str) -> int:

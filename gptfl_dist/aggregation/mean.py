@@ -3,8 +3,8 @@
 Blocks of each update are read in sorted silo order, added and applied to the weights, so the result is bitwise the same
 whatever the order of arrival, and memory is a few blocks whatever the model and the number of silos. A block is small
 enough that it and its sum stay in a core's cache. Sums are in float64 where the tensor is, else in float32: that takes
-half the time of float64, and loses no more than about a ten-millionth of the terms for each silo. One thread does it;
-several are no quicker, since they wait for the interpreter's lock.
+less time than float64, and loses no more than about a ten-millionth of the terms for each silo. One thread does it;
+several would wait for the interpreter's lock.
 """
 
 from __future__ import annotations

@@ -4,7 +4,9 @@ A `MemoryNetwork` joins one coordinator at a time with any number of silos and o
 drop one and start it anew. Updates go through the real inbox. A fault waits at a step of an order's way:
 
     order (the silo hears it) -> download -> upload -> half (of the update is there) -> sent (all of it)
-        -> committed (nobody was told yet), or refused (the silo was not told yet)      or: report (an evaluation)
+        -> committed (nobody was told yet) -> receipt (the silo alone was not told yet), or refused (likewise)
+
+or, for an evaluation, report in place of upload and what follows.
 
 `hold` stops the order there until it is released, which makes a silo late; `cut` breaks the silo's line there.
 """
@@ -38,7 +40,7 @@ from gptfl_dist.exchange.inbox import Busy, Inbox, Refused, Superseded
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.weights import BLOCK, Layout, WeightsFile, write_weights
 
-Step = Literal["order", "download", "upload", "half", "sent", "committed", "refused", "report"]
+Step = Literal["order", "download", "upload", "half", "sent", "committed", "receipt", "refused", "report"]
 
 
 @dataclass(eq=False)
@@ -319,8 +321,8 @@ class MemorySiloExchange:
         coordinator, line = self._open
         try:
             receipt = await coordinator.take(self._silo, header, update)
-            if not receipt.committed:
-                await self._network.reach("refused", self._silo, header.report.nonce)
+            step: Step = "receipt" if receipt.committed else "refused"
+            await self._network.reach(step, self._silo, header.report.nonce)
         except Disconnected:
             coordinator.leave(self._silo, line)
             raise

@@ -303,13 +303,18 @@ class Silo:
             await ended(listening)
 
     async def _drop_work(self) -> None:
-        """Gives up what is being worked on. The trainer is stopped, or its late answer would be taken for the next."""
+        """Gives up what is being worked on.
+
+        A trainer that works is stopped, or its late answer would be taken for the next. One whose result is there is
+        left alone: the next order may overtake the receipt of that result.
+        """
         if self._work is None:
             return
         work, self._work = self._work, None
         if not work.done():
             work.cancel()
-            await self._runner.stop()
+            if self._result is None:
+                await self._runner.stop()
         await ended(work)
 
     async def _carry_out(self, order: Order) -> bool:

@@ -33,6 +33,7 @@ class ScriptedTrainer:
         self, layout: Layout, samples: int, script: Callable[[Order], tuple[bytes, Mapping[str, float]]]
     ) -> None:
         self.orders: list[Order] = []  # that were carried out, in order
+        self.stops = 0  # how often it was ended
         self._layout = layout
         self._samples = samples
         self._script = script
@@ -50,4 +51,4 @@ class ScriptedTrainer:
         pass
 
     async def stop(self) -> None:
-        pass
+        self.stops += 1

@@ -7,6 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import zstandard
+from flat_buffers import Flat
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,21 +35,11 @@ def test_we_read_protobufs_chunks(offset, data):
     assert decode_chunk(pb.Chunk(offset=offset, data=data).SerializeToString()) == (offset, data, len(data))
 
 
-class Buffer:
-    """A flat buffer in memory."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data = data
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        buffer[:] = self.data[offset : offset + len(buffer)]
-
-
 @given(st.binary(min_size=1, max_size=300), st.data())
 def test_a_frame_that_is_read_from_a_flat_buffer_is_that_of_its_bytes(content, draw):
     offset = draw.draw(st.integers(0, len(content) - 1))
     size = draw.draw(st.integers(1, len(content) - offset))
-    frame = read_chunk(Buffer(content), offset, size)
+    frame = read_chunk(Flat(content), offset, size)
     assert type(frame) is bytes
     assert frame == encode_chunk(offset, content[offset : offset + size])
     assert hash(frame) == hash(encode_chunk(offset, content[offset : offset + size]))

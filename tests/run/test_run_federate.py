@@ -16,6 +16,7 @@ from federated import (
     SAMPLES,
     START,
     STEPS,
+    Metrics,
     World,
     answered,
     failing,
@@ -129,6 +130,24 @@ async def test_a_silo_that_leaves_at_any_step_gets_its_order_again_and_trains_on
     assert all(cut.reached.is_set() for cut in cuts)
     assert world.value() == START + len(steps) * mean_step(SAMPLES)
     assert world.trained("b") == [(ARM, r) for r in range(1, len(steps) + 1)]
+
+
+@in_loop
+async def test_an_order_that_overtakes_the_receipt_of_the_one_before_leaves_the_trainer_alone(tmp_path: Path) -> None:
+    stops: list[int] = []  # of the trainer of c, before each of its orders
+
+    def script(silo: str, order: Order) -> Metrics:
+        if silo == "c":
+            stops.append(world.trainers[silo].stops)
+        return {}
+
+    async with World(tmp_path, script=script) as world:
+        late = world.network.hold("c", "receipt", round=1)
+        await world.federate()
+    assert late.reached.is_set()
+    assert world.trained("c") == [(ARM, r) for r in range(1, ROUNDS + 1)]
+    assert set(stops) == {0}
+    assert world.value() == START + ROUNDS * mean_step(SAMPLES)
 
 
 # Failures
