@@ -16,6 +16,7 @@ from gptfl_dist.launch import bound, guard
 from gptfl_dist.launch.base import JobState
 from gptfl_dist.launch.channel import ENV
 from gptfl_dist.launch.trainer import require_program
+from gptfl_dist.learning.group import outside
 
 _GRACE = 15.0  # seconds that a launcher has to end its ranks
 
@@ -53,7 +54,7 @@ class LocalLauncher:
                     stdout=log,
                     stderr=log,
                     cwd=self._cwd,
-                    env={**os.environ, ENV: str(session)},
+                    env={**outside(os.environ), ENV: str(session)},
                     start_new_session=True,
                 )
             except OSError as error:

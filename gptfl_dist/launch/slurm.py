@@ -23,6 +23,7 @@ from gptfl_dist.errors import LaunchError, TrainerLost
 from gptfl_dist.launch.base import JobState
 from gptfl_dist.launch.channel import ENV
 from gptfl_dist.launch.local import guarded
+from gptfl_dist.learning.group import outside
 
 _log = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ async def _slurm(*command: str, script: str = "") -> tuple[int, str, str]:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, "LC_ALL": "C"},
+            env={**outside(os.environ), "LC_ALL": "C"},
         )
     except OSError as error:
         raise LaunchError(

@@ -46,7 +46,14 @@ _LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("SLURM_PROCID", "SLURM_NTASKS"),
 )
-_OF_A_RANK = frozenset({*_TORCH, "LOCAL_RANK", "LOCAL_WORLD_SIZE", RENDEZVOUS})
+_OF_A_RANK = frozenset(
+    {
+        *_TORCH,
+        *("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+        *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"),
+        RENDEZVOUS,
+    }
+)
 _MEETING = 300.0  # seconds that rank 0 has to write its address
 
 

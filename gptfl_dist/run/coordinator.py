@@ -27,6 +27,7 @@ from gptfl_dist.observe.live import LiveFile, Standing
 from gptfl_dist.observe.summary import FILE_NAME, Summary, read_summary
 from gptfl_dist.observe.summary import RoundRecord as ShownRound
 from gptfl_dist.run.arm import rounds_planned, stopped_name
+from gptfl_dist.run.arms import run_arms
 from gptfl_dist.run.candidates import PRETRAINED_WEIGHTS
 from gptfl_dist.run.evaluation import Evaluator
 from gptfl_dist.run.federate import Federator
@@ -212,7 +213,7 @@ async def _federate(
                 await federator.start()
                 with watcher.table:
                     await opened(federator.exchange, federator.fail)
-                    await federator.run()
+                    await run_arms(federator)
                 goodbye = Goodbye(True, "the federation is finished")
             except RunAborted as error:
                 goodbye = Goodbye(True, error.message)

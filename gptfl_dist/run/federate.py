@@ -1,4 +1,4 @@
-"""The coordinator at work: the arms of a federation file, one after the other, over one exchange.
+"""The coordinator at work: the rounds of an arm, over an exchange that is there for all of them.
 
 The state machine of `federation.coordinator` decides, this module does: it gives orders, aggregates spools into the
 next weights, has them tested, and writes every step to the ledger before it goes on. Started again on the same run
@@ -8,14 +8,9 @@ folder, it goes on in the round that it was in.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import secrets
-import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 from gptfl_dist.aggregation.mean import weighted_mean
@@ -40,28 +35,22 @@ from gptfl_dist.exchange.base import (
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.federation import coordinator as machine
 from gptfl_dist.federation.orders import RECALLED, Kind, Order, Report
-from gptfl_dist.files import replacing
 from gptfl_dist.ledger.requests import LOOK_EVERY, paused_since
 from gptfl_dist.ledger.store import ArmRecord, Ledger, RoundRecord
 from gptfl_dist.observe.live import Standing
-from gptfl_dist.observe.wording import choice_text
 from gptfl_dist.run.arm import (
     ArmPlan,
     ArmRun,
     best_round,
-    choice_name,
     needed_weights,
     stop_of,
     stopped_name,
-    trial_name,
-    validation_of,
 )
-from gptfl_dist.run.candidates import PRETRAINED_WEIGHTS, adopt, asks_silos, candidate_files
-from gptfl_dist.run.evaluation import RANDOM_WEIGHTS, Evaluator
+from gptfl_dist.run.evaluation import Evaluator
 from gptfl_dist.run.handout import HandOut
 from gptfl_dist.run.requests import aborted
 from gptfl_dist.run.threads import to_its_end
-from gptfl_dist.weights import BLOCK, Codec, FlatReader, Layout, WeightsFile
+from gptfl_dist.weights import Codec, FlatReader, Layout, WeightsFile
 
 _log = logging.getLogger(__name__)
 
@@ -99,17 +88,17 @@ class Watcher(Protocol):
 
 
 class Federator:
-    """Runs the arms. Made for one run; `exchange` is open from `start` to `stop`."""
+    """Runs arms (`run_arms` says which). Made for one run; `exchange` is open from `start` to `stop`."""
 
     def __init__(
         self, *, file: FederationFile, layout: Layout, ledger: Ledger, evaluator: Evaluator,
         make_exchange: Callable[[Inbox], CoordinatorExchange], watcher: Watcher,
     ) -> None:  # fmt: skip
-        self._file = file
-        self._layout = layout
-        self._ledger = ledger
+        self.file = file
+        self.layout = layout
+        self.ledger = ledger
         self._evaluator = evaluator
-        self._watcher = watcher
+        self.watcher = watcher
         self._silos = tuple(sorted(entry.name for entry in file.silos))
         down = Codec(file.compression.down)
         self._hand_out = HandOut(ledger.folder / "handed-out", ledger.weights_path, layout, down)
@@ -138,12 +127,12 @@ class Federator:
 
     async def start(self) -> None:
         """Opens the exchange. Raises LaunchError."""
-        run = self._ledger.fact("run") or secrets.token_hex(8)
-        self._ledger.set_fact("run", run)
-        self._ledger.set_fact("transport", self.exchange.transport)
-        await self.exchange.open(Welcome(run, Plan.of(self._file), self._layout))
+        run = self.ledger.fact("run") or secrets.token_hex(8)
+        self.ledger.set_fact("run", run)
+        self.ledger.set_fact("transport", self.exchange.transport)
+        await self.exchange.open(Welcome(run, Plan.of(self.file), self.layout))
         self._pump = asyncio.create_task(self._pump_events())
-        self._paused = paused_since(self._ledger) is not None
+        self._paused = paused_since(self.ledger) is not None
         self._requests = asyncio.create_task(self._look_for_requests())
 
     async def stop(self, goodbye: Goodbye) -> None:
@@ -160,118 +149,31 @@ class Federator:
         """Ends the arm in progress with this error. To be called from the event loop."""
         self._queue.put_nowait(error)
 
-    async def run(self) -> None:
-        """All federated arms of the file. Raises FederationError where one cannot go on."""
-        starts = {"fedavg_random": RANDOM_WEIGHTS, "gptfl": PRETRAINED_WEIGHTS}
-        for arm, file_name in starts.items():
-            if arm not in self._file.arms:
-                continue
-            if arm == "gptfl" and asks_silos(self._file):
-                with self._timed("choice of the generator"):
-                    await self._choose_candidate()
-            start = await self._start_from(self._ledger.folder / file_name)
-            with self._timed(f"tuning {arm}"):
-                rate = await self._choose_rate(arm, start)
-            with self._timed(arm):
-                await self._run_arm(ArmPlan(arm, start, rate, self._file.federation.rounds, tested=True))
-                record = self._record(arm)
-                assert record.best_round is not None
-                for name, digest in ((arm, record.weights_of(record.best_round)), (f"{arm}-final", record.final)):
-                    target = self._ledger.folder / "models" / f"{name}.safetensors"
-                    await asyncio.to_thread(self._ledger.require_weights, digest)
-                    await asyncio.to_thread(_publish, self._ledger.weights_path(digest), target)
-
-    @contextlib.contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self._ledger.add_seconds(stage, time.monotonic() - started)
-
-    async def _start_from(self, file: Path) -> str:
-        """Puts weights that an arm begins with into the ledger; returns their digest."""
-        with WeightsFile(file) as weights:
-            return await asyncio.to_thread(self._ledger.add_weights, self._layout, _blocks(weights))
-
-    async def _choose_candidate(self) -> None:
-        """Adopts the candidate whose model does best on the silos' validation data, before any federated training."""
-        accuracy: dict[str, float] = {}
-        for name, candidate in candidate_files(self._file).items():
-            start = await self._start_from(candidate.run_folder / PRETRAINED_WEIGHTS)
-            rate = self._file.training.learning_rates[0]  # nobody trains with it: there is no round but the evaluation
-            await self._run_arm(ArmPlan(choice_name(name), start, rate, rounds=0, tested=False))
-            score = validation_of(self._record(choice_name(name)), 0)
-            if score is None:
-                raise FederationError(
-                    "no candidate can be chosen: no silo reported an accuracy on its validation data",
-                    hint="set synthesis.choose_by to synthetic, or let policy.metrics of the silos release accuracy",
-                )
-            accuracy[name] = score[0]
-        self._watcher.note(choice_text(await asyncio.to_thread(adopt, self._file, accuracy)))
-
-    async def _choose_rate(self, arm: str, start: str) -> float:
-        """The rate of the grid whose short trial ends best on the silos' validation data."""
-        rates = self._file.training.learning_rates
-        if len(rates) == 1:
-            return rates[0]
-        scores: dict[float, tuple[float, float]] = {}
-        out: list[str] = []
-        for rate in rates:
-            plan = ArmPlan(trial_name(arm, rate), start, rate, self._file.tuning.rounds, tested=False)
-            with contextlib.suppress(RoundFailed):
-                await self._run_arm(plan)
-            record = self._record(plan.name)
-            last = record.rounds[-1]
-            accuracy, loss = last.mean_metric("accuracy"), last.mean_metric("loss")
-            # A rate that is a little too high lets the loss diverge in the last step, and shows in the evaluation.
-            if not record.completed or (accuracy is None and any(order.failure for order in last.orders)):
-                self._watcher.note(f"{arm}: learning rate {rate:g} is out: its trial failed")
-                out.append(plan.name)
-                continue
-            if accuracy is None:
-                raise FederationError(
-                    "the learning rate cannot be tuned: no silo reported an accuracy on its validation data",
-                    hint="give training.learning_rate one value, or let policy.metrics of the silos release accuracy",
-                )
-            scores[rate] = (accuracy, -(loss or 0.0))
-        if not scores:
-            raise FederationError(
-                f"{arm}: no learning rate of the grid could be trained with",
-                hint="the silos' failures stand above: where the loss diverged, give training.learning_rate smaller "
-                "values; where an update was refused, mend what the reason names",
-            )
-        for name in out:  # for good only now: where no rate would do, the silos may be at fault
-            self._ledger.finish_arm(name, 0)
-        best = max(scores, key=lambda rate: scores[rate])
-        told = ", ".join(f"{rate:g}: {100 * accuracy:.1f} %" for rate, (accuracy, _) in scores.items())
-        self._watcher.note(f"{arm}: learning rate {best:g} chosen on validation data ({told})")
-        return best
-
-    def _record(self, arm: str) -> ArmRecord:
-        record = self._ledger.arm(arm)
+    def record(self, arm: str) -> ArmRecord:
+        """What the ledger says of an arm that was begun."""
+        record = self.ledger.arm(arm)
         assert record is not None
         return record
 
-    async def _run_arm(self, plan: ArmPlan) -> None:
-        """From where the ledger says that the arm is, to its end."""
-        self._ledger.begin_arm(plan.name, plan.learning_rate, plan.start)
-        record = self._record(plan.name)
+    async def run_arm(self, plan: ArmPlan) -> None:
+        """From where the ledger says that the arm is, to its end. Raises FederationError where it cannot go on."""
+        self.ledger.begin_arm(plan.name, plan.learning_rate, plan.start)
+        record = self.record(plan.name)
         if record.finished:
             return
-        arm = ArmRun(plan, self._file, self._silos, assembled=self._assembled)
+        arm = ArmRun(plan, self.file, self._silos, assembled=self._assembled)
         unfinished = next((r for r in record.rounds if r.kind == "train" and r.weights is None), None)
         if self._paused:
             arm.machine.handle(machine.Paused())
         # No silo could start from damaged weights, and what this process writes later it need not doubt.
-        await asyncio.to_thread(self._ledger.require_weights, record.final)
-        await asyncio.to_thread(self._ledger.require_state, record.final)
+        await asyncio.to_thread(self.ledger.require_weights, record.final)
+        await asyncio.to_thread(self.ledger.require_state, record.final)
         try:
             self._catch_up_with_tests(plan, record)
             delivered = await self._take_over(arm, record)
             owed = {silo: order.round for silo, order in arm.orders.items() if silo not in delivered}
             if unfinished is not None:
-                self._watcher.note(f"going on in round {unfinished.round} of {plan.name}")
+                self.watcher.note(f"going on in round {unfinished.round} of {plan.name}")
                 given = await self._hand_out.prepare(unfinished.base)
                 arm.open_round(unfinished.round, unfinished.base, given, unfinished.cohort)
                 arm.spent_before = (unfinished.seconds or 0.0, unfinished.bytes_down or 0, unfinished.bytes_up or 0)
@@ -303,29 +205,29 @@ class Federator:
         finally:
             self._note_spent(arm)
             arm.close()
-        best = best_round(self._record(plan.name))
-        self._ledger.finish_arm(plan.name, best)
+        best = best_round(self.record(plan.name))
+        self.ledger.finish_arm(plan.name, best)
         self._drop_old_weights()
 
     def _stops(self, plan: ArmPlan, record: ArmRecord) -> bool:
         """Whether an arm ends with the rounds that it has behind it. Tuning trials have all their rounds."""
-        stop = stop_of(record, self._file.federation) if plan.tested else None
+        stop = stop_of(record, self.file.federation) if plan.tested else None
         if stop is None:
             return False
-        if self._ledger.fact(stopped_name(plan.name)) is None:
-            self._ledger.set_fact(stopped_name(plan.name), stop.by)
-            self._watcher.note(
+        if self.ledger.fact(stopped_name(plan.name)) is None:
+            self.ledger.set_fact(stopped_name(plan.name), stop.by)
+            self.watcher.note(
                 f"{plan.name} ends after {record.finished_rounds} of {plan.rounds} rounds, as federation.{stop.by} "
                 f"says: {stop.found}"
             )
-            self._watcher.arm_stopped(plan.name, plan.rounds - record.finished_rounds)
+            self.watcher.arm_stopped(plan.name, plan.rounds - record.finished_rounds)
         return True
 
     def _catch_up_with_tests(self, plan: ArmPlan, record: ArmRecord) -> None:
         """Tests the start weights, and those that an interrupted run had not come to test."""
-        if not plan.tested or self._file.test_data is None:
+        if not plan.tested or self.file.test_data is None:
             return
-        if self._ledger.fact(f"start_accuracy/{plan.name}") is None:
+        if self.ledger.fact(f"start_accuracy/{plan.name}") is None:
             self._test(plan, 0, plan.start, None)
         for closed in record.rounds:
             if closed.weights is not None and closed.test_accuracy is None:
@@ -343,7 +245,7 @@ class Federator:
             elif await asyncio.to_thread(self._inbox.expect_committed, told.silo, order, told.digest):
                 delivered[told.silo] = round_.round
             else:
-                self._watcher.note(f"the committed update of {told.silo} is damaged on disk and is asked for again")
+                self.watcher.note(f"the committed update of {told.silo} is damaged on disk and is asked for again")
                 self._inbox.expect(told.silo, order)
         return delivered
 
@@ -357,17 +259,17 @@ class Federator:
 
     def _enlist(self, arm: ArmRun, kind: Kind, nonces: Mapping[str, str]) -> None:
         """Expects the answers to new orders of the open round."""
-        record = self._record(arm.plan.name)
+        record = self.record(arm.plan.name)
         for silo, nonce in sorted(nonces.items()):
             follows = record.last_committed(silo, arm.round)
             order = arm.orders[silo] = arm.order(kind, nonce, arm.round, arm.given, follows)
             self._inbox.expect(silo, order)
 
     async def _do(self, arm: ArmRun, command: machine.Command) -> None:
-        plan, ledger = arm.plan, self._ledger
+        plan, ledger = arm.plan, self.ledger
         if isinstance(command, machine.StartRound):
             if arm.round != command.round:
-                base = self._record(plan.name).weights_of(command.round - 1)
+                base = self.record(plan.name).weights_of(command.round - 1)
                 nonces = _nonces(command.cohort)
                 ledger.open_round(plan.name, command.round, command.kind, base, command.cohort, nonces)
                 arm.open_round(command.round, base, await self._hand_out.prepare(base), command.cohort)
@@ -387,8 +289,8 @@ class Federator:
             order = arm.orders.pop(command.silo)
             self._inbox.withdraw(command.silo)
             ledger.fail(plan.name, command.round, command.silo, f"{RECALLED}{command.reason}")
-            self._watcher.note(f"{plan.name}, round {command.round}: {command.silo} recalled: {command.reason}")
-            self._watcher.silo_done(command.silo)
+            self.watcher.note(f"{plan.name}, round {command.round}: {command.silo} recalled: {command.reason}")
+            self.watcher.silo_done(command.silo)
             await self.exchange.recall(command.silo, order.nonce, command.reason)
         elif isinstance(command, machine.SetDeadline):
             event = machine.DeadlinePassed(command.round, command.state)
@@ -402,7 +304,7 @@ class Federator:
             ledger.close_round(plan.name, command.round, digest, counted)
             for silo in counted:
                 del arm.orders[silo]
-            record = self._record(plan.name)
+            record = self.record(plan.name)
             self._test(plan, command.round, digest, record.rounds[-1])
             self._drop_old_weights()
             self._queue.put_nowait(machine.Aggregated(command.round, last=self._stops(plan, record)))
@@ -420,14 +322,14 @@ class Federator:
     def _note_spent(self, arm: ArmRun) -> None:
         spent = arm.spent(self.exchange.traffic)
         if spent is not None:
-            self._ledger.note_spent(arm.plan.name, arm.round, *spent)
+            self.ledger.note_spent(arm.plan.name, arm.round, *spent)
 
     def _aggregate(self, arm: ArmRun, counted: Mapping[str, int], reduced: FlatReader | None) -> str:
         """The next weights, from the updates whose orders' rounds these are. Returns their digest.
 
         `reduced` is the sum of these updates, each times its samples, where they are not here.
         """
-        rounds = {r.round: r for r in self._record(arm.plan.name).rounds}
+        rounds = {r.round: r for r in self.record(arm.plan.name).rounds}
         samples = {
             order.silo: order.samples
             for given in set(counted.values())
@@ -435,22 +337,22 @@ class Federator:
             if counted.get(order.silo) == given and order.samples is not None
         }
         staleness = {silo: arm.round - given for silo, given in counted.items()}
-        weights = shares(samples, staleness, self._file.federation.staleness)
+        weights = shares(samples, staleness, self.file.federation.staleness)
         updates: Mapping[str, FlatReader]
         if reduced is not None:
             updates, weights = {"": reduced}, {"": 1 / sum(samples.values())}
         else:
             updates = self._inbox.updates(tuple(counted))
-        old = self._ledger.state_path(arm.base) if arm.round > 1 else None
-        new, durable = self._ledger.incoming_state, self._ledger.durable
-        with stepping(self._file.strategy, self._layout, old, new, durable=durable) as optimizer:
-            blocks = weighted_mean(self._layout, arm.weights, updates, weights, optimizer.step)
-            digest = self._ledger.add_weights(self._layout, blocks)
-        self._ledger.keep_state(digest)
+        old = self.ledger.state_path(arm.base) if arm.round > 1 else None
+        new, durable = self.ledger.incoming_state, self.ledger.durable
+        with stepping(self.file.strategy, self.layout, old, new, durable=durable) as optimizer:
+            blocks = weighted_mean(self.layout, arm.weights, updates, weights, optimizer.step)
+            digest = self.ledger.add_weights(self.layout, blocks)
+        self.ledger.keep_state(digest)
         return digest
 
     def _commit(self, silo: str, order: Order, report: Report, digest: str) -> None:
-        self._ledger.commit(order.arm, order.round, silo, report.samples, report.metrics, digest)
+        self.ledger.commit(order.arm, order.round, silo, report.samples, report.metrics, digest)
 
     def _translate(self, arm: ArmRun, event: ExchangeEvent | machine.Event | BaseException) -> list[machine.Event]:
         """What an event of the wire means in this arm's round."""
@@ -459,7 +361,7 @@ class Federator:
         if isinstance(event, ExchangeFailed):
             raise event.error
         if isinstance(event, SiloJoined | SiloLeft | Answered | OrderFailed | SiloProgress):
-            self._watcher.heard(event.silo)
+            self.watcher.heard(event.silo)
         if isinstance(event, SiloJoined):
             self._connected.add(event.silo)
             self._news.append(f"{event.silo} joined")
@@ -467,7 +369,7 @@ class Federator:
         if isinstance(event, SiloLeft):
             self._connected.discard(event.silo)
             self._news.append(f"{event.silo} left")
-            self._watcher.silo_done(event.silo)
+            self.watcher.silo_done(event.silo)
             return [machine.Left(event.silo)]
         if isinstance(event, Answered | OrderFailed | SiloProgress):
             order = arm.orders.get(event.silo)
@@ -488,15 +390,15 @@ class Federator:
 
     def _answer(self, arm: ArmRun, order: Order, event: Answered | OrderFailed | SiloProgress) -> list[machine.Event]:
         if isinstance(event, SiloProgress):
-            self._watcher.silo_progress(event.silo, event.done, event.total, event.note)
+            self.watcher.silo_progress(event.silo, event.done, event.total, event.note)
             return []
-        self._watcher.silo_done(event.silo)
+        self.watcher.silo_done(event.silo)
         if isinstance(event, Answered):
             self._note_spent(arm)
             return [machine.Delivered(event.silo, order.round)]
         del arm.orders[event.silo]
-        self._ledger.fail(order.arm, order.round, event.silo, event.reason)
-        self._watcher.note(f"{order.arm}, round {order.round}: {event.silo} failed: {event.reason}")
+        self.ledger.fail(order.arm, order.round, event.silo, event.reason)
+        self.watcher.note(f"{order.arm}, round {order.round}: {event.silo} failed: {event.reason}")
         return [machine.Failed(event.silo, order.round, event.reason)]
 
     def _tell_who_is_here(self, arm: ArmRun) -> None:
@@ -504,17 +406,17 @@ class Federator:
         missing = tuple(sorted(arm.machine.missing))
         if missing != self._missing:
             self._missing = missing
-            self._watcher.waiting_for(missing)
+            self.watcher.waiting_for(missing)
             if missing:
                 self._news.append(f"waiting for {', '.join(missing)}")
         if self._news:
-            self._watcher.note(f"{', '.join(self._news)} ({len(self._connected)} of {len(self._silos)} are here)")
+            self.watcher.note(f"{', '.join(self._news)} ({len(self._connected)} of {len(self._silos)} are here)")
             self._news.clear()
         if self._said_paused != (arm.machine.state == "paused"):
             self._said_paused = not self._said_paused
             where = f"before round {arm.machine.round} of {arm.plan.name}"
-            self._watcher.note(f"paused {where}; gptfl resume ends that" if self._said_paused else f"going on {where}")
-        self._watcher.stands(
+            self.watcher.note(f"paused {where}; gptfl resume ends that" if self._said_paused else f"going on {where}")
+        self.watcher.stands(
             Standing(
                 arm=arm.plan.name,
                 rounds=arm.plan.rounds,
@@ -532,13 +434,13 @@ class Federator:
     async def _look_for_requests(self) -> None:
         """Passes on what an operator asked for."""
         try:
-            while (error := aborted(self._ledger)) is None:
-                paused = paused_since(self._ledger) is not None
+            while (error := aborted(self.ledger)) is None:
+                paused = paused_since(self.ledger) is not None
                 if paused != self._paused:
                     self._paused = paused
                     self._queue.put_nowait(machine.Paused() if paused else machine.Resumed())
                     asked = "a pause was asked for: no other round is begun" if paused else "the pause is over"
-                    self._watcher.note(asked)
+                    self.watcher.note(asked)
                 await asyncio.sleep(LOOK_EVERY)
             self.fail(error)
         except StorageError as broken:
@@ -549,16 +451,16 @@ class Federator:
 
         async def test() -> None:
             try:
-                result = await self._evaluator.test(self._ledger.weights_path(digest)) if plan.tested else None
+                result = await self._evaluator.test(self.ledger.weights_path(digest)) if plan.tested else None
             finally:
                 self._tested_now.discard(digest)
             accuracy = None if result is None else result[0]
             if accuracy is not None and record is None:
-                self._ledger.set_fact(f"start_accuracy/{plan.name}", str(accuracy))
+                self.ledger.set_fact(f"start_accuracy/{plan.name}", str(accuracy))
             elif accuracy is not None:
-                self._ledger.note_test_accuracy(plan.name, round_, accuracy)
+                self.ledger.note_test_accuracy(plan.name, round_, accuracy)
             if record is not None:
-                self._watcher.round_closed(plan.name, plan.rounds, record, accuracy)
+                self.watcher.round_closed(plan.name, plan.rounds, record, accuracy)
 
         def done(task: asyncio.Task[None]) -> None:
             self._tests.discard(task)
@@ -573,26 +475,15 @@ class Federator:
     def _drop_old_weights(self) -> None:
         """Keeps of every arm what may still be wanted, what is being tested, and all if so set."""
         keep, newest = set(self._tested_now), set()
-        for name in self._ledger.arms():
-            record = self._record(name)
+        for name in self.ledger.arms():
+            record = self.record(name)
             keep |= needed_weights(record)
             newest.add(record.final)
-            if self._file.federation.keep == "all" and name in self._file.arms:
+            if self.file.federation.keep == "all" and name in self.file.arms:
                 keep |= {r.weights for r in record.rounds if r.weights is not None}
-        self._ledger.drop_weights_except(keep)
-        self._ledger.drop_states_except(newest)
+        self.ledger.drop_weights_except(keep)
+        self.ledger.drop_states_except(newest)
 
 
 def _nonces(silos: Iterable[str]) -> dict[str, str]:
     return {silo: secrets.token_hex(16) for silo in silos}
-
-
-def _blocks(weights: WeightsFile) -> Iterator[bytes]:
-    for offset in range(0, weights.nbytes, BLOCK):
-        yield weights.read(offset, min(BLOCK, weights.nbytes - offset))
-
-
-def _publish(source: Path, target: Path) -> None:
-    """Copies a model to where people look for it, whole or not at all."""
-    with replacing(target) as fd, source.open("rb") as model, os.fdopen(os.dup(fd), "wb") as copy:
-        shutil.copyfileobj(model, copy, BLOCK)

@@ -40,10 +40,6 @@ _MPI = {
 """Environment variables of MPI launchers: number of ranks, own rank. Slurm's own alone say nothing of an MPI."""
 
 _TORCHRUN = "TORCHELASTIC_RUN_ID"
-_OF_TORCHRUN = (
-    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
-    *("ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
-)
 
 
 def torchrun() -> Launcher | None:
@@ -59,12 +55,6 @@ def mpi_launcher() -> Launcher | None:
         if size in os.environ:
             return Launcher(Wire.mpi, size, int(os.environ[size]), int(os.environ.get(rank, "0")))
     return None
-
-
-def forget_torchrun() -> None:
-    """Takes torchrun's variables out of the environment: what this process starts is none of the ranks."""
-    for name in [name for name in os.environ if name in _OF_TORCHRUN or name.startswith("TORCHELASTIC_")]:
-        del os.environ[name]
 
 
 @dataclass(frozen=True, slots=True)

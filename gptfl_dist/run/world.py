@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from gptfl_dist.errors import LaunchError
 from gptfl_dist.exchange.collective.base import Collective
-from gptfl_dist.run.launcher import Wire, forget_torchrun, mpi_launcher
+from gptfl_dist.run.launcher import Wire, mpi_launcher
 
 NAMES = {"mpi": "MPI", "torch": "torch.distributed"}
 
@@ -52,9 +52,7 @@ def open_world(wire: Wire) -> Collective:
 def _torch_world() -> Collective:
     from gptfl_dist.exchange.collective.torch import TorchCollective
 
-    collective = TorchCollective()
-    forget_torchrun()
-    return collective
+    return TorchCollective()
 
 
 def _mpi_world() -> Collective:

@@ -24,6 +24,7 @@ from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.ledger.store import ArmRecord, Ledger, RoundRecord
 from gptfl_dist.observe.live import Standing
+from gptfl_dist.run.arms import run_arms
 from gptfl_dist.run.evaluation import RANDOM_WEIGHTS
 from gptfl_dist.run.federate import Federator
 from gptfl_dist.run.silo import Silo
@@ -226,7 +227,7 @@ class World:
     async def federate_with(self) -> ArmRecord:
         """A whole run with the silos that join by themselves."""
         async with self.coordinator() as federator:
-            await federator.run()
+            await run_arms(federator)
         return self.record()
 
     def record(self, arm: str = ARM) -> ArmRecord:

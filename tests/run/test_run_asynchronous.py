@@ -26,6 +26,7 @@ from gptfl_dist.errors import FederationError
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.ledger.store import ArmRecord, CountedUpdate
 from gptfl_dist.run.arm import validation_of
+from gptfl_dist.run.arms import run_arms
 from gptfl_dist.testing.clock import advance
 
 
@@ -269,7 +270,7 @@ async def test_without_a_quorum_at_the_deadline_the_late_are_named_and_keep_thei
 async def interrupt(world: World, when: Callable[[], bool]) -> None:
     """Runs a coordinator until then, and drops it as a kill does."""
     async with world.coordinator() as federator:
-        run = asyncio.create_task(federator.run())
+        run = asyncio.create_task(run_arms(federator))
         await world.until(when)
         world.network.drop_coordinator()
         run.cancel()

@@ -27,6 +27,7 @@ from gptfl_dist.exchange.grpc.frames import encode_chunk
 from gptfl_dist.exchange.grpc.server import NONCE, SERVICE, GrpcCoordinatorExchange
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.federation.orders import Order, Report
+from gptfl_dist.run.arms import run_arms
 from gptfl_dist.run.silo import Silo
 from gptfl_dist.security.authority import Authority
 from gptfl_dist.weights import Layout, WeightsFile, write_weights
@@ -231,7 +232,7 @@ async def _attacked(folder: Path, attack: Attack) -> AsyncIterator[tuple[World, 
             intruder = Intruder(made[0].port, folder)
             tasks.append(asyncio.create_task(intruder.run(attack)))
             async with asyncio.timeout(60):
-                await federator.run()
+                await run_arms(federator)
         await asyncio.gather(*tasks)
         assert world.record().arm == ARM
         yield world, intruder

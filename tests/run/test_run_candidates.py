@@ -17,6 +17,7 @@ from support import Commands
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.errors import FederationError
 from gptfl_dist.federation.orders import Order
+from gptfl_dist.run.arms import run_arms
 from gptfl_dist.run.candidates import CHOICE, PRETRAINED_WEIGHTS, candidate_files
 from gptfl_dist.weights import write_weights
 
@@ -96,7 +97,7 @@ def choosing(world: World, starts: Mapping[str, float]) -> World:
 async def run(world: World) -> None:
     """The life of one coordinator."""
     async with world.coordinator() as federator:
-        await federator.run()
+        await run_arms(federator)
 
 
 def judged(silo: str, order: Order) -> dict[str, float]:

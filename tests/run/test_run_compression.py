@@ -11,6 +11,7 @@ import pytest
 from federated import ARM, DEADLINE, LAYOUT, ROUNDS, START, STEPS, World, answered, failing, flat, in_loop, value_of
 
 from gptfl_dist.federation.orders import Order
+from gptfl_dist.run.arms import run_arms
 from gptfl_dist.run.silo import LONGEST_PAUSE
 from gptfl_dist.testing import clock
 from gptfl_dist.weights import Codec, WeightsFile, write_weights
@@ -85,7 +86,7 @@ async def test_an_update_that_was_not_taken_is_not_taken_off_what_is_owed(tmp_pa
         late = fed.network.hold("a", "half", round=2)
         fed.join("a", "b", "c")
         async with fed.coordinator() as federator:
-            running = asyncio.create_task(federator.run())
+            running = asyncio.create_task(run_arms(federator))
             await late.reached.wait()
             await fed.until(lambda: fed.committed(2) == {"b", "c"})
             clock.advance(DEADLINE)
@@ -135,7 +136,7 @@ def test_an_agent_killed_at_any_step_comes_to_the_same_weights(tmp_path, undistu
             fault = fed.network.hold("b", step, round=round_)
             fed.join("a", "b", "c")
             async with fed.coordinator() as federator:
-                running = asyncio.create_task(federator.run())
+                running = asyncio.create_task(run_arms(federator))
                 await fault.reached.wait()
                 await fed.kill("b")
                 fault.release()
@@ -156,7 +157,7 @@ def test_a_coordinator_killed_at_any_step_comes_to_the_same_weights(tmp_path, un
             fault = fed.network.cut("b", step, round=2)
             fed.join("a", "b", "c")
             async with fed.coordinator() as federator:
-                running = asyncio.create_task(federator.run())
+                running = asyncio.create_task(run_arms(federator))
                 await fault.reached.wait()
                 fed.network.drop_coordinator()
                 running.cancel()
@@ -174,7 +175,7 @@ async def test_lost_work_folders_cost_what_was_owed_and_no_more(tmp_path: Path) 
         fault = fed.network.hold("a", "order", round=3)
         fed.join("a", "b", "c")
         async with fed.coordinator() as federator:
-            running = asyncio.create_task(federator.run())
+            running = asyncio.create_task(run_arms(federator))
             await fault.reached.wait()
             await fed.kill("a")
             for path in (tmp_path / "a" / "residuals").iterdir():

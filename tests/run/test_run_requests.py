@@ -15,6 +15,7 @@ from gptfl_dist.errors import RunAborted
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.ledger.requests import LOOK_EVERY, ask_to_abort, ask_to_pause, ask_to_resume
 from gptfl_dist.run.arm import stopped_name, trial_name
+from gptfl_dist.run.arms import run_arms
 from gptfl_dist.testing.clock import advance
 
 WHOLE = START + ROUNDS * mean_step(SAMPLES)
@@ -68,7 +69,7 @@ async def test_a_pause_holds_over_a_restart_and_silos_that_come_meanwhile_wait_w
     async with World(tmp_path) as world:
         world.join("a", "b")
         async with world.coordinator() as federator:
-            run = asyncio.create_task(federator.run())
+            run = asyncio.create_task(run_arms(federator))
             await world.until(lambda: state(world) == "gather")
             ask_to_pause(world.file.run_folder)
             await noticed(world, lambda: state(world) == "paused")
@@ -78,7 +79,7 @@ async def test_a_pause_holds_over_a_restart_and_silos_that_come_meanwhile_wait_w
         told = len(world.notes.texts)
         world.join("c")
         async with world.coordinator() as federator:
-            run = asyncio.create_task(federator.run())
+            run = asyncio.create_task(run_arms(federator))
             await noticed(world, lambda: any("(3 of 3 are here)" in text for text in world.notes.texts[told:]))
             assert any("paused before round 1" in text for text in world.notes.texts[told:])
             assert not world.trained("a")

@@ -28,6 +28,7 @@ from gptfl_dist.errors import StorageError, TrainerError
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.ledger.store import Ledger
+from gptfl_dist.run.arms import run_arms
 from gptfl_dist.testing.exchange import MemoryCoordinatorExchange
 from gptfl_dist.weights import WeightsFile
 
@@ -130,7 +131,7 @@ async def live(world: World, asked_twice: list[Order], instant: str = "", count:
     with contextlib.suppress(Killed):
         async with world.coordinator(ledger, make_exchange) as federator:
             ledger.life = life
-            await federator.run()
+            await run_arms(federator)
     return life
 
 
@@ -230,7 +231,7 @@ async def test_a_silo_that_failed_before_the_restart_is_not_asked_again(tmp_path
         held = world.network.hold("c", "upload", round=1)
         world.join(*world.trainers)
         async with world.coordinator() as federator:
-            run = asyncio.create_task(federator.run())
+            run = asyncio.create_task(run_arms(federator))
             await held.reached.wait()
             await world.until(lambda: world.committed(1) == {"a"})
             await world.until(lambda: any("b failed" in text for text in world.notes.texts))
@@ -250,7 +251,7 @@ async def test_an_update_that_came_before_the_restarted_coordinator_asked_for_it
         early = world.network.hold("c", "upload", round=2)
         world.join(*world.trainers)
         async with world.coordinator() as federator:
-            run = asyncio.create_task(federator.run())
+            run = asyncio.create_task(run_arms(federator))
             await early.reached.wait()
             await world.until(lambda: world.committed(2) == {"a", "b"})
             world.network.drop_coordinator()
@@ -262,7 +263,7 @@ async def test_an_update_that_came_before_the_restarted_coordinator_asked_for_it
             early.release()
             await told_late.reached.wait()  # the coordinator is there, and expects nothing yet
             known = len(world.notes.texts)
-            run = asyncio.create_task(federator.run())
+            run = asyncio.create_task(run_arms(federator))
             await world.until(lambda: any("going on in round 2" in text for text in world.notes.texts[known:]))
             await world.until(lambda: any("(3 of 3 are here)" in text for text in world.notes.texts[known:]))
             await asyncio.sleep(0.05)  # the order is given again while the silo still waits to be told
@@ -279,7 +280,7 @@ async def test_the_bytes_of_a_round_are_counted_over_a_restart(tmp_path: Path) -
         held = world.network.hold("c", "upload", round=1)
         world.join(*world.trainers)
         async with world.coordinator() as federator:
-            run = asyncio.create_task(federator.run())
+            run = asyncio.create_task(run_arms(federator))
             await held.reached.wait()
             await world.until(lambda: world.committed(1) == {"a", "b"})
             world.network.drop_coordinator()
@@ -300,7 +301,7 @@ async def test_damaged_weights_and_strategy_state_are_named_and_not_gone_on_from
         held = world.network.hold("c", "upload", round=2)
         world.join(*world.trainers)
         async with world.coordinator() as federator:
-            run = asyncio.create_task(federator.run())
+            run = asyncio.create_task(run_arms(federator))
             await held.reached.wait()
             world.network.drop_coordinator()
             run.cancel()
@@ -316,6 +317,6 @@ async def test_damaged_weights_and_strategy_state_are_named_and_not_gone_on_from
         held.release()
         async with world.coordinator() as federator:
             with pytest.raises(StorageError, match=re.escape(str(path))) as error:
-                await federator.run()
+                await run_arms(federator)
     assert "--fresh" in error.value.hint
     assert world.trained("c") == [(ARM, 1), (ARM, 2)]
