@@ -16,13 +16,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from gptfl_dist.testing.federations import LABELS, tiny_federation, tiny_images
+from gptfl_dist.weights import WeightsFile
 
 _T = TypeVar("_T")
 _MARK = "GPTFL_TEST_MARK"
 GPTFL = (sys.executable, "-m", "gptfl_dist")
 MPIEXEC = str(Path(sys.executable).with_name("mpiexec"))
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
@@ -161,6 +163,16 @@ def free_port() -> int:
 
 
 RULES = {"rounds": 3, "cohort": "all", "quorum": "all", "deadline": "120s", "join_deadline": "120s"}
+
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def numbers(path: Path) -> Floats:
+    """The weights in a file, all of which are float32."""
+    with WeightsFile(path) as file:
+        assert {tensor.dtype for tensor in file.layout.tensors} == {"F32"}
+        return np.frombuffer(file.read(0, file.nbytes), "<f4")
 
 
 class Federation:

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+_RANKS = ("GPTFL_RANK", "RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 # What torch.distributed asks for, and Slurm's name of it.
 _TORCH = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 _LONGEST_PAUSE = 2.0

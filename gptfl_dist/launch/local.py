@@ -7,8 +7,9 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from gptfl_dist.errors import LaunchError
 from gptfl_dist.files import storage_error
@@ -27,10 +28,21 @@ def guarded(session: Path, lease: float, trainer: Sequence[str]) -> list[str]:
 
 
 class LocalLauncher:
-    """Runs `launcher` followed by the guarded command of a rank."""
+    """Runs `launcher`, if it has one, followed by the guarded command of a rank."""
 
-    def __init__(self, launcher: Sequence[str], trainer: Sequence[str], *, lease: float, log: Path, cwd: Path) -> None:
+    def __init__(
+        self,
+        launcher: Sequence[str],
+        trainer: Sequence[str],
+        *,
+        lease: float,
+        log: Path,
+        cwd: Path,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """`variables` are set in the environment of what is started."""
         self.log = log
+        self._variables = variables
         self._launcher = launcher
         self._trainer = trainer
         self._lease = lease
@@ -45,7 +57,8 @@ class LocalLauncher:
             raise storage_error(error, self.log) from None
         with log:
             try:
-                require_program(self._launcher[0])
+                if self._launcher:
+                    require_program(self._launcher[0])
                 self._process = await asyncio.create_subprocess_exec(
                     *(sys.executable, "-IS", bound.__file__, str(os.getpid())),
                     *self._launcher,
@@ -54,19 +67,23 @@ class LocalLauncher:
                     stdout=log,
                     stderr=log,
                     cwd=self._cwd,
-                    env={**outside(os.environ), ENV: str(session)},
+                    env={**outside(os.environ), **self._variables, ENV: str(session)},
                     start_new_session=True,
                 )
             except OSError as error:
-                raise LaunchError(f"cannot start {self._launcher[0]}: {error.strerror}") from None
+                raise LaunchError(f"cannot start {self._name}: {error.strerror}") from None
 
     async def state(self) -> JobState:
         assert self._process is not None
-        name, code = Path(self._launcher[0]).name, self._process.returncode
+        code = self._process.returncode
         if code is None:
-            return JobState("running", f"{name} runs")
+            return JobState("running", f"{self._name} runs")
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        return JobState("ended", f"{name} {how}")
+        return JobState("ended", f"{self._name} {how}")
+
+    @property
+    def _name(self) -> str:
+        return Path(self._launcher[0]).name if self._launcher else "the trainer"
 
     async def stop(self) -> None:
         process, self._process = self._process, None

@@ -21,14 +21,18 @@ def launch_folder(silo: SiloFile, work: Path) -> Path:
     return (silo.launch.folder or work / "launch").absolute() / silo.name
 
 
+def trainer_command(silo: SiloFile) -> list[str]:
+    """The command of one rank of a silo's trainer."""
+    script = silo.code.script if silo.code is not None else None
+    return python_module(_TRAINER) if script is None else [sys.executable, str(script)]
+
+
 async def open_trainer(silo: SiloFile, home: Path, work: Path) -> TrainerLine:
     """The trainer of a silo, not yet started; what an earlier agent left of one is ended.
 
     `home` is where the silo file lies, `work` its work folder. Raises LaunchError where the launcher is not here.
     """
-    launch = silo.launch
-    script = silo.code.script if silo.code is not None else None
-    trainer = python_module(_TRAINER) if script is None else [sys.executable, str(script)]
+    launch, trainer = silo.launch, trainer_command(silo)
     if launch.how == "child":
         return TrainerProcess(trainer, work / LOG, cwd=home)
     folder = launch_folder(silo, work)

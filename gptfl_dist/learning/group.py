@@ -12,8 +12,9 @@ Whoever starts the processes chooses one of two ways to say what they are:
 
 - torch's: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and, if it is known, LOCAL_RANK, as torchrun sets them.
 - GPTFL_RENDEZVOUS, a path that every rank can reach and at which no file lies, with the variables of a launcher that
-  sets no address: PMI_RANK and PMI_SIZE (mpiexec of MPICH), OMPI_COMM_WORLD_RANK and _SIZE (Open MPI), SLURM_PROCID and
-  SLURM_NTASKS (srun). Rank 0 writes its address there and removes it once all have met. No MPI library is needed.
+  sets no address: GPTFL_RANK and GPTFL_RANKS (our own), PMI_RANK and PMI_SIZE (mpiexec of MPICH), OMPI_COMM_WORLD_RANK
+  and _SIZE (Open MPI), SLURM_PROCID and SLURM_NTASKS (srun). Rank 0 writes its address there and removes it once all
+  have met. No MPI library is needed.
 
 A launcher's variables alone mean nothing: every process that a rank of an MPI job starts inherits them. `outside` gives
 an environment without both, for such a process. CPU tensors go over gloo, whose waiting ranks sleep; CUDA tensors over
@@ -41,7 +42,9 @@ if TYPE_CHECKING:
 
 RENDEZVOUS = "GPTFL_RENDEZVOUS"
 _TORCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK, RANKS = "GPTFL_RANK", "GPTFL_RANKS"
 _LAUNCHERS = (
+    (RANK, RANKS),
     ("PMI_RANK", "PMI_SIZE"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("SLURM_PROCID", "SLURM_NTASKS"),
@@ -49,11 +52,12 @@ _LAUNCHERS = (
 _OF_A_RANK = frozenset(
     {
         *_TORCH,
-        *("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+        *("LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
         *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME"),
-        RENDEZVOUS,
+        *(RENDEZVOUS, RANK, RANKS),
     }
 )
+_LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 _MEETING = 300.0  # seconds that rank 0 has to write its address
 
 
@@ -69,8 +73,12 @@ class Group:
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """The device of the configuration (`auto`, `cpu`, `cuda`, `cuda:1`, `mps`) as this rank is to use it."""
-        return name
+        """The device of the configuration (`auto`, `cpu`, `cuda`, `cuda:1`, `mps`) as this rank is to use it.
+
+        Processes that a launcher started on one machine take its GPUs in turn.
+        """
+        place = _place_on_machine()
+        return name if place is None or name not in ("auto", "cuda") else _gpu(place, name)
 
     def threads(self, wanted: int) -> int:
         """`wanted`, or where it is 0 all cores that this rank may use; ranks that may use the same ones share them."""
@@ -134,12 +142,7 @@ class _Ranks(Group):
                 f"device is {name}, but {self.size} ranks share the work",
                 hint="set device to auto, cpu or cuda: with cuda each rank takes a GPU of its own",
             )
-        if name == "cuda" and torch.cuda.is_available():
-            name = (
-                f"cuda:{self._local_rank % torch.cuda.device_count()}"  # a scheduler may show each rank its own alone
-            )
-            torch.cuda.set_device(name)
-        return name
+        return _gpu(self._local_rank, name) if name == "cuda" else name
 
     def share(self, data: bytes | None) -> bytes:
         import torch
@@ -210,9 +213,8 @@ def open_group(patience: timedelta) -> Group:
     if size == 1:
         return Group()
     met = None if _told_by_torch() else Path(os.environ[RENDEZVOUS])
-    local_rank = os.environ.get("LOCAL_RANK")
     _join(rank, size, met, patience)
-    return _Ranks(rank, size, None if local_rank is None else int(local_rank))
+    return _Ranks(rank, size, _place_on_machine())
 
 
 def place() -> tuple[int, int]:
@@ -241,8 +243,24 @@ def _told_by_torch() -> bool:
     return all(name in os.environ for name in _TORCH)
 
 
+def _place_on_machine() -> int | None:
+    """Which of the processes that a launcher started on this machine this one is, counted from 0; if one did."""
+    return next((int(os.environ[name]) for name in _LOCAL_RANKS if name in os.environ), None)
+
+
+def _gpu(place: int, name: str) -> str:
+    """The GPU of the process at this place of its machine; `name` where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return name
+    own = f"cuda:{place % torch.cuda.device_count()}"  # a scheduler may show each process its own alone
+    torch.cuda.set_device(own)
+    return own
+
+
 def outside(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a process that a rank starts and that is none itself."""
+    """The environment of a process that a rank starts and that is none itself. It keeps the rank's GPU."""
     return {
         name: value
         for name, value in environment.items()

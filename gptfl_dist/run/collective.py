@@ -36,6 +36,7 @@ from gptfl_dist.run.credentials import coordinator_credentials, silo_credentials
 from gptfl_dist.run.folder import PRIVATE, make_folder, open_run_folder
 from gptfl_dist.run.in_process import InProcessRunner
 from gptfl_dist.run.launcher import Choice, mpi_launcher, torchrun
+from gptfl_dist.run.ranks import dismiss_helpers, help_train, open_ranks
 from gptfl_dist.run.signals import ignore_stops, raise_interrupted, run_until_done
 from gptfl_dist.run.silo import OrderRunner, ProcessRunner, Silo, require_data
 from gptfl_dist.run.threads import ended
@@ -94,11 +95,13 @@ def _abort(collective: Collective, exit_code: int, *, told: bool = True) -> NoRe
 
 def _ranks_of(path: Path, size: int) -> dict[str, range]:
     """The ranks of each silo of the federation file."""
-    ranks = assign(list(silo_files(load_federation(path))), size)
-    if any(len(each) > 1 for each in ranks.values()):
+    file = load_federation(path)
+    ranks = assign(list(silo_files(file)), size)
+    if file.collective.reduction == "fast" and size > len(ranks) + 1:
         raise LaunchError(
-            f"the world has {size} ranks, expected at most {len(ranks) + 1}: one coordinator and {len(ranks)} silos",
-            hint="a silo of several ranks is not there yet; start it with fewer",
+            f"collective.reduction is fast, and the world has {size} ranks, expected at most {len(ranks) + 1}: one "
+            f"coordinator and {len(ranks)} silos, each a rank",
+            hint="set collective.reduction to exact, which knows silos of several ranks, or start fewer ranks",
         )
     return ranks
 
@@ -116,8 +119,7 @@ async def _run_rank(
         if collective.rank == 0:
             work = asyncio.create_task(_coordinate(path, collective, ranks, say))
         else:
-            silos = [silo for silo, its in ranks.items() if collective.rank in its]
-            work = asyncio.create_task(_serve(path, collective, silos))
+            work = asyncio.create_task(_serve(path, collective, ranks))
         waited: set[asyncio.Future[Any]] = {work, watch.lost}
         await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if not watch.lost.done() and work.exception() is not None:
@@ -191,14 +193,21 @@ async def _coordinate(
 
     summary = await coordinate(path, make_exchange=make_exchange, opened=opened, say=say)
     if not federated:  # the run was finished before, or none of its arms needs the silos
-        await dismiss(collective, sorted(set(first.values())))
+        await dismiss(collective)
     return summary
 
 
-async def _serve(path: Path, collective: Collective, names: list[str]) -> None:
-    """The silos of this rank, until the coordinator says goodbye."""
+async def _serve(path: Path, collective: Collective, ranks: Mapping[str, range]) -> None:
+    """The silos of this rank, or its part of one, until the coordinator says goodbye."""
     file = load_federation(path)
+    names = [silo for silo, its in ranks.items() if collective.rank in its]
+    its = ranks[names[0]]  # of one silo, if they are several
     silos = {name: _silo(path, file, name) for name in names}
+    for name in names:
+        make_folder(_home(file, name), PRIVATE)
+    if collective.rank > its.start:
+        await help_train(*silos[names[0]], _home(file, names[0]), collective, its)
+        return
     memory = MemoryKeeper() if file.collective.reduction == "fast" else None
     folder = file.run_folder / "ranks" / str(collective.rank)
     make_folder(folder, PRIVATE)
@@ -210,11 +219,14 @@ async def _serve(path: Path, collective: Collective, names: list[str]) -> None:
     work = [listening]
     if not rank.welcome.cancelled():
         for name, (silo, silo_folder) in silos.items():
-            home = file.run_folder / "silos" / name
-            make_folder(home, PRIVATE)
+            home = _home(file, name)
             runner: OrderRunner
             if memory is None:
-                runner = ProcessRunner(silo, silo_folder, await open_trainer(silo, silo_folder, home))
+                if len(its) == 1:
+                    trainer = await open_trainer(silo, silo_folder, home)
+                else:
+                    trainer = await open_ranks(silo, silo_folder, home, collective, its)
+                runner = ProcessRunner(silo, silo_folder, trainer)
             else:
                 runner = InProcessRunner(silo, silo_folder, memory, turn, file.federation.max_update_norm)
             exchange = SiloOnRank(rank, name)
@@ -223,10 +235,15 @@ async def _serve(path: Path, collective: Collective, names: list[str]) -> None:
         done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_EXCEPTION)
         for task in done:
             task.result()
+        await dismiss_helpers(collective, its)
     finally:
         for task in work:
             task.cancel()
         await asyncio.gather(*work, return_exceptions=True)
+
+
+def _home(file: FederationFile, silo: str) -> Path:
+    return file.run_folder / "silos" / silo
 
 
 async def _to_the_goodbye(silo: SiloFile, exchange: SiloOnRank, runner: OrderRunner, home: Path) -> None:

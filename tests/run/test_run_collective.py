@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import RULES, Command, Commands, Federation, wait_for
+from support import RULES, Command, Commands, Federation, Floats, numbers, wait_for
 
 from gptfl_dist.config.document import dump_yaml
-from gptfl_dist.weights import WeightsFile
 
 FAST = {"collective": {"reduction": "fast"}}
 Make = Callable[..., Federation]
@@ -25,10 +24,8 @@ def _start(gptfl: Commands, launcher: str, ranks: int, federation: Federation) -
     return {"mpi": gptfl.mpi, "torch": gptfl.torch}[launcher](ranks, "run", federation.path)
 
 
-def _numbers(federation: Federation) -> np.ndarray[Any, np.dtype[np.float32]]:
-    with WeightsFile(federation.run_folder / "models/fedavg_random-final.safetensors") as weights:
-        assert {tensor.dtype for tensor in weights.layout.tensors} == {"F32"}
-        return np.frombuffer(weights.read(0, weights.nbytes), "<f4")
+def _numbers(federation: Federation) -> Floats:
+    return numbers(federation.run_folder / "models/fedavg_random-final.safetensors")
 
 
 def _with_code(federation: Federation, functions: Mapping[str, str]) -> Federation:
@@ -262,10 +259,57 @@ def test_a_coordinator_that_cannot_write_an_update_ends_the_job(gptfl: Commands,
     command.wait_until_gone()
 
 
-def test_more_ranks_than_silos_are_refused(gptfl: Commands, federation: Make) -> None:
-    command = gptfl.mpi(4, "run", federation().path)
+@pytest.mark.parametrize("launcher", ["mpi", "torch"])
+def test_silos_of_several_ranks_come_to_the_weights_of_one_rank_but_for_rounding(
+    gptfl: Commands, federation: Make, launcher: str
+) -> None:
+    settings: dict[str, Any] = {"epochs": 2, "federation": {**RULES, "rounds": 2}}
+    alone, together = federation("alone", **settings), federation("together", **settings)
+    gptfl.run("run", alone.path)
+    command = _start(gptfl, launcher, 5, together)  # three ranks for silo-1, two for silo-2
+    assert command.wait() == 0, command.stderr
+    assert np.abs(_numbers(together) - _numbers(alone)).max() < 1e-5
+    for silo, ranks in (("silo-1", 2), ("silo-2", 2)):
+        assert (together.run_folder / "silos" / silo / "trainer.log").read_text().count("round 2: 2 epochs") == ranks
+        assert list((together.run_folder / "silos" / silo / "launch").rglob("*")) == []
+    command.wait_until_gone()
+
+
+def test_a_rank_of_a_silos_trainer_that_is_killed_is_started_again_with_the_others(
+    gptfl: Commands, federation: Make
+) -> None:
+    mine = federation()
+    command = gptfl.mpi(4, "run", mine.path)  # two ranks for silo-1
+    log = mine.run_folder / "silos" / "silo-1" / "trainer.log"
+    wait_for(lambda: log.exists() and log.read_text().count("round 2: ") == 2)
+    helper = next(
+        int(process.name)
+        for process in Path("/proc").glob("[0-9]*")
+        if (environment := _environment(process)).get("GPTFL_RANK") == "1"
+        and str(mine.run_folder) in environment.get("GPTFL_CHANNEL", "")
+    )
+    os.kill(helper, signal.SIGKILL)
+    assert command.wait() == 0, command.stderr
+    assert "rank 1 was killed by signal 9" in command.stderr
+    command.wait_until_gone()
+
+
+def _environment(process: Path) -> dict[str, str]:
+    """The environment of a trainer (none of other processes)."""
+    try:
+        if b"gptfl_dist.run.trainer" not in (process / "cmdline").read_bytes().split(b"\0")[2:3]:
+            return {}
+        pairs = (process / "environ").read_text().split("\0")
+    except OSError:
+        return {}
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
+def test_more_ranks_than_silos_cannot_be_reduced(gptfl: Commands, federation: Make) -> None:
+    command = gptfl.mpi(4, "run", federation(**FAST).path)
     assert command.wait() == 11
     assert "the world has 4 ranks, expected at most 3" in command.stderr
+    assert "set collective.reduction to exact" in command.stderr
 
 
 def test_compressed_federations_come_to_the_same_weights_over_both_wires(gptfl: Commands, federation: Make) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from slurm_cluster import SlurmCluster
-from support import MPIEXEC, Command, Commands, Federation, wait_for
+from support import MPIEXEC, RULES, Command, Commands, Federation, numbers, wait_for
 
 from gptfl_dist.config.document import dump_yaml
 
@@ -44,6 +45,17 @@ def test_torchrun_and_mpirun_change_no_weights(
     mine = launched(federation(), how="torchrun")
     launched(mine, "silo-2", how="mpirun", mpirun={"command": MPIEXEC})
     finish(gptfl.start("run", mine.path), mine, undisturbed)
+
+
+def test_a_silo_of_two_ranks_takes_part_over_grpc(gptfl: Commands, federation: Callable[..., Federation]) -> None:
+    settings: dict[str, Any] = {"epochs": 2, "federation": {**RULES, "rounds": 2}}
+    alone, mine = federation("alone", **settings), federation("mine", **settings)
+    launched(mine, how="mpirun", mpirun={"command": MPIEXEC, "ranks": 2})
+    for each in (alone, mine):
+        gptfl.run("run", each.path)
+    models = [numbers(each.run_folder / "models/fedavg_random-final.safetensors") for each in (alone, mine)]
+    assert np.abs(models[0] - models[1]).max() < 1e-5
+    assert (mine.run_folder / "silos/silo-1/trainer.log").read_text().count("round 2: 2 epochs") == 2
 
 
 def test_a_job_a_round(

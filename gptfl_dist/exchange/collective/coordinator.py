@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Collection, Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 
 from gptfl_dist.errors import ModelError
 from gptfl_dist.exchange.base import (
@@ -34,7 +34,7 @@ _TIME_TO_PART = 5.0  # seconds that the ranks have to say goodbye too
 
 
 class CollectiveCoordinatorExchange:
-    """See `CoordinatorExchange`. `ranks` is the rank at which each silo is found; updates come whole."""
+    """See `CoordinatorExchange`. `ranks` is the rank that speaks for each silo; updates come whole."""
 
     def __init__(self, *, collective: Collective, ranks: Mapping[str, int], inbox: Inbox) -> None:
         self.transport = collective.transport
@@ -42,7 +42,7 @@ class CollectiveCoordinatorExchange:
         self.traffic = Traffic()
         self._collective = collective
         self._rank_of = dict(ranks)
-        self._ranks = sorted(set(ranks.values()))
+        self._ranks = range(1, collective.size)
         self._inbox = inbox
         self._published: set[str] = set()
         self._listener: asyncio.Task[None] | None = None
@@ -241,8 +241,9 @@ class ReducingCoordinatorExchange(CollectiveCoordinatorExchange):
             raise
 
 
-async def dismiss(collective: Collective, ranks: Collection[int]) -> None:
+async def dismiss(collective: Collective) -> None:
     """Tells every rank that there is nothing to federate, in place of a welcome."""
+    ranks = range(1, collective.size)
     for rank in ranks:
         await collective.say(rank, {"type": "goodbye", "finished": True, "reason": "there is nothing to federate"})
     for _ in ranks:

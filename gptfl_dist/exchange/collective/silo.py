@@ -26,6 +26,9 @@ from gptfl_dist.files import storage_error
 from gptfl_dist.weights import Codec, Layout, WeightsFile
 from gptfl_dist.weights.file import header_of
 
+DISMISS = "dismiss"
+"""The type of the last message that the first rank of a silo sends to the others."""
+
 
 class Keeper(Protocol):
     """Where a rank keeps the weights that were broadcast."""
@@ -96,6 +99,20 @@ def _arrivals(collective: Collective, size: int) -> Iterator[tuple[Awaitable[Non
         yield collective.broadcast(part), part.data
 
 
+class NoKeeper:
+    """Takes part in broadcasts, for a rank that wants no weights."""
+
+    def keep_only(self, digests: Collection[str]) -> None:
+        """Nothing was kept."""
+
+    async def take(self, collective: Collective, digest: str, layout: Layout) -> None:
+        async for _ in pipelined(_arrivals(collective, layout.nbytes)):
+            pass
+
+    async def fetch(self, digest: str, path: Path) -> None:
+        raise AssertionError("nobody trains on this rank's weights")
+
+
 class MemoryKeeper:
     """Keeps the newest weights in one buffer of memory, and knows where each silo's update lies.
 
@@ -133,11 +150,15 @@ class MemoryKeeper:
 
 
 class RankExchange:
-    """The line of one rank to the coordinator; `silos` are those that it serves."""
+    """The line of one rank to the coordinator; `silos` are those that it serves.
 
-    def __init__(self, *, collective: Collective, silos: Sequence[str], keeper: Keeper) -> None:
+    A rank that `helps` serves none. What the first rank of its silo says to it comes to `told`, DISMISS at last.
+    """
+
+    def __init__(self, *, collective: Collective, silos: Sequence[str], keeper: Keeper, helps: bool = False) -> None:
         self.welcome: asyncio.Future[Welcome] = asyncio.get_running_loop().create_future()
         self.words: dict[str, asyncio.Queue[Order | Recalled | Goodbye]] = {silo: asyncio.Queue() for silo in silos}
+        self.told: asyncio.Queue[Message] = asyncio.Queue()
         self.keeper = keeper
         self._collective = collective
         self._answers: asyncio.Queue[Message] = asyncio.Queue()
@@ -146,14 +167,20 @@ class RankExchange:
         self._sending = asyncio.Lock()  # of updates: one at a time
         self._unanswered = False  # whether one is on its way
         self._parted = False
+        self._helps = helps
 
     async def listen(self) -> None:
         """Hears the coordinator until it says goodbye, and then says so too.
 
         Without a welcome before, there is nothing to federate.
         """
-        while not self._parted or self._unanswered:  # the coordinator takes an update that was begun to its end
-            _, message = await self._collective.hear()
+        said_goodbye = False
+        while not said_goodbye or self._helps:
+            sender, message = await self._collective.hear()
+            if sender != 0:
+                self._helps = message["type"] != DISMISS
+                self.told.put_nowait(message)
+                continue
             kind = message.pop("type")
             if kind == "welcome":
                 plan, layout = Plan.model_validate(message["plan"]), Layout.from_json(message["layout"])
@@ -184,7 +211,9 @@ class RankExchange:
             else:
                 self._unanswered &= kind != "receipt"
                 self._answers.put_nowait({"type": kind, **message})
-        await self._collective.say(0, {"type": "goodbye"})
+            if self._parted and not self._unanswered:  # the coordinator takes an update that was begun to its end
+                await self._collective.say(0, {"type": "goodbye"})
+                said_goodbye = True
 
     async def say(self, message: Message) -> None:
         """Raises Disconnected after the coordinator's goodbye: nobody listens any more."""
