@@ -79,6 +79,10 @@ class WeightsFile:
         """BLAKE3 of the flat buffer, in hex."""
         return digest_of(self, self.nbytes)
 
+    @property
+    def closed(self) -> bool:
+        return self._fd < 0
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)

@@ -320,8 +320,9 @@ async def test_an_update_committed_after_its_silo_hung_up_still_counts(tmp_path,
         assert await world.settled() == []
 
 
+@pytest.mark.parametrize("next_round", [True, False], ids=["next round", "end of the arm"])
 @in_loop
-async def test_weights_that_give_way_to_the_next_round_end_the_download(tmp_path):
+async def test_weights_that_give_way_end_the_download(tmp_path, caplog, next_round):
     first, first_digest, _ = random_weights(tmp_path / "first", LARGE, 1)
     second, second_digest, _ = random_weights(tmp_path / "second", LARGE, 2)
     async with World(tmp_path, LARGE, chunk=4096) as world:
@@ -330,10 +331,12 @@ async def test_weights_that_give_way_to_the_next_round_end_the_download(tmp_path
         download = asyncio.create_task(silo.download(first_digest, LARGE, tmp_path / "got"))
         while world.server.traffic.down == 0:
             await asyncio.sleep(0)
-        await world.server.publish({second_digest: second})
+        if next_round:
+            await world.server.publish({second_digest: second})
         first.close()
         with pytest.raises(Disconnected, match="not handed out any more"):
             await download
+        assert "Traceback" not in caplog.text
         assert not (tmp_path / "got").exists()
 
 

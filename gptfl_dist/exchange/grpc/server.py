@@ -254,7 +254,7 @@ class GrpcCoordinatorExchange:
         await self._identify(context)
         request = await _parse(pb.DownloadRequest, data, context)
         weights = self._published.get(request.digest)
-        if weights is None:
+        if weights is None or weights.closed:  # closed: between two arms
             await context.abort(
                 grpc.StatusCode.NOT_FOUND, f"the weights {request.digest[:12]!r} are not handed out now"
             )
@@ -262,7 +262,7 @@ class GrpcCoordinatorExchange:
             await context.abort(grpc.StatusCode.OUT_OF_RANGE, f"the weights end at byte {weights.nbytes}")
         packed, width = self._packed, frames.width_of(weights.layout)
         for offset in range(request.offset, weights.nbytes, self._chunk):
-            if self._closing or self._published.get(request.digest) is not weights:
+            if self._closing or weights.closed or self._published.get(request.digest) is not weights:
                 await context.abort(grpc.StatusCode.ABORTED, "the weights are not handed out any more")
             carried = min(self._chunk, weights.nbytes - offset)
             if packed:
