@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import shutil
 from pathlib import Path
 
 from gptfl_dist.errors import GptflError, TrainerError, TrainerLost
 from gptfl_dist.launch.base import JobState, Launcher, Progress, unheard
 from gptfl_dist.launch.channel import error_from_message
-from gptfl_dist.launch.folder import Message, Session, pauses
+from gptfl_dist.launch.folder import LEASE, Message, Session, pauses
 from gptfl_dist.launch.trainer import TIME_TO_END, last_words
 
 _log = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ class TrainerJob:
     async def sweep(self) -> None:
         """Ends what an agent that was killed left behind: its job, and its sessions, so that no trainer goes on."""
         await self._launcher.sweep()
-        for session in self._folder.glob("*/lease"):
-            await asyncio.to_thread(session.unlink, missing_ok=True)
+        for lease in self._folder.glob(f"*/{LEASE}"):
+            await asyncio.to_thread(shutil.rmtree, lease.parent, ignore_errors=True)
 
     @property
     def running(self) -> bool:
@@ -91,13 +92,13 @@ class TrainerJob:
             if received is not None:
                 return received
             if 0 in exits or any(exits.values()):
-                raise await self._lost(exits)
+                raise await self._lost(session, exits)
             ended = self._state.life == "ended"
             if not ended and _now() >= self._query_at:
                 await self._ask_launcher(progress)
                 continue  # it may have said its last word before it ended
             if ended:
-                raise await self._lost(exits)
+                raise await self._lost(session, exits)
             await asyncio.sleep(pause)
         raise AssertionError
 
@@ -113,7 +114,7 @@ class TrainerJob:
         self._query_pause = min(1.5 * self._query_pause, _LONGEST_QUERY)
         self._query_at = _now() + self._query_pause
 
-    async def _lost(self, exits: dict[int, int]) -> TrainerLost:
+    async def _lost(self, session: Session, exits: dict[int, int]) -> TrainerLost:
         """The end of the job as an error. The launcher knows the reason, if not at once."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_TIME_TO_SHOW):
@@ -121,8 +122,10 @@ class TrainerJob:
                     self._state = await self._launcher.state()
                     await asyncio.sleep(0.2)
         words = self._state.words if self._state.life == "ended" else "the trainer ended before it answered"
+        exits |= await asyncio.to_thread(session.exits)
         if exits:
-            rank, code = max(exits.items(), key=lambda exit_: (exit_[1] != 0, -exit_[0]))
+            # A rank that was killed is the reason why the others ended with errors.
+            rank, code = max(exits.items(), key=lambda exit_: (exit_[1] < 0, exit_[1] != 0, -exit_[0]))
             words += f"; rank {rank} " + (f"was killed by signal {-code}" if code < 0 else f"ended with code {code}")
         log = self._launcher.log
         return TrainerLost(f"{words}\n{await asyncio.to_thread(last_words, log)}", hint=f"see {log}")

@@ -7,6 +7,7 @@ written. Used by `gptfl run` without an MPI.
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -66,14 +67,16 @@ async def run_locally(path: Path, say: Callable[[str], None]) -> Summary:
             for name, silo_file in files.items():
                 home = file.run_folder / "silos" / name
                 make_folder(home, PRIVATE)
-                authority.issue_silo(name).save(home / "credentials")
+                credentials = home / "credentials"
+                shutil.rmtree(credentials, ignore_errors=True)  # with what a killed run had not finished writing
+                authority.issue_silo(name).save(credentials)
                 log = home / "agent.log"
                 with log.open("wb") as output:
                     child = Child(
                         [
                             *(sys.executable, "-m", "gptfl_dist", "silo", str(silo_file)),
                             *("--coordinator", f"{_HOST}:{exchange.port}"),
-                            *("--credentials", str(home / "credentials")),
+                            *("--credentials", str(credentials)),
                             *("--work-folder", str(home)),
                         ],
                         output=output,

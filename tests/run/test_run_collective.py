@@ -266,12 +266,12 @@ def test_silos_of_several_ranks_come_to_the_weights_of_one_rank_but_for_rounding
     settings: dict[str, Any] = {"epochs": 2, "federation": {**RULES, "rounds": 2}}
     alone, together = federation("alone", **settings), federation("together", **settings)
     gptfl.run("run", alone.path)
-    command = _start(gptfl, launcher, 5, together)  # three ranks for silo-1, two for silo-2
+    command = _start(gptfl, launcher, 4, together)  # two ranks for silo-1
     assert command.wait() == 0, command.stderr
     assert np.abs(_numbers(together) - _numbers(alone)).max() < 1e-5
-    for silo, ranks in (("silo-1", 2), ("silo-2", 2)):
+    for silo, ranks in (("silo-1", 2), ("silo-2", 1)):
         assert (together.run_folder / "silos" / silo / "trainer.log").read_text().count("round 2: 2 epochs") == ranks
-        assert list((together.run_folder / "silos" / silo / "launch").rglob("*")) == []
+    assert list((together.run_folder / "silos" / "silo-1" / "launch" / "silo-1").iterdir()) == []
     command.wait_until_gone()
 
 
@@ -291,6 +291,7 @@ def test_a_rank_of_a_silos_trainer_that_is_killed_is_started_again_with_the_othe
     os.kill(helper, signal.SIGKILL)
     assert command.wait() == 0, command.stderr
     assert "rank 1 was killed by signal 9" in command.stderr
+    assert "it is started again" in command.stderr
     command.wait_until_gone()
 
 

@@ -202,6 +202,17 @@ def test_no_key_of_the_authority_is_left_and_no_unfinished_file(watched: Watched
     assert [path.parent.parent.name for path in sorted(keys)] == ["silo-1", "silo-2"]
 
 
+def test_a_key_that_a_killed_run_had_half_written_is_removed(
+    gptfl: Commands, federation: Callable[..., Federation]
+) -> None:
+    mine = federation(epochs=1)
+    left = mine.run_folder / "silos" / "silo-1" / "credentials" / ".key.pem.4711.part"
+    left.parent.mkdir(parents=True)
+    left.write_text("-----BEGIN PRIVATE KEY-----")
+    gptfl.run("run", mine.path)
+    assert list(mine.folder.rglob("*.part")) == []
+
+
 def test_the_logs_say_what_trainer_and_evaluator_work_with(watched: Watched) -> None:
     folder = watched.federation.run_folder
     first, *rounds = (folder / "silos" / "silo-1" / "trainer.log").read_text().splitlines()
