@@ -8,6 +8,7 @@ word, and hangs up. `gptfl check` calls it, and `gptfl silo` where gRPC does not
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import os
 import re
@@ -140,6 +141,8 @@ async def _first_word(reader: asyncio.StreamReader, address: str) -> bytes:
             f"{address} does not take this silo's certificate: {error.reason or error}",
             hint="ask the coordinator's operator for a matching set of files",
         ) from None
+    except ConnectionError:
+        return b""
 
 
 def _advice(error: ssl.SSLCertVerificationError, host: str) -> str:
@@ -153,6 +156,7 @@ def _advice(error: ssl.SSLCertVerificationError, host: str) -> str:
 def _what_happened(error: OSError) -> str:
     # asyncio tells of every address that it tried, each by its number; the first says enough.
     number = re.search(r"\[Errno (\d+)\]", str(error))
-    if number is None:  # what asyncio raises where the other side closes in mid-handshake
+    # What asyncio raises where the other side closes in mid-handshake has none; a reset is the same with other timing.
+    if number is None or int(number[1]) == errno.ECONNRESET:
         return "hangs up during the TLS handshake"
     return f"does not answer: {os.strerror(int(number[1]))}"

@@ -187,7 +187,7 @@ SHELL = ("env", "PMI_SIZE=2", "sh", "-c", 'PMI_RANK=1 "$@" & PMI_RANK=0 exec "$@
 @pytest.mark.parametrize("idle", [False, True])
 def test_a_rank_that_is_killed_ends_the_trainer_without_a_launchers_help(tmp_path: Path, idle: bool) -> None:
     silo = Silo(tmp_path, SHELL)
-    Trainer(silo.plan, silo.file, tmp_path)._flat.save(silo.weights)
+    Trainer(silo.plan, silo.file, tmp_path).flat.save(silo.weights)
     endless = SETTINGS.model_copy(update={"epochs": 100_000})
 
     async def scene() -> None:
@@ -227,7 +227,7 @@ def test_a_function_that_takes_the_group_gets_it_and_its_defect_at_one_rank_ends
 
     async def scene() -> None:
         await silo.setup()
-        Trainer(silo.plan, silo.file.model_copy(update={"code": None}), tmp_path)._flat.save(silo.weights)
+        Trainer(silo.plan, silo.file.model_copy(update={"code": None}), tmp_path).flat.save(silo.weights)
         with pytest.raises(TrainerError, match="before it answered"):
             await asyncio.wait_for(silo.train(ignored), 15)
 

@@ -44,7 +44,7 @@ def test_a_training_function_that_replaces_the_tensors_sends_no_zero_update(
     monkeypatch.syspath_prepend(str(tmp_path))
     mine = trainer(tmp_path, REBINDS)
     weights, update = tmp_path / "weights.safetensors", tmp_path / "update.safetensors"
-    mine._flat.save(weights)
+    mine.flat.save(weights)
     for _ in range(2):  # nor is it evaluated with other weights in the next round
         with pytest.raises(TrainerError, match="replaced the model's tensors"):
             mine.train(round_=1, settings=SETTINGS, weights=weights, update=update, progress=lambda done, total: None)
