@@ -31,6 +31,7 @@ from processes import Monitor  # noqa: E402
 from programs import (  # noqa: E402
     MPIEXEC,
     NUMBER_SIZE,
+    TORCHRUN,
     Run,
     check_result,
     follow,
@@ -59,6 +60,8 @@ MODES = {
     "fast": Mode(MPIEXEC, {"reduction": "fast"}),
     "exact": Mode(MPIEXEC),
     "tls": Mode(MPIEXEC, {"trust": "tls"}),
+    "torch": Mode(TORCHRUN, {"reduction": "fast"}),
+    "torch-exact": Mode(TORCHRUN),
 }
 
 

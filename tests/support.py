@@ -139,7 +139,7 @@ class Commands:
 
     def torch(self, ranks: int, *arguments: str | Path) -> Command:
         """Starts `torchrun --nproc-per-node RANKS -m gptfl_dist ARGUMENTS`."""
-        launcher = (*TORCHRUN, "--nproc-per-node", str(ranks), "-m", "gptfl_dist")
+        launcher = (*TORCHRUN, "--standalone", "--nproc-per-node", str(ranks), "-m", "gptfl_dist")
         command = Command([*launcher, *map(str, arguments)], self._folder, {})
         self._started.append(command)
         return command

@@ -30,6 +30,10 @@ MB = 1_000_000
 _BESIDE = Path(sys.executable).with_name("mpiexec")  # the wheel's, where there is one
 MPIEXEC = (str(_BESIDE) if _BESIDE.exists() else "mpiexec", "-n", "{ranks}", sys.executable)
 """Starts ranks of Python."""
+TORCHRUN = (
+    *(sys.executable, "-m", "torch.distributed.run"),
+    *("--standalone", "--nproc-per-node", "{ranks}", "--no-python", sys.executable),
+)
 
 
 @dataclass

@@ -37,7 +37,7 @@ from gptfl_dist.run.folder import PRIVATE, make_folder, open_run_folder
 from gptfl_dist.run.in_process import InProcessRunner
 from gptfl_dist.run.launcher import Choice, mpi_launcher, torchrun
 from gptfl_dist.run.ranks import dismiss_helpers, help_train, open_ranks
-from gptfl_dist.run.signals import ignore_stops, raise_interrupted, run_until_done
+from gptfl_dist.run.signals import deadly_stops, ignore_stops, raise_interrupted, run_until_done
 from gptfl_dist.run.silo import OrderRunner, ProcessRunner, Silo, require_data
 from gptfl_dist.run.threads import ended
 from gptfl_dist.run.world import NAMES, assign, open_world
@@ -55,7 +55,8 @@ def run_world(path: Path, choice: Choice, fresh: bool, say: Callable[[str], None
     raise_interrupted(terminated=Requeue)
     launcher = torchrun() or mpi_launcher()
     try:
-        collective = open_world(choice.wire)
+        with deadly_stops():  # it waits for ranks that may be gone
+            collective = open_world(choice.wire)
     except GptflError:
         if launcher is not None and launcher.rank > 0:
             sys.exit(GptflError.exit_code)  # rank 0 says it for all

@@ -7,7 +7,8 @@ and under mpiexec and torchrun SIGTERM's too, so that a script knows that the jo
 from __future__ import annotations
 
 import signal
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -28,6 +29,17 @@ def raise_interrupted(terminated: type[Interrupted] = Interrupted) -> None:
 
     for number in _STOPPING:
         signal.signal(number, interrupt)
+
+
+@contextmanager
+def deadly_stops() -> Iterator[None]:
+    """In the block these signals end the process at once, also in library code in which no handler of Python runs."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in _STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def ignore_stops() -> None:

@@ -71,5 +71,6 @@ def test_a_rendezvous_without_a_launcher_is_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_a_rank_starts_is_no_rank() -> None:
-    rank = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1", "LOCAL_RANK": "1", RENDEZVOUS: "b"}
-    assert outside({**rank, "TORCHELASTIC_RUN_ID": "c", "HOME": "d"}) == {"HOME": "d"}
+    rank = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1", RENDEZVOUS: "b"}
+    others = {"HOME": "d", "LOCAL_RANK": "1"}  # by which it finds its GPU
+    assert outside({**rank, "TORCHELASTIC_RUN_ID": "c", **others}) == others

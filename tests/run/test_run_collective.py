@@ -220,6 +220,20 @@ def test_a_scheduler_that_ends_the_job_finds_the_code_that_asks_for_a_requeue(
         assert mine.result() == undisturbed.result()
 
 
+def test_a_rank_that_waits_for_one_that_never_comes_can_be_stopped(gptfl: Commands, federation: Make) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as never:
+        never.settimeout(60)
+        command = gptfl.start(
+            *("run", federation().path),
+            **{"TORCHELASTIC_RUN_ID": "test", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(never.getsockname()[1])},
+        )
+        line, _ = never.accept()  # it joins, in code that no handler of Python interrupts
+        with line:
+            command.process.terminate()
+            assert command.wait(10) != 0
+
+
 @pytest.mark.parametrize("settings", [{}, FAST], ids=["exact", "fast"])
 def test_ranks_that_wait_for_a_slow_silo_leave_it_the_cores(
     gptfl: Commands, federation: Make, settings: dict[str, Any]
