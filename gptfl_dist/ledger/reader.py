@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from gptfl_dist.errors import StorageError
 from gptfl_dist.files import storage_error
-from gptfl_dist.ledger.store import FILE_NAME, Record
+from gptfl_dist.ledger.record import FILE_NAME, Record
 
 _T = TypeVar("_T")
 _TRIES = 3

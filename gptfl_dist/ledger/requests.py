@@ -16,7 +16,7 @@ from typing import Protocol
 from urllib.parse import quote
 
 from gptfl_dist.errors import ConfigError, StorageError
-from gptfl_dist.ledger.store import FILE_NAME
+from gptfl_dist.ledger.record import FILE_NAME
 
 LOOK_EVERY = 1.0
 """Seconds between two looks of a coordinator at what was asked."""

@@ -9,25 +9,20 @@ refused.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
-import secrets
 import sqlite3
 import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO
 
 from gptfl_dist.errors import ConfigError, ModelError, StorageError
-from gptfl_dist.files import storage_error, sync_folder
+from gptfl_dist.files import sync_folder
+from gptfl_dist.ledger.lock import locked
+from gptfl_dist.ledger.record import ANEW, FILE_NAME, VERSION, Record
 from gptfl_dist.weights import Layout, WeightsFile, write_weights
 
-_VERSION = 1  # of the schema; SQLite keeps it as user_version
 _SCHEMA = f"""
-PRAGMA user_version = {_VERSION};
+PRAGMA user_version = {VERSION};
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS arms (
     arm TEXT PRIMARY KEY, learning_rate REAL NOT NULL, start TEXT NOT NULL, finished INTEGER NOT NULL DEFAULT 0,
@@ -44,260 +39,6 @@ CREATE TABLE IF NOT EXISTS orders (
     PRIMARY KEY (arm, round, silo)
 );
 """
-
-_ANEW = "bring the run folder back from a backup, or start anew with --fresh"
-
-
-@dataclass(frozen=True, slots=True)
-class OrderRecord:
-    """An order that was given. `samples`, `metrics` and `digest` are None until it was answered.
-
-    The metrics are those of the weights that the order named. `counted` is the round in which the update counted.
-    """
-
-    silo: str
-    nonce: str
-    samples: int | None
-    metrics: dict[str, float] | None
-    digest: str | None
-    failure: str | None
-    counted: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CountedUpdate:
-    """An update that a round was made of. `staleness`: how many rounds before, its order was given."""
-
-    silo: str
-    samples: int
-    staleness: int
-
-
-@dataclass(frozen=True, slots=True)
-class RoundRecord:
-    """A round. `weights` is None until it was aggregated; digests are BLAKE3 in hex.
-
-    `orders` are those that were given in it, `updates` those that counted in it, whenever they were ordered.
-    """
-
-    round: int
-    kind: str
-    base: str
-    cohort: tuple[str, ...]
-    weights: str | None
-    seconds: float | None
-    bytes_down: int | None
-    bytes_up: int | None
-    test_accuracy: float | None
-    orders: tuple[OrderRecord, ...]
-    updates: tuple[CountedUpdate, ...] = ()
-
-    def mean_metric(self, name: str) -> float | None:
-        """The mean of a metric of the round's base over the silos that measured and sent it, weighted by samples."""
-        told = [(o.samples, o.metrics[name]) for o in self.orders if o.samples and o.metrics and name in o.metrics]
-        total = sum(samples for samples, _ in told)
-        return sum(samples * value for samples, value in told) / total if total else None
-
-
-@dataclass(frozen=True, slots=True)
-class ArmRecord:
-    """An arm with its rounds in order. `start` is the digest of the weights that it began with."""
-
-    arm: str
-    learning_rate: float
-    start: str
-    finished: bool
-    best_round: int | None
-    rounds: tuple[RoundRecord, ...]
-
-    @property
-    def final(self) -> str:
-        """The digest of the newest weights."""
-        return next((r.weights for r in reversed(self.rounds) if r.weights is not None), self.start)
-
-    @property
-    def completed(self) -> bool:
-        """Whether it came to its end, the evaluation of its final weights."""
-        return self.finished and bool(self.rounds) and self.rounds[-1].kind == "evaluate"
-
-    @property
-    def finished_rounds(self) -> int:
-        return sum(r.weights is not None for r in self.rounds)
-
-    @property
-    def pending(self) -> list[tuple[RoundRecord, OrderRecord]]:
-        """The training orders that are open, or whose committed update has not counted yet; each with its round."""
-        return [
-            (r, order)
-            for r in self.rounds
-            if r.kind == "train"
-            for order in r.orders
-            if order.failure is None and order.counted is None
-        ]
-
-    def last_committed(self, silo: str, before: int) -> str:
-        """The nonce of a silo's newest committed update of the rounds before one; "" where there is none."""
-        nonces = [
-            order.nonce
-            for r in self.rounds
-            if r.kind == "train" and r.round < before
-            for order in r.orders
-            if order.silo == silo and order.digest is not None
-        ]
-        return nonces[-1] if nonces else ""
-
-    def weights_of(self, round_: int) -> str:
-        """The digest of the weights after a round; round 0 is the start."""
-        if round_ == 0:
-            return self.start
-        return next(r.weights for r in self.rounds if r.round == round_ and r.weights is not None)
-
-
-FILE_NAME = "ledger.sqlite"
-_LOCK = "ledger.lock"
-_LOOK = 0.5  # seconds: longer than anybody holds the lock who only looks whether a coordinator is at work
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[str]:
-    """Keeps other coordinators out of a run folder. Raises StorageError where one is at work there.
-
-    Gives a name to who holds it, which stands in the lock file: process ids come again, in containers above all.
-    """
-    with (folder / _LOCK).open("ab") as held:
-        end = time.monotonic() + _LOOK
-        while not _take(held, fcntl.LOCK_EX):  # a killed process lets go by itself
-            if time.monotonic() > end:
-                raise StorageError(
-                    f"{folder}: another coordinator is at work on this run", hint="wait until it ends, or stop it"
-                )
-            time.sleep(0.01)
-        life = secrets.token_hex(8)
-        held.truncate(0)
-        held.write(life.encode())
-        held.flush()
-        yield life
-
-
-def at_work(folder: Path) -> str | None:
-    """The name of the coordinator at work on a run folder, None where none is.
-
-    It is not disturbed, nor is one that starts just now.
-    """
-    try:
-        with (folder / _LOCK).open("rb") as looked_at:
-            return None if _take(looked_at, fcntl.LOCK_SH) else looked_at.read().decode(errors="replace")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise storage_error(error, folder / _LOCK) from None
-
-
-def _take(file: IO[bytes], how: int) -> bool:
-    try:
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-class Record:
-    """What can be read of a run's record, whoever opened it. Every call is safe from any thread."""
-
-    folder: Path
-    _path: Path
-    _database: sqlite3.Connection
-    _lock: threading.RLock
-
-    def _require_our_schema(self) -> None:
-        tables = self._database.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
-        version = self._database.execute("PRAGMA user_version").fetchone()[0]
-        if tables and version != _VERSION:
-            raise StorageError(
-                f"{self._path}: the record was made by another release (its version is {version}, ours {_VERSION})",
-                hint="finish the run with that release, set another run_folder, or start anew with --fresh",
-            )
-
-    def fact(self, name: str) -> str | None:
-        """A text noted under a name, or None."""
-        row = self._execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-        return None if row is None else str(row[0])
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds by stage."""
-        rows = self._execute("SELECT name, value FROM facts WHERE name LIKE 'seconds/%' ORDER BY rowid")
-        return {name.removeprefix("seconds/"): float(value) for name, value in rows.fetchall()}
-
-    def arm(self, arm: str) -> ArmRecord | None:
-        """All that is known of an arm."""
-        row = self._execute(
-            "SELECT arm, learning_rate, start, finished, best_round FROM arms WHERE arm = ?", (arm,)
-        ).fetchone()
-        if row is None:
-            return None
-        orders: dict[int, list[OrderRecord]] = {}
-        updates: dict[int, list[CountedUpdate]] = {}
-        for round_, silo, nonce, samples, metrics, digest, failure, counted in self._execute(
-            "SELECT round, silo, nonce, samples, metrics, digest, failure, counted FROM orders WHERE arm = ? "
-            "ORDER BY silo",
-            (arm,),
-        ).fetchall():
-            told = None if metrics is None else json.loads(metrics)
-            orders.setdefault(round_, []).append(OrderRecord(silo, nonce, samples, told, digest, failure, counted))
-            if counted is not None:
-                updates.setdefault(counted, []).append(CountedUpdate(silo, samples, counted - round_))
-        rounds = tuple(
-            RoundRecord(
-                round_,
-                kind,
-                base,
-                tuple(json.loads(cohort)),
-                weights,
-                seconds,
-                down,
-                up,
-                test_accuracy,
-                tuple(orders.get(round_, [])),
-                tuple(updates.get(round_, [])),
-            )
-            for round_, kind, base, cohort, weights, seconds, down, up, test_accuracy in self._execute(
-                "SELECT round, kind, base, cohort, weights, seconds, bytes_down, bytes_up, test_accuracy "
-                "FROM rounds WHERE arm = ? ORDER BY round",
-                (arm,),
-            ).fetchall()
-        )
-        return ArmRecord(row[0], row[1], row[2], bool(row[3]), row[4], rounds)
-
-    def arms(self) -> list[str]:
-        """The names of all arms and trials, in the order of their beginning."""
-        return [str(row[0]) for row in self._execute("SELECT arm FROM arms ORDER BY rowid").fetchall()]
-
-    def weights_path(self, digest: str) -> Path:
-        """Where the weights of this digest lie."""
-        return self.folder / "weights" / f"{digest}.safetensors"
-
-    def _execute(self, statement: str, values: tuple[object, ...] = ()) -> sqlite3.Cursor:
-        with self._lock, self._storing():
-            return self._database.execute(statement, values)
-
-    @contextlib.contextmanager
-    def _storing(self) -> Iterator[None]:
-        """Turns what SQLite and the disk refuse into StorageError."""
-        try:
-            yield
-        except OSError as error:
-            raise storage_error(error, self._path) from None
-        except (sqlite3.NotSupportedError, sqlite3.OperationalError) as error:
-            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-                raise storage_error(OSError(errno.ENOSPC, str(error)), self._path) from None
-            raise StorageError(
-                f"{self._path}: {error}", hint="check the folder, its permissions and the disk"
-            ) from None
-        except sqlite3.Error as error:
-            raise StorageError(
-                f"{self._path}: the record is damaged ({error})",
-                hint=_ANEW,
-            ) from None
 
 
 class Ledger(Record):
@@ -507,9 +248,9 @@ def _require(path: Path, digest: str) -> None:
         with WeightsFile(path) as weights:
             whole = weights.digest() == digest
     except ModelError as error:
-        raise StorageError(f"weights of this run are lost: {error}", hint=_ANEW) from None
+        raise StorageError(f"weights of this run are lost: {error}", hint=ANEW) from None
     if not whole:
-        raise StorageError(f"{path} is damaged: its content is not what was written", hint=_ANEW)
+        raise StorageError(f"{path} is damaged: its content is not what was written", hint=ANEW)
 
 
 def _first_difference(old: str, new: str) -> str:

@@ -14,7 +14,7 @@ from gptfl_dist.exchange.base import Traffic
 from gptfl_dist.federation import coordinator as machine
 from gptfl_dist.federation.asynchronous import AsynchronousCoordinator
 from gptfl_dist.federation.orders import Kind, Order
-from gptfl_dist.ledger.store import ArmRecord
+from gptfl_dist.ledger.records import ArmRecord
 from gptfl_dist.observe.summary import StopCriterion
 from gptfl_dist.observe.wording import duration, percent
 from gptfl_dist.weights import WeightsFile

@@ -21,7 +21,8 @@ from gptfl_dist.errors import ConfigError, DataError, GptflError, Interrupted, R
 from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.launch.trainer import TrainerProcess, python_module
-from gptfl_dist.ledger.store import Ledger, RoundRecord
+from gptfl_dist.ledger.records import RoundRecord
+from gptfl_dist.ledger.store import Ledger
 from gptfl_dist.observe import progress
 from gptfl_dist.observe.live import LiveFile, Standing
 from gptfl_dist.observe.summary import FILE_NAME, Summary, read_summary

@@ -19,7 +19,7 @@ from gptfl_dist.config.load import load_federation
 from gptfl_dist.errors import ConfigError, DataError
 from gptfl_dist.files import replacing, write_file
 from gptfl_dist.learning.partition import dirichlet_partition
-from gptfl_dist.ledger.store import locked
+from gptfl_dist.ledger.lock import locked
 from gptfl_dist.run.folder import delete, delete_run, make_folder
 from gptfl_dist.run.result import SPLIT
 

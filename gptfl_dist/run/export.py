@@ -18,7 +18,7 @@ from gptfl_dist.config.federation import Arm, FederationFile
 from gptfl_dist.config.load import load_federation
 from gptfl_dist.errors import ConfigError, ModelError, StorageError, first_line
 from gptfl_dist.ledger.reader import LedgerReader, read
-from gptfl_dist.ledger.store import ArmRecord
+from gptfl_dist.ledger.records import ArmRecord
 from gptfl_dist.run.arm import best_round
 from gptfl_dist.run.candidates import PRETRAINED_FACTS, PRETRAINED_WEIGHTS
 from gptfl_dist.run.result import federated_arms

@@ -35,8 +35,9 @@ from gptfl_dist.exchange.base import (
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.federation import coordinator as machine
 from gptfl_dist.federation.orders import RECALLED, Kind, Order, Report
+from gptfl_dist.ledger.records import ArmRecord, RoundRecord
 from gptfl_dist.ledger.requests import LOOK_EVERY, paused_since
-from gptfl_dist.ledger.store import ArmRecord, Ledger, RoundRecord
+from gptfl_dist.ledger.store import Ledger
 from gptfl_dist.observe.live import Standing
 from gptfl_dist.run.arm import (
     ArmPlan,

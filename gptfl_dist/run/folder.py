@@ -7,7 +7,8 @@ from pathlib import Path
 
 from gptfl_dist.config.load import load_federation
 from gptfl_dist.files import storage_error
-from gptfl_dist.ledger.store import FILE_NAME, locked
+from gptfl_dist.ledger.lock import locked
+from gptfl_dist.ledger.record import FILE_NAME
 from gptfl_dist.observe.live import LIVE
 from gptfl_dist.observe.logs import configure
 from gptfl_dist.run.candidates import CANDIDATES, CHOICE, CONTACT_SHEET, DROPPED_SHEET, PRETRAINING_STATE

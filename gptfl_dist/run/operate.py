@@ -8,8 +8,8 @@ from typing import Literal
 
 from gptfl_dist.errors import ConfigError
 from gptfl_dist.ledger import requests
+from gptfl_dist.ledger.lock import at_work
 from gptfl_dist.ledger.reader import LedgerReader, read
-from gptfl_dist.ledger.store import at_work
 from gptfl_dist.run.folder import run_folder_of
 
 _LONGEST_REASON = 500

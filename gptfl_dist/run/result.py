@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal, cast
 
 from gptfl_dist.config.federation import Arm, FederationFile
-from gptfl_dist.ledger.store import ArmRecord, Ledger
+from gptfl_dist.ledger.records import ArmRecord
+from gptfl_dist.ledger.store import Ledger
 from gptfl_dist.observe.report import ReportDetails, write_report
 from gptfl_dist.observe.summary import (
     Arms,

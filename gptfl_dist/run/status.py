@@ -16,9 +16,10 @@ from gptfl_dist.config.federation import Arm
 from gptfl_dist.config.load import load_federation
 from gptfl_dist.errors import ConfigError
 from gptfl_dist.federation.orders import RECALLED, REFUSED
+from gptfl_dist.ledger.lock import at_work
 from gptfl_dist.ledger.reader import LedgerReader, read
+from gptfl_dist.ledger.records import ArmRecord, RoundRecord
 from gptfl_dist.ledger.requests import Abort, abort_asked, paused_since
-from gptfl_dist.ledger.store import ArmRecord, RoundRecord, at_work
 from gptfl_dist.observe.live import Live, LiveSilo, now, read_live
 from gptfl_dist.observe.status import ArmStatus, RoundStatus, SiloStatus, State, Status, Work, ago
 from gptfl_dist.run.arm import best_round, stopped_name, validation_of

@@ -15,7 +15,9 @@ import pytest
 from test_ledger_store import REQUEST, WRITER
 
 from gptfl_dist.errors import ConfigError, StorageError
+from gptfl_dist.ledger.lock import at_work, locked
 from gptfl_dist.ledger.reader import read
+from gptfl_dist.ledger.records import ArmRecord
 from gptfl_dist.ledger.requests import (
     abort_asked,
     ask_to_abort,
@@ -23,7 +25,7 @@ from gptfl_dist.ledger.requests import (
     ask_to_resume,
     paused_since,
 )
-from gptfl_dist.ledger.store import ArmRecord, Ledger, at_work, locked
+from gptfl_dist.ledger.store import Ledger
 
 
 @pytest.fixture
@@ -79,7 +81,7 @@ def test_a_record_in_a_folder_that_cannot_be_written_is_read_and_no_file_is_left
     folder.chmod(0o500)
     program = (
         "import sys; from pathlib import Path; from gptfl_dist.ledger.reader import read\n"
-        "from gptfl_dist.ledger.store import at_work\n"
+        "from gptfl_dist.ledger.lock import at_work\n"
         "print(at_work(Path(sys.argv[1])), read(Path(sys.argv[1]), lambda ledger: len(ledger.arm('gptfl').rounds)))"
     )
     # Root may write anywhere, unless it gives that up.

@@ -13,7 +13,8 @@ from contextlib import closing
 import pytest
 
 from gptfl_dist.errors import ConfigError, StorageError
-from gptfl_dist.ledger.store import CountedUpdate, Ledger
+from gptfl_dist.ledger.records import CountedUpdate
+from gptfl_dist.ledger.store import Ledger
 from gptfl_dist.weights import Layout, WeightsFile
 
 REQUEST = json.dumps({"name": "x", "training": {"epochs": 1}, "silos": ["a", "b"]})

@@ -22,7 +22,8 @@ from gptfl_dist.errors import TrainerError
 from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.federation.orders import Order
-from gptfl_dist.ledger.store import ArmRecord, Ledger, RoundRecord
+from gptfl_dist.ledger.records import ArmRecord, RoundRecord
+from gptfl_dist.ledger.store import Ledger
 from gptfl_dist.observe.live import Standing
 from gptfl_dist.run.arms import run_arms
 from gptfl_dist.run.evaluation import RANDOM_WEIGHTS

@@ -24,7 +24,7 @@ from federated import (
 
 from gptfl_dist.errors import FederationError
 from gptfl_dist.federation.orders import Order
-from gptfl_dist.ledger.store import ArmRecord, CountedUpdate
+from gptfl_dist.ledger.records import ArmRecord, CountedUpdate
 from gptfl_dist.run.arm import validation_of
 from gptfl_dist.run.arms import run_arms
 from gptfl_dist.testing.clock import advance

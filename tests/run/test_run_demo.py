@@ -8,7 +8,7 @@ import pytest
 
 from gptfl_dist.config.load import load_federation
 from gptfl_dist.errors import ConfigError, StorageError
-from gptfl_dist.ledger.store import locked
+from gptfl_dist.ledger.lock import locked
 from gptfl_dist.run.demo import prepare
 from gptfl_dist.run.folder import open_run_folder
 
