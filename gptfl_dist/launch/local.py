@@ -71,7 +71,9 @@ class LocalLauncher:
                     start_new_session=True,
                 )
             except OSError as error:
-                raise LaunchError(f"cannot start {self._name}: {error.strerror}") from None
+                raise LaunchError(
+                    f"cannot start {self._name}: {error.strerror}", hint="check launch in the silo file, and PATH"
+                ) from None
 
     async def state(self) -> JobState:
         assert self._process is not None

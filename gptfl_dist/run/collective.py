@@ -44,6 +44,7 @@ from gptfl_dist.run.world import NAMES, assign, open_world
 from gptfl_dist.security.identity import Identity
 from gptfl_dist.security.session import Session
 
+_TIME_TO_SAY_SO = 3.0  # seconds in which rank 0 ends a job that it cannot begin
 _TIME_TO_END = 3.0  # seconds that a rank's work has to end by itself once another rank is lost
 
 
@@ -63,7 +64,7 @@ def run_world(path: Path, choice: Choice, fresh: bool, say: Callable[[str], None
         raise
     rank, where = collective.rank, f"rank {collective.rank} on {socket.gethostname()}"
     try:
-        ranks = _ranks_of(path, collective.size)
+        ranks = _ranks_of(path, collective)
         if rank == 0:
             open_run_folder(path, fresh)
             say(f"exchange: {NAMES[collective.transport]}, {collective.size} ranks ({choice.why})")
@@ -94,9 +95,18 @@ def _abort(collective: Collective, exit_code: int, *, told: bool = True) -> NoRe
     collective.abort(exit_code)
 
 
-def _ranks_of(path: Path, size: int) -> dict[str, range]:
+def _ranks_of(path: Path, collective: Collective) -> dict[str, range]:
     """The ranks of each silo of the federation file."""
-    file = load_federation(path)
+    try:
+        file = load_federation(path)
+        return _shared_out(file, collective.size)
+    except GptflError:
+        if collective.rank > 0:
+            time.sleep(_TIME_TO_SAY_SO)  # rank 0 says what all of them find wrong, and ends them
+        raise
+
+
+def _shared_out(file: FederationFile, size: int) -> dict[str, range]:
     ranks = assign(list(silo_files(file)), size)
     if file.collective.reduction == "fast" and size > len(ranks) + 1:
         raise LaunchError(
@@ -152,15 +162,16 @@ async def _secured(path: Path, collective: Collective, ranks: Mapping[str, range
     file = load_federation(path)
     if file.collective.trust == "plain":
         return collective
-    from gptfl_dist.exchange.collective.mpi import MpiCollective
-    from gptfl_dist.exchange.collective.tls import TlsCollective
-
-    if not isinstance(collective, MpiCollective) or collective.size != len(ranks) + 1:
+    if collective.transport != "mpi" or collective.size != len(ranks) + 1:
         raise LaunchError(
             f"collective.trust is tls, and this world has {collective.size} ranks of {NAMES[collective.transport]}, "
             f"expected {len(ranks) + 1} of MPI: one coordinator, and one for each silo's certificate",
             hint=f"start it with: mpiexec -n {len(ranks) + 1} gptfl run FILE",
         )
+    from gptfl_dist.exchange.collective.mpi import MpiCollective
+    from gptfl_dist.exchange.collective.tls import TlsCollective
+
+    assert isinstance(collective, MpiCollective)
     if collective.rank == 0:
         credentials = coordinator_credentials(path, file.exchange)
         peers = {its.start: Identity(file.name, "silo", silo) for silo, its in ranks.items()}
@@ -190,7 +201,8 @@ async def _coordinate(
         nonlocal federated
         federated = True
         secured = ", TLS 1.3 with each of them" if load_federation(path).collective.trust == "tls" else ""
-        say(f"{len(ranks)} silos on {collective.size - 1} ranks{secured}")
+        working = collective.size - 1
+        say(f"{len(ranks)} silos on {working} rank{'s' if working > 1 else ''}{secured}")
 
     summary = await coordinate(path, make_exchange=make_exchange, opened=opened, say=say)
     if not federated:  # the run was finished before, or none of its arms needs the silos

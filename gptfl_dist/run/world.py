@@ -10,6 +10,10 @@ from gptfl_dist.exchange.collective.base import Collective
 from gptfl_dist.run.launcher import Wire, mpi_launcher
 
 NAMES = {"mpi": "MPI", "torch": "torch.distributed"}
+_COMMANDS = {
+    Wire.mpi: "mpiexec -n N gptfl run FILE",
+    Wire.torch: "torchrun --nproc-per-node N -m gptfl_dist run FILE",
+}
 
 
 def assign(silos: Sequence[str], ranks: int) -> dict[str, range]:
@@ -44,7 +48,7 @@ def open_world(wire: Wire) -> Collective:
         raise LaunchError(
             f"the {NAMES[collective.transport]} world has {collective.size} rank, expected 2 or more: one coordinator, "
             "and one or more for the silos",
-            hint="start it with: mpiexec -n N gptfl run FILE, where N is best silos + 1",
+            hint=f"start it with: {_COMMANDS[wire]}, where N is best silos + 1",
         )
     return collective
 

@@ -362,3 +362,21 @@ def test_the_launcher_of_a_silo(tmp_path: Path, slurm: SlurmCluster, launch: str
     findings = by_name(check_file(path))
     assert (findings["launcher"].status, findings["launch folder"].status) == (status, "ok")
     assert part in findings["launcher"].found
+
+
+def test_the_launchers_of_a_federations_silos_and_what_fast_does_not_take(tmp_path: Path) -> None:
+    file = tiny_federation(tmp_path, collective={"reduction": "fast"})
+    script = tmp_path / "own.py"
+    script.write_text("import gptfl_dist\n\nsilo = gptfl_dist.join(None)\nsilo.receive()\nsilo.deliver(samples=1)\n")
+    for name, section in (
+        ("silo-1", "launch: {how: mpirun, mpirun: {command: no-mpi}}"),
+        ("silo-2", f"code: {{script: {script}}}"),
+    ):
+        silo = tmp_path / f"{name}.yaml"
+        silo.write_text(silo.read_text() + section + "\n")
+    findings = by_name(check_file(file))
+    assert findings["silo file of silo-1"].status == "failed"
+    assert "no-mpi is not found" in findings["silo file of silo-1"].found
+    assert (findings["fast at silo-1"].status, findings["fast at silo-2"].status) == ("warning", "warning")
+    assert "has launch.how: mpirun" in findings["fast at silo-1"].found
+    assert "has code.script:" in findings["fast at silo-2"].found

@@ -154,6 +154,14 @@ def test_an_error_of_one_rank_ends_the_job_with_its_message(gptfl: Commands, fed
     command.wait_until_gone()
 
 
+def test_what_all_ranks_find_wrong_is_said_once(gptfl: Commands, federation: Make) -> None:
+    mine = federation()
+    mine.path.write_text(mine.path.read_text() + "colective: {reduction: fast}\n")
+    command = gptfl.mpi(5, "run", mine.path)
+    assert command.wait() == 2
+    assert command.stderr.count("the nearest valid key is collective") == 1
+
+
 @pytest.mark.parametrize("launcher", ["mpi", "torch"])
 def test_a_fault_of_ours_on_one_rank_ends_the_job_with_its_traceback(
     gptfl: Commands, federation: Make, launcher: str

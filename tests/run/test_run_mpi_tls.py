@@ -160,3 +160,11 @@ def test_certificates_that_are_not_named_are_asked_for(gptfl: Commands, federati
     assert command.wait() == 2, command.stderr
     assert "is missing" in command.stderr or "are missing" in command.stderr
     assert "Traceback" not in command.stderr
+    assert "cannot reach rank 0" not in command.stderr
+
+
+def test_under_torchrun_it_is_refused(gptfl: Commands, federation: Callable[..., Federation]) -> None:
+    mine = with_tls(federation(), Authority("tiny", valid=timedelta(days=1)))
+    command = gptfl.torch(3, "run", mine.path)
+    assert command.wait() != 0
+    assert "3 ranks of torch.distributed, expected 3 of MPI" in command.stderr

@@ -94,6 +94,7 @@ class Watch:
                     if json.loads(await reader.readline())["token"] == told["token"]:
                         self._hold(0, told["host"], reader, writer)
                         return
+        await asyncio.sleep(_TIME_TO_SAY_SO)  # where rank 0 has ended at once, this rank ends with it meanwhile
         _log.warning(
             "rank %d on %s cannot reach rank 0 at %s:%d; if a rank is killed, the launcher alone can end the job",
             *(self._collective.rank, self._host, told["host"], told["port"]),

@@ -5,14 +5,18 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib.util
+import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from gptfl_dist.config.silo import SiloFile
 from gptfl_dist.errors import (
     IdentityError,
+    LaunchError,
     StorageError,
     TrainerError,
 )
@@ -128,3 +132,22 @@ def _imported(nodes: Iterable[ast.AST]) -> Iterable[str]:
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             yield node.module.split(".")[0]
+
+
+def launcher_found(silo: SiloFile) -> str:
+    """Whether the launcher is here; of a Slurm job, whether it would be taken, and when it could start."""
+    launch = silo.launch
+    if launch.how == "torchrun":
+        return f"torchrun with {launch.torchrun.processes} processes"
+    program = launch.mpirun.command if launch.how == "mpirun" else "sbatch"
+    if (found := shutil.which(program)) is None:
+        raise LaunchError(f"{program} is not found on this machine", hint="check launch in the silo file, and PATH")
+    if launch.how == "mpirun":
+        return f"{found} with {launch.mpirun.ranks} ranks"
+    asked = subprocess.run(
+        [found, "--test-only", *launch.slurm.options, "--wrap=true"], capture_output=True, text=True, check=False
+    )
+    said = asked.stderr.strip().removeprefix("sbatch: ")
+    if asked.returncode != 0:
+        raise LaunchError(f"sbatch would refuse the job: {said}", hint="see launch.slurm.options in the silo file")
+    return said

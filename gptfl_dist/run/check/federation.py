@@ -32,6 +32,7 @@ from gptfl_dist.run.check.common import (
     check_credentials,
     code_beside,
     host_names,
+    launcher_found,
     nearest,
     parse_script,
     valid_until,
@@ -67,6 +68,8 @@ def check_federation(checks: Checklist, path: Path, file: FederationFile) -> Non
         if silo_path is not None:
             checks.run(f"silo file of {entry.name}", lambda e=entry, p=silo_path: _silo_file(path, file, e, p))  # type: ignore[misc]
             checks.run(f"training of {entry.name}", lambda e=entry, p=silo_path: _silo_training(path, file, e, p))  # type: ignore[misc]
+            if file.collective.reduction == "fast":
+                checks.run(f"fast at {entry.name}", lambda p=silo_path: _trains_in_its_rank(p))  # type: ignore[misc]
             if file.collective.trust == "tls":
                 checks.run(f"credentials of {entry.name}", lambda e=entry, p=silo_path: _silo_credentials(file, e, p))  # type: ignore[misc]
     checks.run("silo files", lambda: _silo_entries(file))
@@ -337,7 +340,23 @@ def _silo_file(path: Path, file: FederationFile, entry: SiloEntry, silo_path: Pa
             f"{rounds_planned(file)} rounds of training in all its arms and trials",
             hint="lower federation.rounds, or ask the silo's operator",
         )
+    if silo.launch.how != "child":
+        return f"{silo_path} fits, launcher: {launcher_found(silo)}"
     return f"{silo_path} fits"
+
+
+def _trains_in_its_rank(silo_path: Path) -> str:
+    """Whether a silo can take part where the MPI sums the updates."""
+    silo = load_silo(silo_path)
+    wrong = f"launch.how: {silo.launch.how}" if silo.launch.how != "child" else ""
+    if silo.code is not None and silo.code.script is not None:
+        wrong = f"code.script: {silo.code.script}"
+    if wrong:
+        raise Doubt(
+            f"collective.reduction is fast, in which a silo trains in its rank, and {silo_path} has {wrong}",
+            "mpiexec and torchrun would be refused; set collective.reduction to exact",
+        )
+    return "trains in its rank"
 
 
 def _silo_training(path: Path, file: FederationFile, entry: SiloEntry, silo_path: Path) -> str:

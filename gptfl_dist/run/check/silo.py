@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import subprocess
 from pathlib import Path
 
 from gptfl_dist.config.silo import Coordinator, SiloFile
-from gptfl_dist.errors import LaunchError
 from gptfl_dist.launch.start import launch_folder
 from gptfl_dist.run.check.common import (
     check_credentials,
     code_beside,
+    launcher_found,
     parse_script,
     valid_until,
     writable,
@@ -30,7 +28,7 @@ def check_silo(checks: Checklist, path: Path, silo: SiloFile) -> None:
     checks.run("work folder", lambda: writable(work))
     if silo.launch.how != "child":
         checks.run("launch folder", lambda: writable(launch_folder(silo, work)))
-        checks.run("launcher", lambda: _launcher(silo))
+        checks.run("launcher", lambda: launcher_found(silo))
     side = silo.coordinator
     if side is None:
         checks.run("coordinator", lambda: "none named: this silo runs under gptfl run or mpiexec alone")
@@ -70,25 +68,6 @@ def _silo_code(path: Path, silo: SiloFile) -> str:
         for setting, source in sources:
             import_function(source, setting)
     return f"{', '.join(source for _, source in sources)} can be imported"
-
-
-def _launcher(silo: SiloFile) -> str:
-    """Whether the launcher is here; of a Slurm job, whether it would be taken, and when it could start."""
-    launch = silo.launch
-    if launch.how == "torchrun":
-        return f"torchrun with {launch.torchrun.processes} processes"
-    program = launch.mpirun.command if launch.how == "mpirun" else "sbatch"
-    if (found := shutil.which(program)) is None:
-        raise LaunchError(f"{program} is not found on this machine", hint="check launch in the silo file, and PATH")
-    if launch.how == "mpirun":
-        return f"{found} with {launch.mpirun.ranks} ranks"
-    asked = subprocess.run(
-        [found, "--test-only", *launch.slurm.options, "--wrap=true"], capture_output=True, text=True, check=False
-    )
-    said = asked.stderr.strip().removeprefix("sbatch: ")
-    if asked.returncode != 0:
-        raise LaunchError(f"sbatch would refuse the job: {said}", hint="see launch.slurm.options in the silo file")
-    return said
 
 
 def _silo_credentials(silo: SiloFile, side: Coordinator) -> str:
