@@ -153,6 +153,8 @@ def _pretrain(file: FederationFile, folder: Path, title: str, group: Group) -> d
     facts, weights = file.run_folder / PRETRAINED_FACTS, file.run_folder / PRETRAINED_WEIGHTS
     known = _known(facts, weights, request) if group.leader else None
     if group.tell({"known": known is not None} if group.leader else None)["known"]:
+        if group.leader:
+            print(f"{title}: {weights} is there and is reused", file=sys.stderr, flush=True)
         return known or {}
     data = _images(file, selection)
     sys.path.insert(0, str(folder.absolute()))

@@ -26,15 +26,17 @@ def shape_federation(folder: Path, per_label: int, **synthesis: object) -> Path:
     )
 
 
-def test_pretrained_weights_are_reused_while_they_are_whole(tmp_path: Path) -> None:
+def test_pretrained_weights_are_reused_while_they_are_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = shape_federation(tmp_path, 8)
     shape_set(tmp_path / "synthetic", per_label=8)
     file = load_federation(path)
     first = pretrain(file, tmp_path)
     weights = file.run_folder / "pretrained.safetensors"
     whole, written = weights.read_bytes(), weights.stat().st_mtime_ns
+    assert "is reused" not in capsys.readouterr().err
     assert pretrain(file, tmp_path) == first
     assert weights.stat().st_mtime_ns == written
+    assert f"pretrain: {weights} is there and is reused" in capsys.readouterr().err
 
     for damaged in (whole[:-4] + b"\0\0\0\1", whole[:-4], b""):
         weights.write_bytes(damaged)
