@@ -303,7 +303,7 @@ def test_a_rank_of_a_silos_trainer_that_is_killed_is_started_again_with_the_othe
     mine = federation()
     command = gptfl.mpi(4, "run", mine.path)  # two ranks for silo-1
     log = mine.run_folder / "silos" / "silo-1" / "trainer.log"
-    wait_for(lambda: log.exists() and log.read_text().count("round 2: ") == 2)
+    wait_for(lambda: log.exists() and log.read_text().count("round 2: ") >= 2)
     helper = next(
         int(process.name)
         for process in Path("/proc").glob("[0-9]*")
