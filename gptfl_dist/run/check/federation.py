@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,12 +67,12 @@ def check_federation(checks: Checklist, path: Path, file: FederationFile) -> Non
     for entry in file.silos:
         silo_path = entry.file
         if silo_path is not None:
-            checks.run(f"silo file of {entry.name}", lambda e=entry, p=silo_path: _silo_file(path, file, e, p))  # type: ignore[misc]
-            checks.run(f"training of {entry.name}", lambda e=entry, p=silo_path: _silo_training(path, file, e, p))  # type: ignore[misc]
+            checks.run(f"silo file of {entry.name}", partial(_silo_file, path, file, entry, silo_path))
+            checks.run(f"training of {entry.name}", partial(_silo_training, path, file, entry, silo_path))
             if file.collective.reduction == "fast":
-                checks.run(f"fast at {entry.name}", lambda p=silo_path: _trains_in_its_rank(p))  # type: ignore[misc]
+                checks.run(f"fast at {entry.name}", partial(_trains_in_its_rank, silo_path))
             if file.collective.trust == "tls":
-                checks.run(f"credentials of {entry.name}", lambda e=entry, p=silo_path: _silo_credentials(file, e, p))  # type: ignore[misc]
+                checks.run(f"credentials of {entry.name}", partial(_silo_credentials, file, entry, silo_path))
     checks.run("silo files", lambda: _silo_entries(file))
     checks.run("credentials", lambda: _coordinator_credentials(file))
     checks.run("exchange.listen", lambda: _listen(file.exchange.listen))
