@@ -36,7 +36,8 @@ def deterministic(seed: int, threads: int) -> None:
     # cuBLAS repeats itself only with a fixed workspace, which it reads when its first handle is made.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Some CUDA kernels (adaptive pooling backwards) have no repeatable form: a warning, for refusing to train is worse.
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # torch.use_deterministic_algorithms does the same, and loads torch's compiler: a second and 80 MB.
+    torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     torch.manual_seed(seed)

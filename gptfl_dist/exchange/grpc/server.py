@@ -36,6 +36,7 @@ from gptfl_dist.exchange.buffers import keep_buffers
 from gptfl_dist.exchange.grpc import convert, frames
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
 from gptfl_dist.exchange.grpc.options import WIDEST, line_options
+from gptfl_dist.exchange.grpc.shared import SharedFrames
 from gptfl_dist.exchange.inbox import Busy, Inbox, Refused, Superseded
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.security.authority import Credentials
@@ -90,6 +91,7 @@ class GrpcCoordinatorExchange:
         self._welcome: Welcome | None = None
         self._server: grpc.aio.Server | None = None
         self._packed = False  # whether chunks are
+        self._frames = SharedFrames(self._chunk, packed=False)
         self._closing = False
         self._checks: set[asyncio.Task[pb.Receipt]] = set()
 
@@ -98,6 +100,7 @@ class GrpcCoordinatorExchange:
         keep_buffers()
         self._welcome = welcome
         self._packed = welcome.plan.compression.lossless == "zstd"
+        self._frames = SharedFrames(self._chunk, packed=self._packed)
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", UPLOAD_CHUNK + frames.MAX_OVERHEAD),
@@ -260,15 +263,10 @@ class GrpcCoordinatorExchange:
             )
         if request.offset > weights.nbytes:
             await context.abort(grpc.StatusCode.OUT_OF_RANGE, f"the weights end at byte {weights.nbytes}")
-        packed, width = self._packed, frames.width_of(weights.layout)
         for offset in range(request.offset, weights.nbytes, self._chunk):
             if self._closing or weights.closed or self._published.get(request.digest) is not weights:
                 await context.abort(grpc.StatusCode.ABORTED, "the weights are not handed out any more")
-            carried = min(self._chunk, weights.nbytes - offset)
-            if packed:
-                frame, carried = frames.pack_chunk(offset, weights.read(offset, carried), width)
-            else:
-                frame = frames.read_chunk(weights, offset, carried)
+            frame, carried = self._frames.frame(request.digest, weights, offset)
             yield frame
             self.traffic.down += carried
 
