@@ -100,7 +100,7 @@ def save_credentials(folder: Path, federation: str, silos: int) -> None:
     """A set of certificates a side, in `coordinator` and `silo-1`, `silo-2` ... of a folder."""
     from gptfl_dist.security.authority import Authority
 
-    authority = Authority(federation, valid=timedelta(days=1))
+    authority = Authority.new(federation, valid=timedelta(days=1))
     authority.issue_coordinator(["127.0.0.1", "localhost"]).save(folder / "coordinator")
     for number in range(1, silos + 1):
         authority.issue_silo(f"silo-{number}").save(folder / f"silo-{number}")

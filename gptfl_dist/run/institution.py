@@ -78,7 +78,7 @@ def make_credentials(path: Path, hosts: list[str], out: Path, days: int) -> list
     file = load_federation(path)
     if out.exists() and any(out.iterdir()):
         raise StorageError(f"{out} is not empty", hint="name another folder with --out, or move the old sets away")
-    authority = Authority(file.name, valid=timedelta(days=days))
+    authority = Authority.new(file.name, valid=timedelta(days=days))
     authority.issue_coordinator(hosts).save(out / "coordinator")
     for silo in file.silos:
         authority.issue_silo(silo.name).save(out / silo.name)

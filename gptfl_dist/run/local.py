@@ -42,7 +42,7 @@ async def run_locally(path: Path, say: Callable[[str], None]) -> Summary:
         if silo.name != name:
             raise ConfigError(f"{silo_file}: name is {silo.name}, {path} expects {name}")
         require_data(silo)  # the trainer would find out only after synthesis and pre-training
-    authority = Authority(file.name, valid=_VALID)
+    authority = Authority.new(file.name, valid=_VALID)
     with ExitStack() as stops:
         children: list[Child] = []
         watchers: list[asyncio.Task[None]] = []

@@ -1,6 +1,11 @@
-"""A certificate authority for one federation: ECDSA P-256, short-lived, one URI a certificate.
+"""The authority of one federation: ECDSA P-256, short-lived certificates, one URI in each.
 
-`gptfl run` makes one for the run and forgets its key; `gptfl credentials` makes one and hands out a folder a side.
+A root, which all sides trust, signs an issuing certificate; the issuing key signs those of the coordinator and the
+silos. So the root's key is needed only to replace the issuing one, and may lie elsewhere in the meantime. A side shows
+its own certificate with the issuing one behind it.
+
+`gptfl run` makes an authority for the run and forgets its keys, `gptfl credentials` makes one and hands out a folder a
+side, `gptfl authority` keeps one in a folder (`security/vault.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -19,12 +25,16 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from gptfl_dist.files import write_file
 from gptfl_dist.security.identity import Identity
 
-_SKEW = timedelta(minutes=5)  # clocks of two institutions differ
+SKEW = timedelta(minutes=5)
+"""How far the clocks of two institutions may differ: certificates hold from so long ago."""
+
+_ROOT_VALID = timedelta(days=3650)
+_ISSUING_VALID = timedelta(days=730)
 
 
 @dataclass(frozen=True)
 class Credentials:
-    """What one side needs for mutual TLS, as PEM: the authority it trusts, its certificate, its private key."""
+    """What one side needs for mutual TLS, as PEM: the roots it trusts, its certificate with its chain, its key."""
 
     authority: bytes
     certificate: bytes
@@ -33,31 +43,34 @@ class Credentials:
     def save(self, folder: Path) -> None:
         """Writes authority.pem, certificate.pem and key.pem, each 0600 in a folder of 0700."""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for name, content in (("authority", self.authority), ("certificate", self.certificate), ("key", self.key)):
+        # The key first: a crash between two files leaves a pair that is told as one that does not match.
+        for name, content in (("key", self.key), ("authority", self.authority), ("certificate", self.certificate)):
             write_file(folder / f"{name}.pem", content)
 
 
 class Authority:
-    """Signs certificates for one federation. The key lives in this object only."""
+    """Signs certificates for one federation."""
 
-    def __init__(self, federation: str, *, valid: timedelta) -> None:
+    def __init__(
+        self, federation: str, *, roots: bytes, chain: bytes, key: ec.EllipticCurvePrivateKey, valid: timedelta
+    ) -> None:
+        """`roots` is what all sides trust, `chain` the issuing certificate and any between it and a root, as PEM;
+        `key` is the issuing one. Certificates hold for `valid`.
+        """
         self.federation = federation
+        self.roots = roots
+        self._chain = chain
+        self._issuing = x509.load_pem_x509_certificate(chain)
+        self._key = key
         self._valid = valid
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"gptfl {federation} authority"[:64])])
-        key_usage = _key_usage(sign=False, certificates=True)
-        builder = self._builder(name, name, self._key.public_key())
-        self._certificate = (
-            builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(key_usage, critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
-            .sign(self._key, hashes.SHA256())
-        )
 
-    @property
-    def certificate(self) -> bytes:
-        """The authority's own certificate, PEM."""
-        return self._certificate.public_bytes(serialization.Encoding.PEM)
+    @classmethod
+    def new(cls, federation: str, *, valid: timedelta) -> Self:
+        """One whose keys live in this object only."""
+        root_key, key = new_key(), new_key()
+        root = make_root(federation, root_key)
+        chain = make_issuing(federation, key.public_key(), root, root_key)
+        return cls(federation, roots=root, chain=chain, key=key, valid=valid)
 
     def issue_coordinator(self, hosts: Iterable[str]) -> Credentials:
         """Credentials of the coordinator, reachable under these host names and addresses. It can serve only."""
@@ -67,18 +80,29 @@ class Authority:
                 names.append(x509.IPAddress(ipaddress.ip_address(host)))
             except ValueError:
                 names.append(x509.DNSName(host))
+        key = new_key()
         identity = Identity(self.federation, "coordinator", "coordinator")
-        return self._issue(identity, names, ExtendedKeyUsageOID.SERVER_AUTH)
+        return self._with_key(self._sign(key.public_key(), identity, names, ExtendedKeyUsageOID.SERVER_AUTH), key)
 
     def issue_silo(self, name: str) -> Credentials:
-        """Credentials of a silo. They can dial only."""
-        return self._issue(Identity(self.federation, "silo", name), [], ExtendedKeyUsageOID.CLIENT_AUTH)
+        """Credentials of a silo, its key included. They can dial only."""
+        key = new_key()
+        return self._with_key(self.sign_silo(name, key.public_key()), key)
 
-    def _issue(self, identity: Identity, names: list[x509.GeneralName], usage: x509.ObjectIdentifier) -> Credentials:
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, identity.name[:64])])
+    def sign_silo(self, name: str, public_key: ec.EllipticCurvePublicKey) -> bytes:
+        """The certificate of a silo for a key of its own, with its chain, PEM."""
+        return self._sign(public_key, Identity(self.federation, "silo", name), [], ExtendedKeyUsageOID.CLIENT_AUTH)
+
+    def _sign(
+        self,
+        public_key: ec.EllipticCurvePublicKey,
+        identity: Identity,
+        names: list[x509.GeneralName],
+        usage: x509.ObjectIdentifier,
+    ) -> bytes:
+        subject = _common_name(identity.name)
         certificate = (
-            self._builder(subject, self._certificate.subject, key.public_key())
+            _builder(subject, self._issuing.subject, public_key, self._valid)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(sign=True, certificates=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=True)
@@ -88,27 +112,71 @@ class Authority:
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
             .sign(self._key, hashes.SHA256())
         )
-        return Credentials(
-            authority=self.certificate,
-            certificate=certificate.public_bytes(serialization.Encoding.PEM),
-            key=key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            ),
-        )
+        return certificate.public_bytes(serialization.Encoding.PEM) + self._chain
 
-    def _builder(
-        self, subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey
-    ) -> x509.CertificateBuilder:
-        now = datetime.now(UTC)
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(issuer)
-            .public_key(public_key)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - _SKEW)
-            .not_valid_after(now + self._valid)
-        )
+    def _with_key(self, certificate: bytes, key: ec.EllipticCurvePrivateKey) -> Credentials:
+        return Credentials(self.roots, certificate, key_bytes(key))
+
+
+def new_key() -> ec.EllipticCurvePrivateKey:
+    """A private key on P-256."""
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def key_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A private key as PEM, not encrypted."""
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def make_root(federation: str, key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A root certificate for its own key, PEM."""
+    name = _common_name(f"gptfl {federation} root")
+    certificate = _authority_builder(name, name, key.public_key(), _ROOT_VALID, below=1).sign(key, hashes.SHA256())
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def make_issuing(
+    federation: str, public_key: ec.EllipticCurvePublicKey, root: bytes, root_key: ec.EllipticCurvePrivateKey
+) -> bytes:
+    """An issuing certificate below a root, PEM."""
+    issuer = x509.load_pem_x509_certificate(root)
+    builder = _authority_builder(
+        _common_name(f"gptfl {federation} issuing"), issuer.subject, public_key, _ISSUING_VALID, below=0
+    ).add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(root_key.public_key()), critical=False)
+    return builder.sign(root_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def _authority_builder(
+    subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey, valid: timedelta, *, below: int
+) -> x509.CertificateBuilder:
+    """Of a certificate that may sign others, with `below` more of its kind beneath it."""
+    return (
+        _builder(subject, issuer, public_key, valid)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=below), critical=True)
+        .add_extension(_key_usage(sign=False, certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+    )
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey, valid: timedelta
+) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public_key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - SKEW)
+        .not_valid_after(now + valid)
+    )
+
+
+def _common_name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text[:64])])
 
 
 def _key_usage(*, sign: bool, certificates: bool) -> x509.KeyUsage:

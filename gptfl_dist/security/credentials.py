@@ -6,6 +6,7 @@ import os
 import ssl
 import stat
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 from cryptography import x509
@@ -28,36 +29,30 @@ def load_credentials(
     `section` is that of the federation or silo file which names them, None where they were found another way.
 
     Raises IdentityError where a file is missing, unreadable or open to others, where key and certificate do not
-    belong together, where the authority did not sign the certificate, or where one of the two is not valid now.
+    belong together, where no root of the authority signed the certificate, through those that stand behind it in its
+    file, or where one of them is not valid now.
     """
     named = {"authority": authority, "certificate": certificate, "key": key}
     pem = {path: _read(path, f"{section}.{name}: " if section else "") for name, path in named.items()}
     mode = stat.S_IMODE(key.stat().st_mode)
     if mode & 0o077:
         raise IdentityError(f"{key}: others may read this private key (mode {mode:04o})", hint=f"chmod 600 {key}")
-    try:
-        own = x509.load_pem_x509_certificate(pem[certificate])
-    except _UNREADABLE:
-        raise IdentityError(f"{certificate}: not a PEM certificate", hint=_HINT) from None
-    try:
-        issuer = x509.load_pem_x509_certificate(pem[authority])
-    except _UNREADABLE:
-        raise IdentityError(f"{authority}: not a PEM certificate", hint=_HINT) from None
+    chain, roots = (_certificates(pem[path], path) for path in (certificate, authority))
     try:
         private = serialization.load_pem_private_key(pem[key], password=None)
-        own_key = own.public_key()
+        own_key = chain[0].public_key()
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise IdentityError(f"{key}: not an unencrypted PEM private key", hint=_HINT) from None
     if private.public_key() != own_key:
         raise IdentityError(f"{key} is not the key of {certificate}", hint="name the pair that was issued together")
-    try:
-        own.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature):
+    root = next((root for root in roots if _issued(chain, root)), None)
+    if root is None:
         raise IdentityError(
             f"{certificate} was not issued by {authority}", hint="ask the coordinator's operator for a matching set"
-        ) from None
-    check_dates(pem[certificate], str(certificate))
-    check_dates(pem[authority], str(authority))
+        )
+    for each in chain:
+        _check_dates(each, str(certificate))
+    _check_dates(root, str(authority))
     return Credentials(pem[authority], pem[certificate], pem[key]), identity_in(pem[certificate], str(certificate))
 
 
@@ -76,7 +71,10 @@ def identity_in(certificate: bytes, name: str) -> Identity:
 
 def check_dates(certificate: bytes, name: str) -> None:
     """Raises IdentityError where a PEM certificate is not valid now; `name` is what the message calls it."""
-    read = x509.load_pem_x509_certificate(certificate)
+    _check_dates(x509.load_pem_x509_certificate(certificate), name)
+
+
+def _check_dates(read: x509.Certificate, name: str) -> None:
     now = datetime.now(UTC)
     if not read.not_valid_before_utc <= now <= read.not_valid_after_utc:
         raise IdentityError(
@@ -101,6 +99,23 @@ def tls_context(credentials: Credentials, *, server: bool) -> ssl.SSLContext:
     if server:
         context.num_tickets = 0  # no session is resumed
     return context
+
+
+def _certificates(pem: bytes, path: Path) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(pem)
+    except _UNREADABLE:
+        raise IdentityError(f"{path}: not a PEM certificate", hint=_HINT) from None
+
+
+def _issued(chain: list[x509.Certificate], root: x509.Certificate) -> bool:
+    """Whether each certificate was signed by the one behind it, and the last by the root."""
+    try:
+        for certificate, issuer in pairwise([*chain, root]):
+            certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature):
+        return False
+    return True
 
 
 def _read(path: Path, setting: str) -> bytes:

@@ -26,7 +26,7 @@ PLAN = Plan(federation="fed", seed=1, labels=["cat", "dog"], task=Task(), model=
 TRAINING = LocalTraining(
     epochs=1, batch_size=8, learning_rate=0.1, momentum=0.0, weight_decay=0.0, augmentation=False, threads=1
 )
-AUTHORITY = Authority("fed", valid=timedelta(days=1))
+AUTHORITY = Authority.new("fed", valid=timedelta(days=1))
 COORDINATOR = AUTHORITY.issue_coordinator([HOST])
 SILOS = {name: AUTHORITY.issue_silo(name) for name in ("alice", "bob")}
 SMALL = Layout.of([("b", (7,), "F16"), ("w", (1000,), "F32")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import os
 import socket
 import ssl
@@ -25,8 +26,8 @@ from gptfl_dist.exchange.grpc.client import GrpcSiloExchange
 from gptfl_dist.exchange.grpc.server import SERVICE
 from gptfl_dist.security.authority import Authority, Credentials
 
-OTHER = Authority("other", valid=timedelta(days=1))
-FORGED = Authority("fed", valid=timedelta(days=1))
+OTHER = Authority.new("other", valid=timedelta(days=1))
+FORGED = Authority.new("fed", valid=timedelta(days=1))
 
 
 async def refusal(port: int, credentials: Credentials = SILOS["alice"], host: str = HOST) -> Exception:
@@ -46,7 +47,7 @@ async def refusal(port: int, credentials: Credentials = SILOS["alice"], host: st
     [
         OTHER.issue_silo("alice"),
         FORGED.issue_silo("alice"),
-        Credentials(FORGED.certificate, SILOS["alice"].certificate, SILOS["alice"].key),
+        Credentials(FORGED.roots, SILOS["alice"].certificate, SILOS["alice"].key),
     ],
     ids=["another federation", "same name, another authority", "wrong authority file"],
 )
@@ -68,7 +69,7 @@ async def test_a_coordinator_that_our_authority_did_not_sign_ends_the_silo(tmp_p
 @in_loop
 async def test_a_certificate_that_the_coordinator_does_not_take_is_no_silo(tmp_path, intruder):
     async with World(tmp_path) as world:
-        error = await refusal(world.server.port, Credentials(AUTHORITY.certificate, intruder.certificate, intruder.key))
+        error = await refusal(world.server.port, Credentials(AUTHORITY.roots, intruder.certificate, intruder.key))
         # TLS 1.3 gives the silo no word of it, so it cannot be told from a coordinator that stops.
         assert isinstance(error, Disconnected)
         assert f"{HOST}:{world.server.port} hangs up after the TLS handshake" in str(error)
@@ -86,8 +87,7 @@ async def test_a_silo_that_the_federation_file_does_not_name_is_told_so(tmp_path
 @in_loop
 async def test_a_silo_of_another_federation_under_the_same_authority_is_refused(tmp_path):
     async with World(tmp_path) as world:
-        authority = Authority("fed", valid=timedelta(days=1))
-        authority._key, authority._certificate = AUTHORITY._key, AUTHORITY._certificate
+        authority = copy.copy(AUTHORITY)
         authority.federation = "neighbour"
         error = await refusal(world.server.port, authority.issue_silo("alice"))
         assert type(error) is IdentityError
@@ -135,8 +135,8 @@ async def test_a_coordinator_of_another_address_ends_the_silo(tmp_path):
 
 @in_loop
 async def test_certificates_that_are_out_of_date_end_the_silo(tmp_path):
-    late = Authority("fed", valid=timedelta(seconds=-10))
-    late._key, late._certificate = AUTHORITY._key, AUTHORITY._certificate
+    late = copy.copy(AUTHORITY)
+    late._valid = timedelta(seconds=-10)
     async with World(tmp_path) as world:
         error = await refusal(world.server.port, late.issue_silo("alice"))
         assert type(error) is IdentityError
@@ -151,7 +151,7 @@ async def test_certificates_that_are_out_of_date_end_the_silo(tmp_path):
 @in_loop
 async def test_nobody_gets_in_without_a_certificate(tmp_path):
     async with World(tmp_path) as world:
-        secrets = grpc.ssl_channel_credentials(AUTHORITY.certificate)
+        secrets = grpc.ssl_channel_credentials(AUTHORITY.roots)
         async with grpc.aio.secure_channel(f"{HOST}:{world.server.port}", secrets) as channel:
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await channel.unary_unary(f"/{SERVICE}/OpenUpload")(b"")
@@ -322,7 +322,7 @@ async def test_a_certificate_that_is_refused_aloud_ends_the_silo(tmp_path):
     context.verify_mode = ssl.CERT_REQUIRED
 
     intruder = FORGED.issue_silo("alice")
-    credentials = Credentials(AUTHORITY.certificate, intruder.certificate, intruder.key)
+    credentials = Credentials(AUTHORITY.roots, intruder.certificate, intruder.key)
     with socket.create_server((HOST, 0)) as listener:
         serving = asyncio.create_task(asyncio.to_thread(refuse_two, context, listener))
         error = await refusal(listener.getsockname()[1], credentials)

@@ -170,7 +170,7 @@ def _handshake(data: bytes) -> None:
 
 @cache
 def _credentials() -> tuple[Credentials, Credentials]:
-    authority = Authority("fed", valid=timedelta(days=1))
+    authority = Authority.new("fed", valid=timedelta(days=1))
     return authority.issue_coordinator(["localhost"]), authority.issue_silo("silo-1")
 
 
@@ -213,7 +213,7 @@ def _lines() -> list[bytes]:
 
 
 def _certificates() -> list[bytes]:
-    authority = Authority("fed", valid=timedelta(days=1))
+    authority = Authority.new("fed", valid=timedelta(days=1))
     return [authority.issue_silo("silo-1").certificate, authority.issue_coordinator(["localhost"]).certificate]
 
 

@@ -32,7 +32,7 @@ from gptfl_dist.run.silo import Silo
 from gptfl_dist.security.authority import Authority
 from gptfl_dist.weights import Layout, WeightsFile, write_weights
 
-_AUTHORITY = Authority("fed", valid=timedelta(days=1))
+_AUTHORITY = Authority.new("fed", valid=timedelta(days=1))
 _HOST = "127.0.0.1"
 _ROUNDS = 3
 _ATTACKED = 2  # the round in which the intruder does not behave

@@ -214,9 +214,9 @@ def silo_file(folder: Path, address: str) -> Path:
 
 
 def test_a_silo_that_reaches_its_coordinator(tmp_path: Path) -> None:
-    authority = Authority("tiny", valid=timedelta(days=30))
+    authority = Authority.new("tiny", valid=timedelta(days=30))
     save(authority, tmp_path)
-    with serving(authority.issue_coordinator(["127.0.0.1"]), authority.certificate) as port:
+    with serving(authority.issue_coordinator(["127.0.0.1"]), authority.roots) as port:
         findings = by_name(check_file(silo_file(tmp_path, f"127.0.0.1:{port}")))
     assert [(f.checked, f.found) for f in findings.values() if f.status != "ok"] == []
     assert findings["data"].found == "24 images can be read: links 12, right 12"
@@ -224,14 +224,14 @@ def test_a_silo_that_reaches_its_coordinator(tmp_path: Path) -> None:
 
 
 def test_a_silo_whose_coordinator_is_not_the_one_it_trusts(tmp_path: Path) -> None:
-    authority = Authority("tiny", valid=timedelta(days=30))
-    stranger = Authority("tiny", valid=timedelta(days=30))
+    authority = Authority.new("tiny", valid=timedelta(days=30))
+    stranger = Authority.new("tiny", valid=timedelta(days=30))
     save(authority, tmp_path)
     own = authority.issue_coordinator(["127.0.0.1"])
     cases: list[tuple[Credentials | None, bytes, str, str]] = [
-        (stranger.issue_coordinator(["127.0.0.1"]), stranger.certificate, "127.0.0.1", "not one to trust"),
-        (own, authority.certificate, "localhost", "not one to trust: Hostname mismatch"),
-        (own, stranger.certificate, "127.0.0.1", "certificate"),  # it takes only certificates of another authority
+        (stranger.issue_coordinator(["127.0.0.1"]), stranger.roots, "127.0.0.1", "not one to trust"),
+        (own, authority.roots, "localhost", "not one to trust: Hostname mismatch"),
+        (own, stranger.roots, "127.0.0.1", "certificate"),  # it takes only certificates of another authority
         (None, b"", "127.0.0.1", "speaks no TLS"),
     ]
     for credentials, clients, host, part in cases:
@@ -242,7 +242,7 @@ def test_a_silo_whose_coordinator_is_not_the_one_it_trusts(tmp_path: Path) -> No
 
 
 def test_a_coordinator_that_is_not_there(tmp_path: Path) -> None:
-    save(Authority("tiny", valid=timedelta(days=30)), tmp_path)
+    save(Authority.new("tiny", valid=timedelta(days=30)), tmp_path)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         port = silent.getsockname()[1]
@@ -258,31 +258,31 @@ def test_a_coordinator_that_is_not_there(tmp_path: Path) -> None:
 
 
 def expired(folder: Path) -> str:
-    save(Authority("tiny", valid=timedelta(minutes=-1)), folder)
+    save(Authority.new("tiny", valid=timedelta(minutes=-1)), folder)
     return "valid 2"
 
 
 def readable_by_others(folder: Path) -> str:
-    save(Authority("tiny", valid=timedelta(days=30)), folder)
+    save(Authority.new("tiny", valid=timedelta(days=30)), folder)
     (folder / "set" / "key.pem").chmod(0o640)
     return "others may read this private key (mode 0640)"
 
 
 def of_another_silo(folder: Path) -> str:
-    save(Authority("tiny", valid=timedelta(days=30)), folder, "silo-2")
+    save(Authority.new("tiny", valid=timedelta(days=30)), folder, "silo-2")
     return "gptfl://tiny/silo/silo-2, expected the silo silo-1"
 
 
 def without_a_key(folder: Path) -> str:
-    save(Authority("tiny", valid=timedelta(days=30)), folder)
+    save(Authority.new("tiny", valid=timedelta(days=30)), folder)
     (folder / "set" / "key.pem").unlink()
     return f"coordinator.key: {folder / 'set' / 'key.pem'}: No such file"
 
 
 def of_two_makings(folder: Path) -> str:
-    save(Authority("tiny", valid=timedelta(days=30)), folder)
+    save(Authority.new("tiny", valid=timedelta(days=30)), folder)
     key = folder / "set" / "key.pem"
-    key.write_bytes(Authority("tiny", valid=timedelta(days=30)).issue_silo("silo-1").key)
+    key.write_bytes(Authority.new("tiny", valid=timedelta(days=30)).issue_silo("silo-1").key)
     return f"{key} is not the key of"
 
 

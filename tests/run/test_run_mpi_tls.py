@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -19,7 +20,7 @@ MODEL = "models/fedavg_random-final.safetensors"
 
 def with_tls(federation: Federation, authority: Authority | None = None) -> Federation:
     """The same with `collective.trust: tls`, and a set of certificates for each side, named in its file."""
-    authority = authority or Authority("tiny", valid=timedelta(days=1))
+    authority = authority or Authority.new("tiny", valid=timedelta(days=1))
     give(federation, federation.path, "exchange", authority.issue_coordinator(["localhost"]))
     for silo in federation.silos:
         give(federation, federation.folder / f"{silo}.yaml", "coordinator", authority.issue_silo(silo))
@@ -104,7 +105,7 @@ def test_a_tap_on_what_is_sent_shows_weights_and_updates_unless_there_is_tls(
 
 
 def shown(folder: Path, authority: Authority, credentials: Credentials) -> str:
-    Credentials(authority.certificate, credentials.certificate, credentials.key).save(folder)
+    Credentials(authority.roots, credentials.certificate, credentials.key).save(folder)
     return str(folder)
 
 
@@ -120,12 +121,12 @@ def shown(folder: Path, authority: Authority, credentials: Credentials) -> str:
 def test_a_rank_with_the_wrong_certificate_ends_the_job(
     gptfl: Commands, federation: Callable[..., Federation], tmp_path: Path, rank: int, whose: str, said: str
 ) -> None:
-    authority = Authority("tiny", valid=timedelta(days=1))
-    late = Authority("tiny", valid=timedelta(seconds=-10))
-    late._key, late._certificate = authority._key, authority._certificate
+    authority = Authority.new("tiny", valid=timedelta(days=1))
+    late = copy.copy(authority)
+    late._valid = timedelta(seconds=-10)
     issued = {
         "another silo": authority.issue_silo("silo-1"),
-        "another authority": Authority("tiny", valid=timedelta(days=1)).issue_silo("silo-2"),
+        "another authority": Authority.new("tiny", valid=timedelta(days=1)).issue_silo("silo-2"),
         "expired": late.issue_silo("silo-2"),
         "a silo": authority.issue_silo("silo-1"),
     }
@@ -144,7 +145,7 @@ def test_a_rank_with_the_wrong_certificate_ends_the_job(
 def test_a_silo_file_that_names_another_silos_certificate_is_told_so(
     gptfl: Commands, federation: Callable[..., Federation]
 ) -> None:
-    authority = Authority("tiny", valid=timedelta(days=1))
+    authority = Authority.new("tiny", valid=timedelta(days=1))
     mine = with_tls(federation(), authority)
     give(mine, mine.folder / "silo-2.yaml", "coordinator", authority.issue_silo("silo-1"))
     command = gptfl.mpi(3, "run", mine.path)
@@ -164,7 +165,7 @@ def test_certificates_that_are_not_named_are_asked_for(gptfl: Commands, federati
 
 
 def test_under_torchrun_it_is_refused(gptfl: Commands, federation: Callable[..., Federation]) -> None:
-    mine = with_tls(federation(), Authority("tiny", valid=timedelta(days=1)))
+    mine = with_tls(federation(), Authority.new("tiny", valid=timedelta(days=1)))
     command = gptfl.torch(3, "run", mine.path)
     assert command.wait() != 0
     assert "3 ranks of torch.distributed, expected 3 of MPI" in command.stderr

@@ -17,7 +17,7 @@ from gptfl_dist.security.authority import Authority, Credentials
 from gptfl_dist.security.credentials import identity_in, load_credentials
 from gptfl_dist.security.identity import Identity
 
-AUTHORITY = Authority("fed", valid=timedelta(days=1))
+AUTHORITY = Authority.new("fed", valid=timedelta(days=1))
 
 
 def read(credentials: Credentials) -> x509.Certificate:
@@ -45,7 +45,9 @@ def test_a_certificate_says_one_thing_only(credentials, uri, usage):
     assert isinstance(key, ec.EllipticCurvePublicKey)
     assert key.curve.name == "secp256r1"
     assert certificate.not_valid_after_utc - datetime.now(UTC) < timedelta(days=1)
-    certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(AUTHORITY.certificate))
+    leaf, issuing = x509.load_pem_x509_certificates(credentials.certificate)
+    leaf.verify_directly_issued_by(issuing)
+    issuing.verify_directly_issued_by(x509.load_pem_x509_certificate(AUTHORITY.roots))
 
 
 def test_the_coordinator_is_found_under_its_names_and_addresses():
@@ -55,12 +57,14 @@ def test_the_coordinator_is_found_under_its_names_and_addresses():
     assert names.get_values_for_type(x509.IPAddress) == [ip_address("127.0.0.1"), ip_address("::1")]
 
 
-def test_a_silo_cannot_issue_and_the_authority_cannot_delegate():
-    authority = x509.load_pem_x509_certificate(AUTHORITY.certificate)
-    constraints = authority.extensions.get_extension_for_class(x509.BasicConstraints).value
-    assert constraints.ca
-    assert constraints.path_length == 0
-    usage = read(AUTHORITY.issue_silo("a")).extensions.get_extension_for_class(x509.KeyUsage).value
+def test_a_silo_cannot_issue_and_only_the_root_can_delegate():
+    root = x509.load_pem_x509_certificate(AUTHORITY.roots)
+    leaf, issuing = x509.load_pem_x509_certificates(AUTHORITY.issue_silo("a").certificate)
+    for certificate, below in ((root, 1), (issuing, 0)):
+        constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+        assert constraints.ca
+        assert constraints.path_length == below
+    usage = leaf.extensions.get_extension_for_class(x509.KeyUsage).value
     assert not usage.key_cert_sign
 
 
@@ -125,28 +129,38 @@ def test_a_key_with_a_password_is_refused(folder):
 
 
 def test_a_certificate_of_another_authority_is_refused(folder):
-    (folder / "authority.pem").write_bytes(Authority("fed", valid=timedelta(days=1)).certificate)
+    (folder / "authority.pem").write_bytes(Authority.new("fed", valid=timedelta(days=1)).roots)
     with pytest.raises(IdentityError, match="was not issued by"):
         load(folder)
 
 
 def test_an_expired_certificate_is_refused(tmp_path):
-    Authority("fed", valid=timedelta(seconds=-10)).issue_silo("alice").save(tmp_path)
+    Authority.new("fed", valid=timedelta(seconds=-10)).issue_silo("alice").save(tmp_path)
     with pytest.raises(IdentityError, match=r"valid .* and now it is") as error:
         load(tmp_path)
     assert "clock" in error.value.hint
 
 
-def test_an_expired_authority_is_refused_by_its_name(folder):
-    late = Authority("fed", valid=timedelta(seconds=-10))
-    late._key, late._certificate = (
-        AUTHORITY._key,
-        late._builder(AUTHORITY._certificate.subject, AUTHORITY._certificate.subject, AUTHORITY._key.public_key()).sign(
-            AUTHORITY._key, hashes.SHA256()
-        ),
-    )
-    (folder / "authority.pem").write_bytes(late.certificate)
+def test_an_expired_authority_is_refused_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("gptfl_dist.security.authority._ROOT_VALID", timedelta(seconds=-10))
+    Authority.new("fed", valid=timedelta(days=1)).issue_silo("alice").save(tmp_path)
     with pytest.raises(IdentityError, match=r"authority\.pem: valid .* and now it is"):
+        load(tmp_path)
+
+
+def test_one_of_several_roots_will_do(folder):
+    """While a root is replaced, all sides trust the old and the new one."""
+    other = Authority.new("fed", valid=timedelta(days=1)).roots
+    own = (folder / "authority.pem").read_bytes()
+    for roots in (other + own, own + other):
+        (folder / "authority.pem").write_bytes(roots)
+        assert load(folder)[1].name == "alice"
+
+
+def test_a_chain_that_breaks_is_refused(folder):
+    leaf = (folder / "certificate.pem").read_bytes().partition(b"-----END CERTIFICATE-----\n")
+    (folder / "certificate.pem").write_bytes(leaf[0] + leaf[1])
+    with pytest.raises(IdentityError, match="was not issued by"):
         load(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ssl
 from datetime import timedelta
 
@@ -16,14 +17,14 @@ from gptfl_dist.security.credentials import tls_context
 from gptfl_dist.security.identity import Identity
 from gptfl_dist.security.session import LONGEST, LONGEST_SEALED, Session
 
-AUTHORITY = Authority("fed", valid=timedelta(days=1))
+AUTHORITY = Authority.new("fed", valid=timedelta(days=1))
 COORDINATOR = Identity("fed", "coordinator", "coordinator")
 ALICE = Identity("fed", "silo", "alice")
 OURS = AUTHORITY.issue_coordinator(["localhost"])
 HERS = AUTHORITY.issue_silo("alice")
-EXPIRED = Authority("fed", valid=timedelta(seconds=-10))
-EXPIRED._key, EXPIRED._certificate = AUTHORITY._key, AUTHORITY._certificate
-OTHER = Authority("fed", valid=timedelta(days=1))
+EXPIRED = copy.copy(AUTHORITY)
+EXPIRED._valid = timedelta(seconds=-10)
+OTHER = Authority.new("fed", valid=timedelta(days=1))
 
 
 def ends(ours: Credentials = OURS, hers: Credentials = HERS) -> tuple[Session, Session]:
@@ -192,7 +193,7 @@ def test_a_session_that_the_peer_ended_is_refused():
     ],
 )
 def test_a_silo_with_the_wrong_certificate_is_refused(theirs, said):
-    coordinator, silo = ends(hers=Credentials(AUTHORITY.certificate, theirs.certificate, theirs.key))
+    coordinator, silo = ends(hers=Credentials(AUTHORITY.roots, theirs.certificate, theirs.key))
     with pytest.raises(IdentityError, match=f"the certificate of rank 1 {said}"):
         shake_hands(coordinator, silo)
     assert not coordinator.established
@@ -207,15 +208,15 @@ def test_a_silo_with_the_wrong_certificate_is_refused(theirs, said):
     ],
 )
 def test_a_coordinator_with_the_wrong_certificate_is_refused(theirs, said):
-    coordinator, silo = ends(ours=Credentials(AUTHORITY.certificate, theirs.certificate, theirs.key))
+    coordinator, silo = ends(ours=Credentials(AUTHORITY.roots, theirs.certificate, theirs.key))
     with pytest.raises(IdentityError, match=rf"the certificate of rank 0 {said}, expected .* gptfl://fed/coordinator"):
         shake_hands(coordinator, silo)
     assert not silo.established
 
 
 def test_a_coordinator_of_another_federation_under_the_same_authority_is_refused():
-    elsewhere = Authority("elsewhere", valid=timedelta(days=1))
-    elsewhere._key, elsewhere._certificate = AUTHORITY._key, AUTHORITY._certificate
+    elsewhere = copy.copy(AUTHORITY)
+    elsewhere.federation = "elsewhere"
     coordinator, silo = ends(ours=elsewhere.issue_coordinator(["localhost"]))
     with pytest.raises(IdentityError, match="is that of gptfl://elsewhere/coordinator"):
         shake_hands(coordinator, silo)
