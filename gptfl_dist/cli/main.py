@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from gptfl_dist import __version__
-from gptfl_dist.cli import operate
+from gptfl_dist.cli import admission, operate
 from gptfl_dist.cli.options import FederationPath, Format, FormatOption
 from gptfl_dist.errors import ConfigError, GptflError, Interrupted
 from gptfl_dist.run.launcher import Wire, choose
@@ -333,7 +333,11 @@ def schema(kind: Annotated[Kind, typer.Argument()] = Kind.federation, format_: F
     typer.echo(json.dumps(federation_schema() if kind is Kind.federation else silo_schema(), indent=indent))
 
 
-for _command in (operate.status, operate.pause, operate.resume, operate.abort, operate.export):
+app.add_typer(admission.authority, name="authority")
+for _command in (
+    *(admission.invite, admission.join, admission.requests, admission.approve, admission.revoke, admission.silos),
+    *(operate.status, operate.pause, operate.resume, operate.abort, operate.export),
+):
     app.command()(_command)
 
 

@@ -324,6 +324,19 @@ class Exchange(Section):
         return self
 
 
+class Enrolment(Section):
+    """The federation's own authority, kept in a folder, and the port where invited silos enrol.
+
+    `hosts` are the names and addresses under which silos dial both ports, the first the one that invitations name.
+    """
+
+    authority: Path = Path("authority")
+    hosts: list[str] = Field(min_length=1)
+    listen: Address = "0.0.0.0:8444"
+    certificates: Annotated[Duration, Field(ge=5.0)] = 7 * 24 * 3600.0
+    approval: bool = False
+
+
 class Collective(Section):
     """How ranks under mpiexec or torchrun deal with each other; there `exchange` names nothing but the certificates.
 
@@ -370,6 +383,7 @@ class FederationFile(Section):
     federation: Federation = Federation()
     strategy: Strategy = Strategy()
     exchange: Exchange = Exchange()
+    enrolment: Enrolment | None = None
     collective: Collective = Collective()
     compression: Compression = Compression()
     test_data: Path | None = None
@@ -391,6 +405,15 @@ class FederationFile(Section):
                     f"collective.reduction is fast, which sums the plain updates of one round, but {setting}: "
                     "set collective.reduction to exact"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _one_authority(self) -> Self:
+        if self.enrolment is not None and self.exchange.certificate is not None:
+            raise ValueError(
+                "enrolment keeps an authority, which makes the coordinator's certificate, and exchange names another: "
+                "give one of them"
+            )
         return self
 
     @model_validator(mode="after")

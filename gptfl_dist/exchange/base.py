@@ -24,6 +24,10 @@ class Disconnected(Exception):
     """The wire broke. Connecting again may help."""
 
 
+class Renewed(Disconnected):
+    """The silo's certificate was replaced. Connecting again, which may be done at once, shows the new one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Welcome:
     """What a silo learns when it connects."""

@@ -195,8 +195,12 @@ class Inbox:
 
     def awaits(self, silo: str, nonce: str) -> bool:
         """Whether this silo still owes the answer to this order."""
+        return self.owed(silo) == nonce
+
+    def owed(self, silo: str) -> str | None:
+        """The nonce of the order that this silo owes the answer to, if any."""
         expected = self._expected.get(silo)
-        return expected is not None and expected.order.nonce == nonce and not expected.committed
+        return None if expected is None or expected.committed else expected.order.nonce
 
     def fail(self, silo: str, nonce: str) -> bool:
         """The order failed for good: withdraws it. False where the silo owes no answer to it, so nothing failed."""

@@ -173,7 +173,7 @@ async def _secured(path: Path, collective: Collective, ranks: Mapping[str, range
 
     assert isinstance(collective, MpiCollective)
     if collective.rank == 0:
-        credentials = coordinator_credentials(path, file.exchange)
+        credentials = coordinator_credentials(path, file)
         peers = {its.start: Identity(file.name, "silo", silo) for silo, its in ranks.items()}
     else:
         (name,) = (silo for silo, its in ranks.items() if collective.rank in its)

@@ -158,7 +158,7 @@ def _end_noted(ledger: Ledger) -> Iterator[None]:
 
 def _request(file: FederationFile) -> str:
     """What makes a run another run: everything but where it lies, how it is reached, what it survives and keeps."""
-    content = file.model_dump(mode="json", exclude={"run_folder", "durability", "exchange"})
+    content = file.model_dump(mode="json", exclude={"run_folder", "durability", "exchange", "enrolment"})
     del content["federation"]["keep"], content["collective"]["trust"]
     for silo in content["silos"]:
         del silo["file"]

@@ -1,23 +1,42 @@
-"""The certificates that a side shows, from the files which its federation or silo file names."""
+"""The certificates that a side shows: from the files which its federation or silo file names, or from the authority
+that the federation file names.
+"""
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
-from gptfl_dist.config.federation import Exchange
+from gptfl_dist.config.federation import Enrolment, FederationFile
 from gptfl_dist.config.silo import SiloFile
 from gptfl_dist.errors import ConfigError, IdentityError
-from gptfl_dist.security.authority import Credentials
+from gptfl_dist.security.authority import Authority, Credentials
 from gptfl_dist.security.credentials import load_credentials
 from gptfl_dist.security.identity import Identity
+from gptfl_dist.security.registry import Registry
+from gptfl_dist.security.trust import FixedTrust, KeptTrust
+from gptfl_dist.security.vault import Vault
 
 
-def coordinator_credentials(path: Path, settings: Exchange) -> Credentials:
+def coordinator_trust(path: Path, file: FederationFile) -> FixedTrust | KeptTrust:
+    """What the coordinator of the federation file at `path` goes by. Raises ConfigError, IdentityError."""
+    if file.enrolment is None:
+        return FixedTrust(coordinator_credentials(path, file))
+    return KeptTrust(
+        kept_authority(file, file.enrolment), Registry(file.enrolment.authority), tuple(file.enrolment.hosts)
+    )
+
+
+def coordinator_credentials(path: Path, file: FederationFile) -> Credentials:
     """Those of the coordinator of the federation file at `path`. Raises ConfigError, IdentityError."""
+    settings = file.exchange
+    if file.enrolment is not None:
+        return kept_authority(file, file.enrolment).issue_coordinator(file.enrolment.hosts)
     if settings.authority is None or settings.certificate is None or settings.key is None:
         raise ConfigError(
             f"{path}: exchange.authority, certificate and key are missing",
-            hint="make them with: gptfl credentials FEDERATION_FILE --host NAME, and name them in the file",
+            hint="make them with: gptfl credentials FEDERATION_FILE --host NAME, and name them in the file; or invite "
+            "the silos: see enrolment in gptfl init",
         )
     credentials, identity = load_credentials(settings.authority, settings.certificate, settings.key, section="exchange")
     if identity.role != "coordinator":
@@ -25,17 +44,27 @@ def coordinator_credentials(path: Path, settings: Exchange) -> Credentials:
     return credentials
 
 
-def silo_credentials(path: Path, silo: SiloFile, folder: Path | None = None) -> tuple[Credentials, Identity]:
-    """Those of the silo of the silo file at `path`, out of `folder` where that is given. Raises ConfigError,
-    IdentityError.
+def kept_authority(file: FederationFile, enrolment: Enrolment) -> Authority:
+    """The authority in the folder that the federation file names. Raises IdentityError."""
+    return Vault(enrolment.authority, file.name).open(timedelta(seconds=enrolment.certificates))
+
+
+def credential_files(path: Path, silo: SiloFile, folder: Path | None) -> tuple[Path, Path, Path]:
+    """Authority, certificate and key of the silo of the silo file at `path`, out of `folder` where that is given.
+
+    Raises ConfigError.
     """
     side = silo.coordinator
     if folder is not None:
-        files = [folder / f"{name}.pem" for name in ("authority", "certificate", "key")]
-    elif side is not None:
-        files = [side.authority, side.certificate, side.key]
-    else:
+        return folder / "authority.pem", folder / "certificate.pem", folder / "key.pem"
+    if side is None:
         raise ConfigError(f"{path}: coordinator is missing", hint="name its address, authority, certificate and key")
+    return side.authority, side.certificate, side.key
+
+
+def silo_credentials(path: Path, silo: SiloFile, folder: Path | None = None) -> tuple[Credentials, Identity]:
+    """Those in `credential_files`. Raises ConfigError, IdentityError."""
+    files = credential_files(path, silo, folder)
     credentials, identity = load_credentials(*files, section="coordinator" if folder is None else None)
     if identity.role != "silo" or identity.name != silo.name:
         raise IdentityError(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
+from gptfl_dist.config.base import port_of
+from gptfl_dist.config.federation import Enrolment as EnrolmentSettings
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import load_federation, load_silo
 from gptfl_dist.errors import ConfigError, StorageError
@@ -17,18 +21,23 @@ from gptfl_dist.observe.logs import configure
 from gptfl_dist.observe.summary import Summary
 from gptfl_dist.run.addresses import try_listening
 from gptfl_dist.run.coordinator import coordinate
-from gptfl_dist.run.credentials import coordinator_credentials, silo_credentials
+from gptfl_dist.run.credentials import coordinator_trust, credential_files, kept_authority, silo_credentials
 from gptfl_dist.run.folder import PRIVATE, make_folder
+from gptfl_dist.run.renewal import keep_valid
 from gptfl_dist.run.silo import ProcessRunner, Silo, require_data
 from gptfl_dist.security.authority import Authority
+from gptfl_dist.security.enrolment import Desk, Enrolment
+from gptfl_dist.security.registry import Registry
+from gptfl_dist.security.trust import Trust
 
 _KEEPALIVE = 30.0  # seconds; a silent connection through a firewall is kept open by it
 
 
 async def run_coordinator(path: Path, say: Callable[[str], None]) -> Summary:
     """Runs the coordinator of the federation file at `path`. Raises what stops it."""
-    settings = load_federation(path).exchange
-    credentials = coordinator_credentials(path, settings)
+    federation = load_federation(path)
+    settings, enrolment = federation.exchange, federation.enrolment
+    trust = coordinator_trust(path, federation)
     try_listening(settings.listen)  # gRPC would find out only after hours of synthesis
 
     def make_exchange(file: FederationFile, inbox: Inbox) -> CoordinatorExchange:
@@ -36,7 +45,7 @@ async def run_coordinator(path: Path, say: Callable[[str], None]) -> Summary:
 
         return GrpcCoordinatorExchange(
             listen=settings.listen,
-            credentials=credentials,
+            trust=trust,
             federation=file.name,
             silos=tuple(sorted(entry.name for entry in file.silos)),
             inbox=inbox,
@@ -47,7 +56,22 @@ async def run_coordinator(path: Path, say: Callable[[str], None]) -> Summary:
     async def opened(exchange: CoordinatorExchange, fail: Callable[[BaseException], None]) -> None:
         say(f"taking silos at {settings.listen}, gRPC with mutual TLS")
 
-    return await coordinate(path, make_exchange=make_exchange, opened=opened, say=say)
+    with ExitStack() as stack:
+        stack.callback(trust.close)
+        if enrolment is not None:
+            stack.enter_context(Enrolment(enrolment.listen, _desk(federation, enrolment, trust)))
+            say(f"enrolling invited silos at {enrolment.listen}, while there are invitations")
+        return await coordinate(path, make_exchange=make_exchange, opened=opened, say=say)
+
+
+def _desk(file: FederationFile, enrolment: EnrolmentSettings, trust: Trust) -> Desk:
+    return Desk(
+        kept_authority(file, enrolment),
+        Registry(enrolment.authority),
+        trust.credentials,
+        enrolment.approval,
+        f"{enrolment.hosts[0]}:{port_of(file.exchange.listen)}",
+    )
 
 
 async def run_silo(
@@ -63,14 +87,18 @@ async def run_silo(
         raise ConfigError(f"{path}: coordinator is missing", hint="name its address, authority, certificate and key")
     if side is None and credentials_folder is None:
         raise ConfigError("--coordinator without --credentials", hint="give both, or name them in the silo file")
-    credentials, _ = silo_credentials(path, silo, credentials_folder)
+    credentials, own = silo_credentials(path, silo, credentials_folder)
     folder = work_folder or silo.work_folder or path.parent / f"{silo.name}-work"
     make_folder(folder, PRIVATE)
     configure(folder / "agent.jsonl", shown=logging.INFO)  # all that the silo's operator sees of it
     address = coordinator if coordinator is not None else side.address if side is not None else ""
     exchange = GrpcSiloExchange(address=address, credentials=credentials, keepalive=_KEEPALIVE)
     runner = ProcessRunner(silo, path.parent, await open_trainer(silo, path.parent, folder))
-    return await Silo(silo=silo, exchange=exchange, runner=runner, folder=folder).run()
+    renewal = asyncio.create_task(keep_valid(exchange, own, credential_files(path, silo, credentials_folder)))
+    try:
+        return await Silo(silo=silo, exchange=exchange, runner=runner, folder=folder).run()
+    finally:
+        renewal.cancel()
 
 
 def make_credentials(path: Path, hosts: list[str], out: Path, days: int) -> list[str]:

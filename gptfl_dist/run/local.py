@@ -26,6 +26,7 @@ from gptfl_dist.run.coordinator import coordinate, silo_files
 from gptfl_dist.run.folder import PRIVATE, make_folder
 from gptfl_dist.run.silo import require_data
 from gptfl_dist.security.authority import Authority
+from gptfl_dist.security.trust import FixedTrust
 
 _HOST = "127.0.0.1"
 _VALID = timedelta(days=30)  # longer than any run on one machine
@@ -52,7 +53,7 @@ async def run_locally(path: Path, say: Callable[[str], None]) -> Summary:
 
             return GrpcCoordinatorExchange(
                 listen=f"{_HOST}:0",
-                credentials=authority.issue_coordinator([_HOST, "localhost"]),
+                trust=FixedTrust(authority.issue_coordinator([_HOST, "localhost"])),
                 federation=file.name,
                 silos=tuple(files),
                 inbox=inbox,

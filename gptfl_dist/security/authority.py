@@ -43,8 +43,7 @@ class Credentials:
     def save(self, folder: Path) -> None:
         """Writes authority.pem, certificate.pem and key.pem, each 0600 in a folder of 0700."""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # The key first: a crash between two files leaves a pair that is told as one that does not match.
-        for name, content in (("key", self.key), ("authority", self.authority), ("certificate", self.certificate)):
+        for name, content in (("authority", self.authority), ("certificate", self.certificate), ("key", self.key)):
             write_file(folder / f"{name}.pem", content)
 
 
@@ -133,7 +132,7 @@ def key_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
 def make_root(federation: str, key: ec.EllipticCurvePrivateKey) -> bytes:
     """A root certificate for its own key, PEM."""
     name = _common_name(f"gptfl {federation} root")
-    certificate = _authority_builder(name, name, key.public_key(), _ROOT_VALID, below=1).sign(key, hashes.SHA256())
+    certificate = _authority_builder(name, name, key.public_key(), _ROOT_VALID, below=2).sign(key, hashes.SHA256())
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
@@ -146,6 +145,17 @@ def make_issuing(
         _common_name(f"gptfl {federation} issuing"), issuer.subject, public_key, _ISSUING_VALID, below=0
     ).add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(root_key.public_key()), critical=False)
     return builder.sign(root_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def cross_signed(root: bytes, old: x509.Certificate, old_key: ec.EllipticCurvePrivateKey) -> bytes:
+    """The certificate of a root for those who know only the one before it, PEM."""
+    read = x509.load_pem_x509_certificate(root)
+    public_key = read.public_key()
+    assert isinstance(public_key, ec.EllipticCurvePublicKey)
+    builder = _authority_builder(read.subject, old.subject, public_key, _ISSUING_VALID, below=1).add_extension(
+        x509.AuthorityKeyIdentifier.from_issuer_public_key(old_key.public_key()), critical=False
+    )
+    return builder.sign(old_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
 def _authority_builder(

@@ -12,8 +12,10 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
 from gptfl_dist.errors import IdentityError
+from gptfl_dist.files import storage_error, write_file
 from gptfl_dist.security.authority import Credentials
 from gptfl_dist.security.identity import Identity
 
@@ -37,15 +39,17 @@ def load_credentials(
     mode = stat.S_IMODE(key.stat().st_mode)
     if mode & 0o077:
         raise IdentityError(f"{key}: others may read this private key (mode {mode:04o})", hint=f"chmod 600 {key}")
-    chain, roots = (_certificates(pem[path], path) for path in (certificate, authority))
+    chain, roots = certificates_in(certificate), certificates_in(authority)
     try:
         private = serialization.load_pem_private_key(pem[key], password=None)
         own_key = chain[0].public_key()
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise IdentityError(f"{key}: not an unencrypted PEM private key", hint=_HINT) from None
     if private.public_key() != own_key:
+        pem[key] = _completed(key, own_key)
+    if not pem[key]:
         raise IdentityError(f"{key} is not the key of {certificate}", hint="name the pair that was issued together")
-    root = next((root for root in roots if _issued(chain, root)), None)
+    root = next((root for root in roots if leads_to(chain, root)), None)
     if root is None:
         raise IdentityError(
             f"{certificate} was not issued by {authority}", hint="ask the coordinator's operator for a matching set"
@@ -54,6 +58,36 @@ def load_credentials(
         _check_dates(each, str(certificate))
     _check_dates(root, str(authority))
     return Credentials(pem[authority], pem[certificate], pem[key]), identity_in(pem[certificate], str(certificate))
+
+
+def replace_credentials(credentials: Credentials, authority: Path, certificate: Path, key: Path) -> None:
+    """Writes new credentials over the old ones. After a crash at any point `load_credentials` finds a pair that fits.
+
+    Raises StorageError.
+    """
+    write_file(authority, credentials.authority)
+    write_file(_next(key), credentials.key)
+    write_file(certificate, credentials.certificate)
+    try:
+        _next(key).replace(key)
+    except OSError as error:
+        raise storage_error(error, key) from None
+
+
+def _completed(key: Path, wanted: PublicKeyTypes) -> bytes:
+    """The key that a crash kept from taking the place of the one before it, where it is the one that is wanted."""
+    try:
+        content = _next(key).read_bytes()
+        if serialization.load_pem_private_key(content, password=None).public_key() != wanted:
+            return b""
+        _next(key).replace(key)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
+        return b""
+    return content
+
+
+def _next(key: Path) -> Path:
+    return key.with_name(key.name + ".next")
 
 
 def identity_in(certificate: bytes, name: str) -> Identity:
@@ -86,33 +120,55 @@ def _check_dates(read: x509.Certificate, name: str) -> None:
 
 def tls_context(credentials: Credentials, *, server: bool) -> ssl.SSLContext:
     """TLS 1.3 alone, both sides with certificates of the authority. Who exactly the peer is, its user checks."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context = serving_context(credentials) if server else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_verify_locations(cadata=credentials.authority.decode())
+    if not server:
+        _show(context, credentials)
+    return context
+
+
+def serving_context(credentials: Credentials) -> ssl.SSLContext:
+    """TLS 1.3 alone for a server that asks its clients for no certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.num_tickets = 0  # no session is resumed
+    _show(context, credentials)
+    return context
+
+
+def _show(context: ssl.SSLContext, credentials: Credentials) -> None:
+    """Has a context show a certificate."""
     # ssl takes a key from a file alone: here one in memory, so that no copy of the key comes onto a disk.
     with os.fdopen(os.memfd_create("credentials"), "wb") as file:
         file.write(credentials.certificate + credentials.key)
         file.flush()
         context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
-    if server:
-        context.num_tickets = 0  # no session is resumed
-    return context
 
 
-def _certificates(pem: bytes, path: Path) -> list[x509.Certificate]:
+def certificates_in(path: Path) -> list[x509.Certificate]:
+    """The certificates in a PEM file, at least one. Raises IdentityError."""
     try:
-        return x509.load_pem_x509_certificates(pem)
+        return x509.load_pem_x509_certificates(_read(path, ""))
     except _UNREADABLE:
         raise IdentityError(f"{path}: not a PEM certificate", hint=_HINT) from None
 
 
-def _issued(chain: list[x509.Certificate], root: x509.Certificate) -> bool:
-    """Whether each certificate was signed by the one behind it, and the last by the root."""
+def leads_to(chain: list[x509.Certificate], root: x509.Certificate) -> bool:
+    """Whether the root signed the first certificate of a chain, or one behind it that each before it was signed by."""
+    for certificate, issuer in pairwise([*chain, root]):
+        if _signed(certificate, root):
+            return True
+        if not _signed(certificate, issuer):
+            return False
+    return False
+
+
+def _signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     try:
-        for certificate, issuer in pairwise([*chain, root]):
-            certificate.verify_directly_issued_by(issuer)
+        certificate.verify_directly_issued_by(issuer)
     except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature):
         return False
     return True

@@ -15,6 +15,7 @@ import re
 import socket
 import ssl
 from base64 import b64encode
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 from urllib.request import proxy_bypass
 
@@ -90,16 +91,15 @@ def is_loopback(address: str) -> bool:
 
 async def _dial(address: str) -> _Streams:
     """A TCP connection with an address, through the proxy that gRPC would take. Raises Unreachable or OSError."""
-    proxy = urlsplit(_proxy_for(address))
-    if proxy.hostname is None:
+    proxy = proxy_for(address)
+    if proxy is None:
         return await asyncio.open_connection(host_of(address), port_of(address))
     try:
-        reader, writer = await asyncio.open_connection(proxy.hostname, proxy.port or 80)
+        reader, writer = await asyncio.open_connection(proxy.host, proxy.port)
     except OSError as error:
-        raise Unreachable(f"the proxy {proxy.hostname} {_what_happened(error)}", hint=_PROXY) from None
+        raise Unreachable(f"the proxy {proxy.host} {_what_happened(error)}", hint=_PROXY) from None
     try:
-        login = b64encode(unquote(f"{proxy.username}:{proxy.password or ''}").encode()).decode()
-        extra = f"Proxy-Authorization: Basic {login}\r\n" if proxy.username else ""
+        extra = "".join(f"{name}: {value}\r\n" for name, value in proxy.headers.items())
         writer.write(f"CONNECT {address} HTTP/1.1\r\nHost: {address}\r\n{extra}\r\n".encode())
         answer = await reader.readuntil(b"\r\n\r\n")
     except (EOFError, asyncio.LimitOverrunError):
@@ -110,16 +110,28 @@ async def _dial(address: str) -> _Streams:
     status = answer.partition(b"\r\n")[0].decode(errors="replace")
     if status.split()[1:2] != ["200"]:
         writer.transport.abort()
-        raise Unreachable(f"the proxy {proxy.hostname} gives no way to {address}: {status or 'no answer'}", hint=_PROXY)
+        raise Unreachable(f"the proxy {proxy.host} gives no way to {address}: {status or 'no answer'}", hint=_PROXY)
     return reader, writer
 
 
-def _proxy_for(address: str) -> str:
-    """The proxy for an address, from the variables that gRPC reads; "" where there is none."""
+class Proxy(NamedTuple):
+    """An HTTP proxy, and what is said to it beside the address that is wanted."""
+
+    host: str
+    port: int
+    headers: dict[str, str]
+
+
+def proxy_for(address: str) -> Proxy | None:
+    """The proxy for HOST:PORT, from the variables that gRPC reads; None where there is none."""
     past = _first_set("no_grpc_proxy", "no_proxy")
     if is_loopback(address) or proxy_bypass(host_of(address), {"no": past}):
-        return ""
-    return _first_set("grpc_proxy", "https_proxy", "http_proxy")
+        return None
+    proxy = urlsplit(_first_set("grpc_proxy", "https_proxy", "http_proxy"))
+    if proxy.hostname is None:
+        return None
+    login = b64encode(unquote(f"{proxy.username}:{proxy.password or ''}").encode()).decode()
+    return Proxy(proxy.hostname, proxy.port or 80, {"Proxy-Authorization": f"Basic {login}"} if proxy.username else {})
 
 
 def _first_set(*names: str) -> str:

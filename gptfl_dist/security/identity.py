@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Literal, Self
 from urllib.parse import quote, unquote, urlsplit
 
+from cryptography import x509
+
 from gptfl_dist.errors import IdentityError
 
 Role = Literal["coordinator", "silo"]
@@ -48,6 +50,22 @@ class Identity:
         if identity is None or not identity.federation or not identity.name or identity.uri != uri:
             raise IdentityError(f"the certificate names {uri!r}, expected gptfl://FEDERATION/silo/NAME")
         return identity
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The other end of a connection: who it is, and which certificate says so, until when (seconds, as time.time)."""
+
+    identity: Identity
+    serial: int
+    expires: float
+
+
+def peer_of(auth_context: Mapping[str, Iterable[bytes]]) -> Peer:
+    """The peer of a gRPC call, from its `auth_context()`. Raises IdentityError as `peer_identity`."""
+    identity = peer_identity(auth_context)
+    certificate = x509.load_pem_x509_certificate(b"".join(auth_context["x509_pem_cert"]))
+    return Peer(identity, certificate.serial_number, certificate.not_valid_after_utc.timestamp())
 
 
 def peer_identity(auth_context: Mapping[str, Iterable[bytes]]) -> Identity:

@@ -19,6 +19,7 @@ from gptfl_dist.exchange.grpc.server import GrpcCoordinatorExchange
 from gptfl_dist.exchange.inbox import Inbox, Spool
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.security.authority import Authority, Credentials
+from gptfl_dist.security.trust import FixedTrust
 from gptfl_dist.weights import ITEM_SIZE, Layout, WeightsFile, write_weights
 
 HOST = "127.0.0.1"
@@ -83,7 +84,7 @@ class World:
         )
         self.server = GrpcCoordinatorExchange(
             listen=f"{HOST}:0",
-            credentials=credentials,
+            trust=FixedTrust(credentials),
             federation="fed",
             silos=tuple(SILOS),
             inbox=self.inbox,

@@ -45,6 +45,7 @@ from gptfl_dist.exchange.grpc.server import NONCE, SERVICE, GrpcCoordinatorExcha
 from gptfl_dist.exchange.inbox import Spool
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.security.handshake import is_loopback
+from gptfl_dist.security.trust import FixedTrust
 from gptfl_dist.testing.proxy import TcpProxy
 from gptfl_dist.weights import Layout, WeightsFile, write_weights
 
@@ -419,7 +420,7 @@ async def test_nothing_but_disconnected_comes_of_a_wire_that_is_closed(tmp_path)
 async def test_a_port_in_use_is_a_launch_error(tmp_path):
     async with World(tmp_path) as world:
         second = GrpcCoordinatorExchange(
-            listen=f"{HOST}:{world.server.port}", credentials=COORDINATOR, federation="fed", silos=tuple(SILOS),
+            listen=f"{HOST}:{world.server.port}", trust=FixedTrust(COORDINATOR), federation="fed", silos=tuple(SILOS),
             inbox=world.inbox, chunk=1 << 20, keepalive=30.0,
         )  # fmt: skip
         with pytest.raises(LaunchError, match=f"cannot listen on {HOST}:{world.server.port}"):

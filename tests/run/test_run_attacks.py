@@ -30,6 +30,7 @@ from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.run.arms import run_arms
 from gptfl_dist.run.silo import Silo
 from gptfl_dist.security.authority import Authority
+from gptfl_dist.security.trust import FixedTrust
 from gptfl_dist.weights import Layout, WeightsFile, write_weights
 
 _AUTHORITY = Authority.new("fed", valid=timedelta(days=1))
@@ -209,7 +210,7 @@ async def _attacked(folder: Path, attack: Attack) -> AsyncIterator[tuple[World, 
         made.append(
             GrpcCoordinatorExchange(
                 listen=f"{_HOST}:0",
-                credentials=credentials,
+                trust=FixedTrust(credentials),
                 federation="fed",
                 silos=silos,
                 inbox=inbox,

@@ -60,7 +60,7 @@ def test_the_coordinator_is_found_under_its_names_and_addresses():
 def test_a_silo_cannot_issue_and_only_the_root_can_delegate():
     root = x509.load_pem_x509_certificate(AUTHORITY.roots)
     leaf, issuing = x509.load_pem_x509_certificates(AUTHORITY.issue_silo("a").certificate)
-    for certificate, below in ((root, 1), (issuing, 0)):
+    for certificate, below in ((root, 2), (issuing, 0)):
         constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
         assert constraints.ca
         assert constraints.path_length == below

@@ -6,7 +6,7 @@ import asyncio
 import os
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +23,7 @@ from gptfl_dist.exchange.base import (
     Goodbye,
     Recalled,
     Receipt,
+    Renewed,
     UpdateHeader,
     Welcome,
 )
@@ -77,9 +78,13 @@ class GrpcSiloExchange:
         self._packed = False  # whether chunks are
         self._partial = _Partial()
         self._writing = asyncio.Lock()  # a stream takes one write at a time
+        self._idle = asyncio.Condition()
+        self._transfers = 0
+        self._renewed = False  # whether the open stream shows a certificate that was replaced
 
     async def connect(self) -> Welcome:
         await self.close()
+        self._renewed = False
         keep_buffers()
         # The coordinator would hang up without a word.
         check_dates(self._credentials.certificate, "this silo's certificate")
@@ -141,6 +146,10 @@ class GrpcSiloExchange:
         raise ProtocolError(f"the coordinator sent an unexpected {kind}", hint="install matching releases")
 
     async def download(self, digest: str, layout: Layout, path: Path) -> None:
+        async with self._transfer():
+            await self._download(digest, layout, path)
+
+    async def _download(self, digest: str, layout: Layout, path: Path) -> None:
         header, part = header_of(layout), path.with_name(path.name + ".next")
         try:
             with suppress(FileNotFoundError):
@@ -180,6 +189,10 @@ class GrpcSiloExchange:
             await chunks.aclose()
 
     async def upload(self, header: UpdateHeader, update: WeightsFile) -> Receipt:
+        async with self._transfer():
+            return await self._upload(header, update)
+
+    async def _upload(self, header: UpdateHeader, update: WeightsFile) -> Receipt:
         channel = self._open_channel
         announce: grpc.aio.UnaryUnaryMultiCallable[pb.UpdateHeader, pb.UploadOffset] = channel.unary_unary(
             f"/{SERVICE}/OpenUpload", pb.UpdateHeader.SerializeToString, pb.UploadOffset.FromString
@@ -228,6 +241,43 @@ class GrpcSiloExchange:
     async def fail(self, nonce: str, reason: str) -> None:
         await self._say(pb.FromSilo(failure=pb.Failure(nonce=nonce, reason=reason)))
 
+    @property
+    def credentials(self) -> Credentials:
+        """Those that the next connection shows."""
+        return self._credentials
+
+    async def renew(self, request: bytes) -> tuple[bytes, bytes]:
+        """A new certificate for a certificate request, with its chain, and the roots to trust, as PEM.
+
+        Raises Disconnected, or IdentityError where the coordinator makes none.
+        """
+        ask: grpc.aio.UnaryUnaryMultiCallable[pb.RenewRequest, pb.Renewed] = self._open_channel.unary_unary(
+            f"/{SERVICE}/Renew", pb.RenewRequest.SerializeToString, pb.Renewed.FromString
+        )
+        answer = await _guard(lambda: ask(pb.RenewRequest(request=request)))
+        if answer.refused:
+            raise IdentityError(f"the coordinator refuses: {convert.legible(answer.refused)}")
+        return answer.certificate, answer.authority
+
+    async def show(self, credentials: Credentials) -> None:
+        """From now on these credentials are shown: once no transfer is under way, `receive` raises Renewed."""
+        self._credentials = credentials
+        async with self._idle:
+            await self._idle.wait_for(lambda: not self._transfers)
+        if self._call is not None:
+            self._renewed = True
+            self._call.cancel()
+
+    @asynccontextmanager
+    async def _transfer(self) -> AsyncIterator[None]:
+        self._transfers += 1
+        try:
+            yield
+        finally:
+            self._transfers -= 1
+            async with self._idle:
+                self._idle.notify_all()
+
     async def close(self) -> None:
         channel, self._channel, self._call = self._channel, None, None
         if channel is not None:
@@ -269,7 +319,12 @@ class GrpcSiloExchange:
     async def _next(self) -> pb.ToSilo:
         if self._call is None:
             raise Disconnected("not connected")
-        return await _read(self._call)
+        try:
+            return await _read(self._call)
+        except Disconnected:
+            if self._renewed:
+                raise Renewed("the certificate was renewed") from None
+            raise
 
 
 async def _read(call: grpc.aio.StreamStreamCall[pb.FromSilo, pb.ToSilo]) -> pb.ToSilo:

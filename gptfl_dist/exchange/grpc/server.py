@@ -1,14 +1,16 @@
 """The coordinator's end of the gRPC exchange.
 
-One port, mutual TLS 1.3, four methods (see `exchange.proto`). The peer is known by its certificate; each call checks
-it again. Control messages pass through a queue a silo, so an order reaches the wire the moment it is given. Weights
-are read from their file as they are sent, updates written to their spool as they arrive: neither is held in memory.
+One port, mutual TLS 1.3, five methods (see `exchange.proto`). The peer is known by its certificate; each call checks
+it, and each message whether it still counts: gRPC itself asks only when a connection is made. Control messages pass
+through a queue a silo, so an order reaches the wire the moment it is given. Weights are read from their file as they
+are sent, updates written to their spool as they arrive: neither is held in memory.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,7 +20,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from gptfl_dist import __version__
-from gptfl_dist.errors import IdentityError, LaunchError, ProtocolError, StorageError
+from gptfl_dist.errors import GptflError, IdentityError, LaunchError, ProtocolError, StorageError
 from gptfl_dist.exchange.base import (
     PROTOCOL_VERSION,
     Answered,
@@ -40,7 +42,8 @@ from gptfl_dist.exchange.grpc.shared import SharedFrames
 from gptfl_dist.exchange.inbox import Busy, Inbox, Refused, Superseded
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.security.authority import Credentials
-from gptfl_dist.security.identity import peer_identity
+from gptfl_dist.security.identity import Peer, peer_of
+from gptfl_dist.security.trust import Trust
 from gptfl_dist.weights import WeightsFile
 
 _log = logging.getLogger(__name__)
@@ -50,7 +53,10 @@ NONCE = "gptfl-nonce"
 UPLOAD_CHUNK = 1 << 20
 _UNDER_WAY = 16 << 20  # bytes of chunks of all silos together: with many silos each sends smaller ones
 _CONTROL_LIMIT = 64 << 20  # a layout of a very large model; payloads are bounded by the chunk
-_CALLS = 16  # of one connection at a time; a silo needs three
+_CALLS = 16  # of one connection at a time; a silo needs four
+_LOOK_EVERY = 0.2  # seconds between two looks at the certificates of silos that say nothing
+
+_EXPIRED = "the silo's certificate expired while it was connected"
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Message = TypeVar("_Message", bound=Message)
@@ -61,7 +67,8 @@ class _Line:
     """One silo's open Work stream."""
 
     instance: str
-    peer: str
+    address: str
+    peer: Peer
     ready: bool = False
     outgoing: asyncio.Queue[pb.ToSilo | None] = field(default_factory=asyncio.Queue)
 
@@ -72,14 +79,15 @@ class GrpcCoordinatorExchange:
     transport = "grpc+mtls"
 
     def __init__(
-        self, *, listen: str, credentials: Credentials, federation: str, silos: tuple[str, ...], inbox: Inbox,
+        self, *, listen: str, trust: Trust, federation: str, silos: tuple[str, ...], inbox: Inbox,
         chunk: int, keepalive: float,
     ) -> None:  # fmt: skip
         self.events: asyncio.Queue[ExchangeEvent] = asyncio.Queue()
         self.traffic = Traffic()
         self.port = 0
         self._listen = listen
-        self._credentials = credentials
+        self._trust = trust
+        self._shown = trust.credentials()
         self._federation = federation
         self._silos = silos
         self._inbox = inbox
@@ -94,6 +102,7 @@ class GrpcCoordinatorExchange:
         self._frames = SharedFrames(self._chunk, packed=False)
         self._closing = False
         self._checks: set[asyncio.Task[pb.Receipt]] = set()
+        self._watch: asyncio.Task[None] | None = None
 
     async def open(self, welcome: Welcome) -> None:
         """Binds the port; `port` is then the one in use. Raises LaunchError where it cannot be had."""
@@ -122,12 +131,13 @@ class GrpcCoordinatorExchange:
             "Upload": grpc.stream_unary_rpc_method_handler(
                 self._upload, response_serializer=pb.Receipt.SerializeToString
             ),
+            "Renew": grpc.unary_unary_rpc_method_handler(self._renew, response_serializer=pb.Renewed.SerializeToString),
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
-        secrets = grpc.ssl_server_credentials(
-            [(self._credentials.key, self._credentials.certificate)],
-            root_certificates=self._credentials.authority,
-            require_client_auth=True,
+        secrets = grpc.dynamic_ssl_server_credentials(
+            _configuration(self._shown),
+            self._new_configuration,  # type: ignore[arg-type]  # the stubs do not know of None
+            require_client_authentication=True,
         )
         try:
             self.port = self._server.add_secure_port(self._listen, secrets)
@@ -139,6 +149,7 @@ class GrpcCoordinatorExchange:
                 hint="stop the process that holds it, or set exchange.listen to another port (0 takes any free one)",
             )
         await self._server.start()
+        self._watch = asyncio.create_task(self._watch_certificates())
 
     async def publish(self, bases: Mapping[str, WeightsFile]) -> None:
         self._published = dict(bases)
@@ -153,6 +164,8 @@ class GrpcCoordinatorExchange:
 
     async def close(self, goodbye: Goodbye) -> None:
         self._closing = True
+        if self._watch is not None:
+            self._watch.cancel()
         message = pb.ToSilo(goodbye=pb.Goodbye(finished=goodbye.finished, reason=goodbye.reason))
         for line in self._lines.values():
             line.outgoing.put_nowait(message)
@@ -162,21 +175,74 @@ class GrpcCoordinatorExchange:
         # A check reads its spool in a thread, which nothing can stop; its caller closes the spools next.
         await asyncio.gather(*self._checks, return_exceptions=True)
 
-    async def _identify(self, context: _Context) -> str:
+    def _new_configuration(self) -> grpc.ServerCertificateConfiguration | None:
+        """What gRPC asks before each handshake: the certificate to show from now on, None for the one it has."""
+        try:
+            now = self._trust.credentials()
+        except GptflError as error:
+            _log.error("the coordinator's certificate cannot be renewed: %s", error)
+            return None
+        if now is self._shown:
+            return None
+        self._shown = now
+        return _configuration(now)
+
+    async def _watch_certificates(self) -> None:
+        """Ends the streams of silos whose certificate was revoked or expired, and what they were to answer."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY)
+            for line in list(self._lines.values()):
+                try:
+                    if self._why_not(line.peer):
+                        line.outgoing.put_nowait(None)
+                except StorageError as error:
+                    self.events.put_nowait(ExchangeFailed(error))
+                    return
+
+    def _why_not(self, peer: Peer) -> str:
+        """Why a peer's certificate does not count any more, or "". Raises StorageError.
+
+        What a silo owes whose certificate was revoked will not come.
+        """
+        if time.time() > peer.expires:
+            return _EXPIRED
+        reason = self._trust.refusal(peer.serial)
+        silo = peer.identity.name
+        if reason and (nonce := self._inbox.owed(silo)) is not None:
+            self._fail(silo, nonce, f"refused: {reason}")
+        return reason
+
+    async def _admit(self, peer: Peer, context: _Context) -> None:
+        """Aborts the call of a peer whose certificate does not count any more."""
+        try:
+            reason = self._why_not(peer)
+        except StorageError as error:
+            self.events.put_nowait(ExchangeFailed(error))
+            reason = "the coordinator cannot read its registry"
+        if reason == _EXPIRED:  # the silo may have another one by now
+            await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
+        elif reason:
+            _log.warning("silo %s is refused: %s", peer.identity.name, reason)
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, reason)
+
+    async def _identify(self, context: _Context) -> Peer:
         """The silo behind a call. Aborts the call of anybody else."""
         try:
-            identity = peer_identity(context.auth_context())
+            peer = peer_of(context.auth_context())
         except IdentityError as error:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, error.message)
+        identity = peer.identity
         if identity.federation != self._federation or identity.role != "silo" or identity.name not in self._silos:
             await context.abort(
                 grpc.StatusCode.PERMISSION_DENIED,
                 f"the certificate names {identity.uri}, which is no silo of the federation {self._federation}",
             )
-        return identity.name
+        await self._admit(peer, context)
+        return peer
 
     async def _work(self, requests: AsyncIterator[bytes], context: _Context) -> AsyncIterator[pb.ToSilo]:
-        silo = await self._identify(context)
+        peer = await self._identify(context)
+        silo = peer.identity.name
         first = await _parse(pb.FromSilo, await anext(aiter(requests), b""), context)
         if first.WhichOneof("message") != "hello":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a hello")
@@ -194,9 +260,9 @@ class GrpcCoordinatorExchange:
         if old is not None and old.instance != hello.instance:
             await context.abort(
                 grpc.StatusCode.ALREADY_EXISTS,
-                f"{silo} is connected already, from {old.peer}: does a second process use its certificate?",
+                f"{silo} is connected already, from {old.address}: does a second process use its certificate?",
             )
-        line = self._lines[silo] = _Line(hello.instance, context.peer())
+        line = self._lines[silo] = _Line(hello.instance, context.peer(), peer)
         if old is not None:
             old.outgoing.put_nowait(None)  # the same process came back before its old connection was found dead
         assert self._welcome is not None
@@ -206,7 +272,9 @@ class GrpcCoordinatorExchange:
         listener = asyncio.create_task(self._listen_to(silo, line, requests))
         try:
             while (message := await line.outgoing.get()) is not None:
+                await self._admit(peer, context)
                 yield message
+            await self._admit(peer, context)
         finally:
             listener.cancel()
             if self._lines.get(silo) is line:
@@ -217,6 +285,8 @@ class GrpcCoordinatorExchange:
         """Hears a silo out, until the stream ends or cannot be understood."""
         try:
             async for request in requests:
+                if self._why_not(line.peer):
+                    return
                 self._hear(silo, line, pb.FromSilo.FromString(request))
         except DecodeError:
             _log.warning("silo %s sent what is no message; its connection is closed", silo)
@@ -254,7 +324,7 @@ class GrpcCoordinatorExchange:
                     self.events.put_nowait(Answered(silo, report.nonce))
 
     async def _download(self, data: bytes, context: _Context) -> AsyncIterator[bytes]:
-        await self._identify(context)
+        peer = await self._identify(context)
         request = await _parse(pb.DownloadRequest, data, context)
         weights = self._published.get(request.digest)
         if weights is None or weights.closed:  # closed: between two arms
@@ -264,6 +334,7 @@ class GrpcCoordinatorExchange:
         if request.offset > weights.nbytes:
             await context.abort(grpc.StatusCode.OUT_OF_RANGE, f"the weights end at byte {weights.nbytes}")
         for offset in range(request.offset, weights.nbytes, self._chunk):
+            await self._admit(peer, context)
             if self._closing or weights.closed or self._published.get(request.digest) is not weights:
                 await context.abort(grpc.StatusCode.ABORTED, "the weights are not handed out any more")
             frame, carried = self._frames.frame(request.digest, weights, offset)
@@ -271,7 +342,7 @@ class GrpcCoordinatorExchange:
             self.traffic.down += carried
 
     async def _open_upload(self, data: bytes, context: _Context) -> pb.UploadOffset:
-        silo = await self._identify(context)
+        silo = (await self._identify(context)).identity.name
         header = convert.header_from_message(await _parse(pb.UpdateHeader, data, context))
         try:
             offset, committed = self._inbox.announce(silo, header)
@@ -286,7 +357,8 @@ class GrpcCoordinatorExchange:
         return pb.UploadOffset(offset=offset, committed=committed, chunk=self._upload_chunk)
 
     async def _upload(self, requests: AsyncIterator[bytes], context: _Context) -> pb.Receipt:
-        silo = await self._identify(context)
+        peer = await self._identify(context)
+        silo = peer.identity.name
         nonce = ""
         for key, value in context.invocation_metadata() or ():
             if key == NONCE:
@@ -296,6 +368,7 @@ class GrpcCoordinatorExchange:
             ticket = spool.claim()
             largest = UPLOAD_CHUNK if self._packed else 0
             async for frame in requests:
+                await self._admit(peer, context)
                 chunk = frames.decode_chunk(frame, largest)
                 spool.write(ticket, chunk.offset, chunk.data)
                 self.traffic.up += chunk.carried
@@ -318,6 +391,16 @@ class GrpcCoordinatorExchange:
             self._fail(silo, nonce, f"refused: {refusal}")
             return pb.Receipt(reason=str(refusal))
 
+    async def _renew(self, data: bytes, context: _Context) -> pb.Renewed:
+        silo = (await self._identify(context)).identity.name
+        request = await _parse(pb.RenewRequest, data, context)
+        try:
+            certificate, authority = self._trust.renew(silo, request.request)
+        except (IdentityError, StorageError) as error:
+            _log.warning("the certificate of silo %s is not renewed: %s", silo, error.message)
+            return pb.Renewed(refused=error.message)
+        return pb.Renewed(certificate=certificate, authority=authority)
+
     async def _check(self, silo: str, nonce: str) -> pb.Receipt:
         """Checks and commits a finished upload, and tells so. Raises Busy or StorageError."""
         try:
@@ -337,6 +420,12 @@ class GrpcCoordinatorExchange:
         """Tells that an order failed, once. What a silo says of orders that are not open changes nothing."""
         if self._inbox.fail(silo, nonce):
             self.events.put_nowait(OrderFailed(silo, nonce, convert.legible(reason)))
+
+
+def _configuration(credentials: Credentials) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration(
+        [(credentials.key, credentials.certificate)], root_certificates=credentials.authority
+    )
 
 
 async def _parse(kind: type[_Message], data: bytes, context: _Context) -> _Message:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 from gptfl_dist.config.silo import SiloFile
 from gptfl_dist.errors import (
@@ -24,6 +25,7 @@ from gptfl_dist.files import storage_error
 from gptfl_dist.run.check.findings import Doubt
 
 _EXPIRES_SOON = timedelta(days=7)
+_SHARE_LEFT = 1 / 6  # of a short life, below which one that renews itself would have done so
 
 
 @contextlib.contextmanager
@@ -62,10 +64,20 @@ def nearest(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if place.exists())
 
 
+class Validity(NamedTuple):
+    """From when to when a certificate holds."""
+
+    start: datetime
+    end: datetime
+
+
 def check_credentials(
     authority: Path, certificate: Path, key: Path, role: str, name: str | None, federation: str | None
-) -> datetime:
-    """Checks one side's three files; `name` and `federation` where they are known. Returns when they expire."""
+) -> Validity:
+    """Checks one side's three files; `name` and `federation` where they are known.
+
+    Returns when the first of them expires.
+    """
     from cryptography import x509
 
     from gptfl_dist.security.credentials import load_credentials
@@ -79,18 +91,20 @@ def check_credentials(
             + (f" of {federation}" if federation else ""),
             hint="use the set that was made for this side",
         )
-    both = (x509.load_pem_x509_certificate(pem) for pem in (credentials.authority, credentials.certificate))
-    return min(read.not_valid_after_utc for read in both)
+    both = [x509.load_pem_x509_certificate(pem) for pem in (credentials.authority, credentials.certificate)]
+    first = min(both, key=lambda read: read.not_valid_after_utc)
+    return Validity(first.not_valid_before_utc, first.not_valid_after_utc)
 
 
-def valid_until(expiry: datetime, whose: str) -> str:
-    left = expiry - datetime.now(UTC)
-    if left < _EXPIRES_SOON:
+def valid_until(valid: Validity, whose: str) -> str:
+    left = valid.end - datetime.now(UTC)
+    if left < min(_EXPIRES_SOON, _SHARE_LEFT * (valid.end - valid.start)):
         raise Doubt(
-            f"{whose}, expire in {left.days} days and {left.seconds // 3600} hours ({expiry:%F %T} UTC)",
-            "make new sets in time: gptfl credentials FEDERATION_FILE --host NAME --out NEW_FOLDER",
+            f"{whose}, expire in {left.days} days and {left.seconds // 3600} hours ({valid.end:%F %T} UTC)",
+            "gptfl silo renews what an authority of the coordinator's made; else make new sets in time: "
+            "gptfl credentials FEDERATION_FILE --host NAME --out NEW_FOLDER",
         )
-    return f"{whose}, valid until {expiry:%F}"
+    return f"{whose}, valid until {valid.end:%F}"
 
 
 def host_names(certificate: Path) -> set[str]:

@@ -40,6 +40,7 @@ from gptfl_dist.run.check.common import (
     writable,
 )
 from gptfl_dist.run.check.findings import Checklist, Doubt
+from gptfl_dist.run.credentials import kept_authority
 from gptfl_dist.run.filter import FILTER_SOURCE, load_judge
 from gptfl_dist.weights import Codec
 
@@ -402,12 +403,20 @@ def _silo_credentials(file: FederationFile, entry: SiloEntry, silo_path: Path) -
             f"collective.trust is tls, and {silo_path} names no certificates under coordinator",
             hint="name the authority, certificate and key that `gptfl credentials` made for this silo",
         )
-    expiry = check_credentials(side.authority, side.certificate, side.key, "silo", entry.name, file.name)
-    return valid_until(expiry, f"those of {entry.name}")
+    valid = check_credentials(side.authority, side.certificate, side.key, "silo", entry.name, file.name)
+    return valid_until(valid, f"those of {entry.name}")
 
 
 def _coordinator_credentials(file: FederationFile) -> str:
     exchange = file.exchange
+    if file.enrolment is not None:
+        kept_authority(file, file.enrolment)
+        if port_of(exchange.listen) == 0:
+            raise ConfigError(
+                f"exchange.listen is {exchange.listen}, and silos that are invited must know the port",
+                hint="set exchange.listen to 0.0.0.0:8443, say",
+            )
+        return f"{file.enrolment.authority} makes them, for {', '.join(file.enrolment.hosts)}"
     if exchange.authority is None or exchange.certificate is None or exchange.key is None:
         if file.collective.trust == "tls":
             raise IdentityError(
@@ -415,7 +424,7 @@ def _coordinator_credentials(file: FederationFile) -> str:
                 hint="make them with: gptfl credentials FEDERATION_FILE --host NAME, and name them in the file",
             )
         return "none named: gptfl run makes its own; gptfl coordinator needs them"
-    expiry = check_credentials(exchange.authority, exchange.certificate, exchange.key, "coordinator", None, file.name)
+    valid = check_credentials(exchange.authority, exchange.certificate, exchange.key, "coordinator", None, file.name)
     dialled = {host_of(exchange.listen): "exchange.listen"}
     for entry in file.silos:
         if entry.file is not None and entry.file.exists() and (side := load_silo(entry.file).coordinator) is not None:
@@ -429,7 +438,7 @@ def _coordinator_credentials(file: FederationFile) -> str:
         if setting != "exchange.listen":
             raise IdentityError(f"{found}: the silo would refuse it", hint=hint)
         raise Doubt(found, f"well if silos dial another name; if not, {hint}")
-    return valid_until(expiry, f"the coordinator's, for {', '.join(sorted(names))}")
+    return valid_until(valid, f"the coordinator's, for {', '.join(sorted(names))}")
 
 
 def _listen(address: str) -> str:

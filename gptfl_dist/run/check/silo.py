@@ -71,8 +71,8 @@ def _silo_code(path: Path, silo: SiloFile) -> str:
 
 
 def _silo_credentials(silo: SiloFile, side: Coordinator) -> str:
-    expiry = check_credentials(side.authority, side.certificate, side.key, "silo", silo.name, None)
-    return valid_until(expiry, f"those of {silo.name}")
+    valid = check_credentials(side.authority, side.certificate, side.key, "silo", silo.name, None)
+    return valid_until(valid, f"those of {silo.name}")
 
 
 def _not_dialled(side: Coordinator) -> str:

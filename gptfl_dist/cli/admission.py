@@ -1,0 +1,227 @@
+"""The commands about who takes part: the authority, invitations and what becomes of them; and a silo's `gptfl join`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gptfl_dist.cli.options import FederationPath, Format, FormatOption
+from gptfl_dist.errors import ConfigError
+
+authority = typer.Typer(
+    no_args_is_help=True, help="The federation's own authority, which makes the certificates of all sides."
+)
+
+
+@authority.command("init")
+def init_authority(
+    file: FederationPath,
+    external: Annotated[
+        bool, typer.Option("--external", help="leave a request that an authority of yours signs, and make no root")
+    ] = False,
+    format_: FormatOption = Format.text,
+) -> None:
+    """Make the authority, in the folder that enrolment.authority names.
+
+    \b
+    gptfl authority init federation.yaml
+    gptfl authority init federation.yaml --external     then: gptfl authority install
+
+    Whoever has the folder can let anybody in. root.key is needed for gptfl authority rotate alone: better keep it
+    elsewhere.
+    """
+    from gptfl_dist.run import admission
+
+    made = admission.init_authority(file, external=external)
+    if external:
+        _print(format_, {"request": str(made)}, f"{made}: have it signed, then: gptfl authority install {file} ...")
+    else:
+        shown = admission.show_authority(file)
+        _print(format_, asdict(shown), f"{made}: made; its fingerprint is\n{shown.fingerprints[0]}")
+
+
+@authority.command()
+def install(
+    file: FederationPath,
+    chain: Annotated[Path, typer.Argument(metavar="CHAIN", help="the signed certificate, and what is above it")],
+    roots: Annotated[Path, typer.Argument(metavar="ROOTS", help="the root certificate that all sides shall trust")],
+    format_: FormatOption = Format.text,
+) -> None:
+    """Take the issuing certificate that an authority of yours signed.
+
+    \b
+    gptfl authority install federation.yaml issuing-chain.pem root.pem
+    """
+    from gptfl_dist.run import admission
+
+    shown = admission.install_issuing(file, chain, roots)
+    _print(format_, asdict(shown), f"{shown.folder}: ready; the fingerprint is\n{shown.fingerprints[0]}")
+
+
+@authority.command()
+def show(file: FederationPath, format_: FormatOption = Format.text) -> None:
+    """Print the fingerprint that invitations carry, and when the authority's certificates end."""
+    from gptfl_dist.run import admission
+
+    shown = admission.show_authority(file)
+    old = "".join(f"\nand still the one before it  {each}" for each in shown.fingerprints[1:])
+    where = "its key is here" if shown.root_key_here else "its key is elsewhere"
+    text = (
+        f"folder       {shown.folder}\nfingerprint  {shown.fingerprints[0]}{old}\n"
+        f"root until   {shown.root_expires[:10]} ({where})\nissues until {shown.issuing_expires[:10]}"
+    )
+    _print(format_, asdict(shown), text)
+
+
+@authority.command()
+def rotate(
+    file: FederationPath,
+    finish: Annotated[bool, typer.Option("--finish", help="trust the old root no more")] = False,
+    format_: FormatOption = Format.text,
+) -> None:
+    """Replace root and issuing certificate; nobody is cut off. Restart the coordinator afterwards.
+
+    \b
+    gptfl authority rotate federation.yaml              silos hear of the new root as they renew their certificates
+    gptfl authority rotate federation.yaml --finish     once they all have
+    """
+    from gptfl_dist.run import admission
+
+    shown = admission.rotate_authority(file, finish=finish)
+    _print(format_, asdict(shown), f"{shown.folder}: the fingerprint is now\n{shown.fingerprints[0]}")
+
+
+def invite(
+    file: FederationPath,
+    silo: Annotated[str, typer.Argument(metavar="SILO", help="its name in the federation file", show_default=False)],
+    days: Annotated[float, typer.Option(min=0.001, max=30, help="how long the invitation holds")] = 3,
+    format_: FormatOption = Format.text,
+) -> None:
+    """Invite a silo: prints the one line that its operator needs. It lets one side in, once.
+
+    \b
+    gptfl invite federation.yaml hospital-a
+
+    Send it by a way that nobody else reads. A new invitation makes the silo's last one void. It is answered by a
+    coordinator at work: gptfl coordinator.
+    """
+    from gptfl_dist.run import admission
+
+    made = admission.invite(file, silo, timedelta(days=days))
+    typer.echo(json.dumps(asdict(made)) if format_ is Format.json else f"gptfl join {made.line}")
+
+
+def join(
+    line: Annotated[str, typer.Argument(metavar="LINE|-", help="the invitation; - reads it from stdin")],
+    folder: Annotated[Path, typer.Option(help="where certificate, key and silo file go")] = Path(),
+    data: Annotated[
+        Path | None, typer.Option(help="this silo's data, for the silo file", show_default="data in that folder")
+    ] = None,
+    format_: FormatOption = Format.text,
+) -> None:
+    """Join a federation by an invitation: makes a key, which stays here, a certificate and the silo file.
+
+    \b
+    gptfl join gptfl://coordinator.example.org:8444/mnist/hospital-a/... --data /srv/scans
+    gptfl silo silo.yaml
+
+    Interrupted, the same command goes on.
+    """
+    from gptfl_dist.run.joining import join as join_by
+
+    text = sys.stdin.readline() if line == "-" else line
+    joined = join_by(text, folder, data, lambda told: typer.echo(told, err=True))
+    if format_ is Format.json:
+        findings = [finding.as_dict() for finding in joined.findings]
+        typer.echo(json.dumps({"silo": joined.silo, "file": str(joined.file), "findings": findings}))
+        return
+    typer.echo(f"enrolled as {joined.silo}; {joined.file} {'was written' if joined.written else 'was left as it is'}")
+    for finding in joined.findings:
+        typer.echo(finding.line())
+    typer.echo(f"next: gptfl silo {joined.file}")
+
+
+def requests(file: FederationPath, format_: FormatOption = Format.text) -> None:
+    """Who asks to enrol and waits for gptfl approve, where enrolment.approval is true."""
+    from gptfl_dist.run import admission
+
+    found = admission.requests(file)
+    if format_ is Format.json:
+        typer.echo(json.dumps([asdict(each) for each in found]))
+        return
+    for each in found:
+        typer.echo(f"{each.silo}  key {each.key}  asked at {each.asked}")
+    typer.echo("compare each key with the one that gptfl join shows, then: gptfl approve" if found else "nobody asks")
+
+
+def approve(
+    file: FederationPath,
+    silo: Annotated[str, typer.Argument(metavar="SILO", show_default=False)],
+    key: Annotated[str, typer.Argument(metavar="KEY", help="the key that the silo told you", show_default=False)],
+    format_: FormatOption = Format.text,
+) -> None:
+    """Let in a silo that asks to enrol.
+
+    \b
+    gptfl approve federation.yaml hospital-a "1b5c 94a0 ..."
+    """
+    from gptfl_dist.run import admission
+
+    admission.approve(file, silo, key)
+    _print(format_, {"silo": silo, "approved": True}, f"{silo} may enrol: its gptfl join goes on by itself")
+
+
+def revoke(
+    file: FederationPath,
+    silo: Annotated[str | None, typer.Argument(metavar="[SILO]", show_default=False)] = None,
+    serial: Annotated[str | None, typer.Option(help="one certificate alone; gptfl silos shows them")] = None,
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="kept, and shown by gptfl silos")] = "",
+    format_: FormatOption = Format.text,
+) -> None:
+    """Revoke a silo's certificates: it is cut off within a second, and what it was sending is refused.
+
+    \b
+    gptfl revoke federation.yaml hospital-a --reason "laptop stolen"
+    gptfl revoke federation.yaml --serial 3f2a...
+    gptfl invite federation.yaml hospital-a      lets it in again, with a new key
+    """
+    from gptfl_dist.run import admission
+
+    if (silo is None) == (serial is None):
+        raise ConfigError("give a silo or --serial", hint="gptfl silos shows both")
+    met = admission.revoke(file, silo=silo, serial=serial, reason=reason)
+    lines = [f"revoked: certificate {each.serial} of {each.silo}" for each in met] or ["the invitation is void"]
+    _print(format_, [asdict(each) for each in met], "\n".join(lines))
+
+
+def silos(file: FederationPath, format_: FormatOption = Format.text) -> None:
+    """Every silo: whether it is invited, enrolled, connected, behind, revoked, or about to expire.
+
+    \b
+    gptfl silos federation.yaml
+    """
+    from gptfl_dist.run import admission
+
+    found = admission.list_silos(file)
+    if format_ is Format.json:
+        typer.echo(json.dumps([asdict(each) for each in found]))
+        return
+    wide = max(len(each.silo) for each in found)
+    for each in found:
+        since = "at" if each.standing == "revoked" else "until"
+        parts = [f"{each.standing} {since} {each.until}" if each.until else each.standing]
+        parts += [f"({each.reason})"] if each.reason else []
+        parts += [f"certificate {each.serial}"] if each.serial else []
+        parts += [] if each.connected is None else ["connected" if each.connected else "not connected"]
+        parts += [f"{each.behind} rounds behind"] if each.behind else []
+        typer.echo(f"{each.silo:{wide}}  {', '.join(parts)}")
+
+
+def _print(format_: Format, told: object, text: str) -> None:
+    typer.echo(json.dumps(told) if format_ is Format.json else text)

@@ -1,0 +1,63 @@
+"""A silo's first steps: from an invitation to its certificate, its silo file and the pre-flight."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from gptfl_dist.errors import ConfigError
+from gptfl_dist.files import write_file
+from gptfl_dist.run.check import Finding, check_file
+from gptfl_dist.security.invitation import InvitationLine
+from gptfl_dist.security.join import enrol, own_key
+from gptfl_dist.security.request import fingerprint_of
+
+CREDENTIALS = "credentials"
+_ASK_EVERY = 5.0  # seconds between two questions whether the operator has approved
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """What a silo has now. `written` is False where its silo file was there already."""
+
+    silo: str
+    file: Path
+    written: bool
+    findings: list[Finding]
+
+
+def join(line: str, folder: Path, data: Path | None, say: Callable[[str], None]) -> Joined:
+    """Enrols by an invitation. What was done before an interruption is not done again: the same call goes on."""
+    invitation = InvitationLine.parse(line)
+    home, file = folder / CREDENTIALS, folder / "silo.yaml"
+    if (home / "certificate.pem").exists():
+        raise ConfigError(
+            f"{home}: there is a certificate already", hint="name another folder with --folder, or move that one away"
+        )
+    key = own_key(home / "key.pem")
+    waiting = False
+    while (enrolled := enrol(invitation, key)) is None:
+        if not waiting:
+            say(f"waiting for approval; tell the coordinator's operator your key: {fingerprint_of(key.public_key())}")
+            waiting = True
+        time.sleep(_ASK_EVERY)
+    enrolled.credentials.save(home)
+    written = not file.exists()
+    if written:
+        write_file(file, _silo_file(invitation.silo.name, enrolled.address, data))
+    return Joined(invitation.silo.name, file, written, check_file(file))
+
+
+def _silo_file(name: str, address: str, data: Path | None) -> str:
+    files = {each: f"{CREDENTIALS}/{each}.pem" for each in ("authority", "certificate", "key")}
+    sections = {
+        "name": name,
+        "coordinator": {"address": address, **files},
+        "data": {"path": "data" if data is None else str(data.absolute())},
+    }
+    text = yaml.safe_dump(sections, sort_keys=False)
+    return f"# This silo's own file; `gptfl init silo` prints all that may stand in it, with its defaults.\n{text}"

@@ -1,0 +1,242 @@
+"""Where invited silos get their first certificate: a port of its own, since the other one asks everybody for theirs.
+
+HTTP over TLS 1.3, two requests. `GET /v1/authority` answers with the root certificate, which the silo compares with
+the fingerprint of its invitation before it says anything. `POST /v1/enrol` takes the token and a certificate request
+and answers with the certificate, or with 202 while the operator has yet to approve. The port is open only while there
+are invitations that nobody used.
+
+Whoever can reach the port can talk to it, so a connection gets little: a few seconds, a few kilobytes, one of a few
+places; and an address that guessed wrong several times gets nothing for a while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import socket
+import ssl
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from gptfl_dist.config.base import host_of, port_of
+from gptfl_dist.errors import GptflError, IdentityError, LaunchError
+from gptfl_dist.security.authority import Authority, Credentials
+from gptfl_dist.security.credentials import serving_context
+from gptfl_dist.security.identity import Identity
+from gptfl_dist.security.registry import Registry
+from gptfl_dist.security.request import LONGEST, fingerprint_of, key_in
+from gptfl_dist.security.trust import certify
+
+_log = logging.getLogger(__name__)
+
+AUTHORITY, ENROL = "/v1/authority", "/v1/enrol"
+
+_PATIENCE = 10.0  # seconds that a connection may take, all in all
+_PLACES = 16  # connections at a time
+_LONGEST_BODY = 2 * LONGEST
+_GUESSES = 5  # that an address has
+_FORGOTTEN = 60.0  # seconds after which a wrong guess is
+_ADDRESSES = 4096  # whose wrong guesses are remembered
+_LOOK_EVERY = 1.0  # seconds between two looks whether there are invitations
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What enrols silos: the authority, its registry, and the address that silos are to dial afterwards."""
+
+    authority: Authority
+    registry: Registry
+    credentials: Callable[[], Credentials]  # that the listener shows
+    approval: bool
+    address: str
+
+    def enrol(self, silo: str, token: str, request: bytes) -> dict[str, str] | None:
+        """The answer to a silo, None where it has to wait for approval. Raises IdentityError."""
+        key = fingerprint_of(key_in(request, Identity(self.authority.federation, "silo", silo)))
+        if not self.registry.redeem(token, silo, key, approval=self.approval):
+            _log.warning("%s asks to enrol with the key %s: gptfl approve lets it in", silo, key)
+            return None
+        certificate, roots = certify(self.authority, self.registry, silo, request)
+        _log.info("%s enrolled with the key %s", silo, key)
+        return {"certificate": certificate.decode(), "authority": roots.decode(), "address": self.address}
+
+
+class Enrolment:
+    """Keeps the port open while it is needed. A context manager."""
+
+    def __init__(self, listen: str, desk: Desk) -> None:
+        self._listen = listen
+        self._desk = desk
+        self._server: _Server | None = None
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="enrolment", daemon=True)
+
+    def __enter__(self) -> Enrolment:
+        """Raises LaunchError where the port cannot be had."""
+        self._look()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.set()
+        self._thread.join()
+        self._close()
+
+    def _watch(self) -> None:
+        while not self._ending.wait(_LOOK_EVERY):
+            try:
+                self._look()
+            except GptflError as error:
+                _log.error("enrolment: %s", error)
+
+    def _look(self) -> None:
+        wanted = self._desk.registry.is_open()
+        if wanted and self._server is None:
+            self._server = _Server(self._listen, self._desk)
+            threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True).start()
+        elif not wanted:
+            self._close()
+
+    def _close(self) -> None:
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._server = None
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+    def __init__(self, listen: str, desk: Desk) -> None:
+        self.desk = desk
+        self.guesses = _Guesses()
+        self._shown: tuple[Credentials, ssl.SSLContext] | None = None
+        self._places = threading.BoundedSemaphore(_PLACES)
+        if ":" in host_of(listen):
+            self.address_family = socket.AF_INET6
+        try:
+            super().__init__((host_of(listen), port_of(listen)), _Request)
+        except OSError as error:
+            raise LaunchError(
+                f"cannot listen on {listen}: {error.strerror}", hint="set enrolment.listen to a free port"
+            ) from None
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        request.settimeout(_PATIENCE)
+        secured = self._context().wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+        end = threading.Timer(_PATIENCE, _hang_up, (secured,))
+        end.start()
+        try:
+            secured.do_handshake()
+            self.finish_request(secured, client_address)
+        except OSError as error:  # ssl.SSLError among them: who speaks no TLS 1.3 is not answered
+            _log.debug("enrolment: %s hung up: %s", client_address[0], error)
+        except Exception:
+            self.handle_error(secured, client_address)
+        finally:
+            end.cancel()
+            self.shutdown_request(secured)
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        _log.exception("enrolment: a request from %s failed", client_address[0])
+
+    def _context(self) -> ssl.SSLContext:
+        credentials = self.desk.credentials()
+        if self._shown is None or self._shown[0] is not credentials:
+            self._shown = credentials, serving_context(credentials)
+        return self._shown[1]
+
+
+class _Request(BaseHTTPRequestHandler):
+    server: _Server
+    server_version, sys_version = "gptfl", ""
+
+    def do_GET(self) -> None:
+        if self.path == AUTHORITY:
+            self._answer(200, {"authority": self.server.desk.authority.roots.decode()})
+        else:
+            self._answer(404, {"error": "there is nothing here"})
+
+    def do_POST(self) -> None:
+        if self.path != ENROL:
+            self._answer(404, {"error": "there is nothing here"})
+            return
+        who = str(self.client_address[0])
+        if not self.server.guesses.allowed(who):
+            _log.warning("enrolment: %s guessed wrong too often and is not heard", who)
+            self._answer(429, {"error": "too many wrong tries from this address", "hint": "wait a minute"})
+            return
+        try:
+            answer = self.server.desk.enrol(*self._asked())
+        except IdentityError as error:
+            self.server.guesses.wrong(who)
+            _log.warning("enrolment: %s is refused: %s", who, error.message)
+            self._answer(403, {"error": error.message, "hint": error.hint})
+        else:
+            self._answer(202 if answer is None else 200, answer or {})
+
+    def _asked(self) -> tuple[str, str, bytes]:
+        """The silo's name, the token and the certificate request. Raises IdentityError."""
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > _LONGEST_BODY:
+            raise IdentityError(f"a request of {length[:20] or 'unknown'} bytes, expected at most {_LONGEST_BODY}")
+        try:
+            asked = json.loads(self.rfile.read(int(length)))
+            silo, token, request = asked["silo"], asked["token"], asked["request"].encode()
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise IdentityError("the request cannot be read") from None
+        if not isinstance(silo, str) or not isinstance(token, str):
+            raise IdentityError("the request cannot be read")
+        return silo, token, request
+
+    def _answer(self, status: int, content: dict[str, str]) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        _log.debug("enrolment: %s: %s", self.client_address[0], format % args)
+
+
+class _Guesses:
+    """Counts the wrong tries of each address."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._times: dict[str, deque[float]] = {}
+
+    def allowed(self, who: str) -> bool:
+        with self._lock:
+            times = self._times.get(who, deque())
+            while times and times[0] < time.monotonic() - _FORGOTTEN:
+                times.popleft()
+            return len(times) < _GUESSES
+
+    def wrong(self, who: str) -> None:
+        with self._lock:
+            if who not in self._times and len(self._times) >= _ADDRESSES:
+                del self._times[next(iter(self._times))]
+            self._times.setdefault(who, deque(maxlen=_GUESSES)).append(time.monotonic())
+
+
+def _hang_up(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)

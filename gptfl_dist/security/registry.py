@@ -1,0 +1,215 @@
+"""What an authority knows: whom it invited, which certificates it made, which of them are revoked.
+
+One SQLite file beside the authority's keys, so that it outlives any run. Several processes use it: the coordinator at
+work, and the commands of its operator. Tokens stand in it as SHA-256 alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from gptfl_dist.errors import IdentityError, StorageError
+
+FILE_NAME = "registry.sqlite"
+_PATIENCE = 10.0  # seconds that a writer waits for another
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS invitations(
+    token TEXT PRIMARY KEY, silo TEXT NOT NULL, expires TEXT NOT NULL,
+    key TEXT, asked TEXT, approved TEXT, used TEXT);
+CREATE TABLE IF NOT EXISTS certificates(
+    serial TEXT PRIMARY KEY, silo TEXT NOT NULL, issued TEXT NOT NULL, expires TEXT NOT NULL, key TEXT NOT NULL,
+    revoked TEXT, reason TEXT);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Issued:
+    """A certificate; times are ISO 8601 in UTC, `key` is its public key's fingerprint."""
+
+    serial: str
+    silo: str
+    issued: str
+    expires: str
+    key: str
+    revoked: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Invitation:
+    """`key` is the fingerprint of who used the token, `asked` when, `approved` when the operator agreed to it."""
+
+    silo: str
+    expires: str
+    key: str | None
+    asked: str | None
+    approved: str | None
+    used: str | None
+
+
+class Registry:
+    """Opens the file for each call, so one object serves any thread. Raises StorageError where it cannot be used."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE_NAME
+
+    def create(self) -> None:
+        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        with self._open() as database:
+            database.executescript(_SCHEMA)
+
+    def invite(self, silo: str, valid: timedelta) -> str:
+        """A new token for a silo, good once within `valid`. An older one that nobody used is void from now on."""
+        token = secrets.token_urlsafe(24)
+        with self._open() as database:
+            database.execute("DELETE FROM invitations WHERE silo = ? AND used IS NULL", (silo,))
+            database.execute(
+                "INSERT INTO invitations(token, silo, expires) VALUES (?, ?, ?)",
+                (_hashed(token), silo, _text(_now() + valid)),
+            )
+        return token
+
+    def redeem(self, token: str, silo: str, key: str, *, approval: bool) -> bool:
+        """Binds a token to the key with this fingerprint; False where the operator has yet to approve of it.
+
+        The same key may ask again, for its answer may have been lost. Raises IdentityError where the token is none,
+        another silo's, another key's or too old: one sentence for the first three, which tells a guesser nothing.
+        """
+        with self._open() as database:
+            row = database.execute(
+                "SELECT silo, expires, key, approved FROM invitations WHERE token = ?", (_hashed(token),)
+            ).fetchone()
+            if row is None or row[0] != silo or row[2] not in (None, key):
+                raise IdentityError(
+                    "the invitation is not known, or was used", hint="ask the coordinator's operator for a new one"
+                )
+            if row[1] < _text(_now()):
+                raise IdentityError(
+                    f"the invitation expired at {row[1]}", hint="ask the coordinator's operator for a new one"
+                )
+            if row[2] is None:
+                database.execute(
+                    "UPDATE invitations SET key = ?, asked = ? WHERE token = ?", (key, _text(_now()), _hashed(token))
+                )
+            if approval and row[3] is None:
+                return False
+            database.execute("UPDATE invitations SET used = ? WHERE token = ?", (_text(_now()), _hashed(token)))
+            return True
+
+    def approve(self, silo: str, key: str) -> None:
+        """Agrees to what asks under a silo's name with the key of this fingerprint. Raises IdentityError."""
+        with self._open() as database:
+            done = database.execute(
+                "UPDATE invitations SET approved = ? WHERE silo = ? AND key = ? AND used IS NULL",
+                (_text(_now()), silo, key),
+            )
+            if not done.rowcount:
+                raise IdentityError(
+                    f"nobody asks to be {silo} with the key {key}", hint="gptfl requests shows who waits, with its key"
+                )
+
+    def invitations(self) -> list[Invitation]:
+        """Those that hold still, or were used, by silo."""
+        with self._open() as database:
+            rows = database.execute(
+                "SELECT silo, expires, key, asked, approved, used FROM invitations ORDER BY silo, expires"
+            )
+            return [Invitation(*row) for row in rows]
+
+    def is_open(self) -> bool:
+        """Whether anybody may still enrol."""
+        with self._open() as database:
+            found = database.execute(
+                "SELECT 1 FROM invitations WHERE used IS NULL AND expires >= ? LIMIT 1", (_text(_now()),)
+            )
+            return found.fetchone() is not None
+
+    def add(self, *, serial: int, silo: str, expires: datetime, key: str) -> None:
+        """Notes a certificate, before it is handed out."""
+        with self._open() as database:
+            database.execute(
+                "INSERT INTO certificates(serial, silo, issued, expires, key) VALUES (?, ?, ?, ?, ?)",
+                (serial_text(serial), silo, _text(_now()), _text(expires), key),
+            )
+
+    def certificates(self) -> list[Issued]:
+        """All that were made, by silo, the newest of each first."""
+        with self._open() as database:
+            rows = database.execute(
+                "SELECT serial, silo, issued, expires, key, revoked, reason FROM certificates "
+                "ORDER BY silo, issued DESC, rowid DESC"
+            )
+            return [Issued(*row) for row in rows]
+
+    def revoke(self, *, silo: str | None, serial: str | None, reason: str) -> list[Issued]:
+        """Revokes all certificates of a silo and its invitation, or one certificate; returns those that it met.
+
+        Raises IdentityError where there is none that is not revoked.
+        """
+        column, value = ("silo", silo) if silo is not None else ("serial", serial)
+        with self._open() as database:
+            rows = database.execute(
+                f"SELECT serial, silo, issued, expires, key, revoked, reason FROM certificates WHERE {column} = ?",
+                (value,),
+            ).fetchall()
+            invited = 0
+            if silo is not None:
+                invited = database.execute("DELETE FROM invitations WHERE silo = ? AND used IS NULL", (silo,)).rowcount
+            met = [issued for row in rows if (issued := Issued(*row)).revoked is None]
+            if not met and not invited:
+                raise IdentityError(
+                    f"there is no certificate to revoke of {silo or serial}", hint="gptfl silos shows what there is"
+                )
+            for issued in met:
+                database.execute(
+                    "UPDATE certificates SET revoked = ?, reason = ? WHERE serial = ?",
+                    (_text(_now()), reason, issued.serial),
+                )
+            return met
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """One transaction, which no other process writes beside."""
+        try:
+            database = sqlite3.connect(
+                f"{self.path.absolute().as_uri()}?mode=rw", uri=True, timeout=_PATIENCE, isolation_level=None
+            )
+            with contextlib.closing(database):
+                database.execute("PRAGMA synchronous=FULL")
+                database.execute("BEGIN IMMEDIATE")
+                try:
+                    yield database
+                except BaseException:
+                    database.rollback()
+                    raise
+                database.commit()
+        except sqlite3.Error as error:
+            raise StorageError(
+                f"{self.path}: {error}", hint="ask as the user who made the authority, or bring it back from a backup"
+            ) from None
+
+
+def serial_text(serial: int) -> str:
+    """A certificate's serial number as people and the registry write it."""
+    return f"{serial:x}"
+
+
+def _hashed(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _text(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="seconds")

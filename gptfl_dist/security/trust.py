@@ -1,0 +1,130 @@
+"""Whom a coordinator lets in, and with which certificate it shows itself.
+
+gRPC asks for certificates of the authority and for nothing else: whether one was revoked, or expired while its
+connection was open, is asked here, with every message. `FixedTrust` has files to go by, or an authority made for one
+run; `KeptTrust` an authority in a folder, which renews what is about to expire and knows what was revoked.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from datetime import UTC, datetime
+from typing import Protocol
+
+from cryptography import x509
+
+from gptfl_dist.errors import IdentityError, StorageError
+from gptfl_dist.security.authority import SKEW, Authority, Credentials
+from gptfl_dist.security.identity import Identity
+from gptfl_dist.security.registry import Registry, serial_text
+from gptfl_dist.security.request import fingerprint_of, key_in
+
+RENEW_AT = 2 / 3
+"""The share of a certificate's life after which it is renewed."""
+
+_LOOK_EVERY = 0.2  # seconds between two looks at the registry: a revocation counts within so long
+
+
+class Trust(Protocol):
+    """What the coordinator's exchange asks about certificates."""
+
+    def credentials(self) -> Credentials:
+        """The coordinator's own, as they are to be shown now. Called from any thread."""
+
+    def refusal(self, serial: int) -> str:
+        """Why the certificate of a silo does not count any more, or ""."""
+
+    def renew(self, silo: str, request: bytes) -> tuple[bytes, bytes]:
+        """A new certificate for a silo that showed a valid one, with its chain, and the roots to trust, as PEM.
+
+        Raises IdentityError where the request is not one for this silo, or none can be made.
+        """
+
+
+class FixedTrust:
+    """Credentials that stay as they are. Nothing is revoked, and renewing is somebody else's business."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._credentials = credentials
+
+    def credentials(self) -> Credentials:
+        return self._credentials
+
+    def refusal(self, serial: int) -> str:
+        return ""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def renew(self, silo: str, request: bytes) -> tuple[bytes, bytes]:
+        raise IdentityError("this coordinator makes no certificates", hint="ask its operator for a new set of files")
+
+
+class KeptTrust:
+    """Trust by an authority that is kept."""
+
+    def __init__(self, authority: Authority, registry: Registry, hosts: tuple[str, ...]) -> None:
+        """`hosts` are the names and addresses under which silos dial the coordinator."""
+        self._authority = authority
+        self._registry = registry
+        self._hosts = hosts
+        self._lock = threading.Lock()
+        self._own = authority.issue_coordinator(hosts)
+        self._seen = sqlite3.connect(f"{registry.path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+        self._version = -1
+        self._looked = 0.0
+        self._standing: dict[str, str | None] = {}  # of each certificate when it was revoked
+
+    def credentials(self) -> Credentials:
+        with self._lock:
+            if due(self._own.certificate) <= datetime.now(UTC):
+                self._own = self._authority.issue_coordinator(self._hosts)
+            return self._own
+
+    def refusal(self, serial: int) -> str:
+        self._look()
+        name = serial_text(serial)
+        if name not in self._standing:
+            return f"the certificate {name} is not in the authority's registry"
+        revoked = self._standing[name]
+        return f"the certificate {name} was revoked at {revoked}" if revoked else ""
+
+    def renew(self, silo: str, request: bytes) -> tuple[bytes, bytes]:
+        return certify(self._authority, self._registry, silo, request)
+
+    def close(self) -> None:
+        self._seen.close()
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if now - self._looked < _LOOK_EVERY:
+            return
+        try:
+            (version,) = self._seen.execute("PRAGMA data_version").fetchone()
+            if version != self._version:
+                self._standing = dict(self._seen.execute("SELECT serial, revoked FROM certificates"))
+                self._version = version
+        except sqlite3.Error as error:
+            raise StorageError(f"{self._registry.path}: {error}") from None
+        self._looked = now
+
+
+def certify(authority: Authority, registry: Registry, silo: str, request: bytes) -> tuple[bytes, bytes]:
+    """Makes the certificate that a silo requests, notes it, and returns it with its chain, and the roots, as PEM.
+
+    Raises IdentityError where the request is for anything else.
+    """
+    key = key_in(request, Identity(authority.federation, "silo", silo))
+    chain = authority.sign_silo(silo, key)
+    made = x509.load_pem_x509_certificate(chain)
+    registry.add(serial=made.serial_number, silo=silo, expires=made.not_valid_after_utc, key=fingerprint_of(key))
+    return chain, authority.roots
+
+
+def due(certificate: bytes) -> datetime:
+    """When a certificate of ours, PEM, is to be renewed: two thirds of the way from when it was made to its end."""
+    read = x509.load_pem_x509_certificate(certificate)
+    made = read.not_valid_before_utc + SKEW
+    return made + RENEW_AT * (read.not_valid_after_utc - made)

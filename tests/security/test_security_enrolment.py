@@ -1,0 +1,292 @@
+"""The enrolment port: what an invitation is good for, and what those without one find there."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import threading
+import time
+from contextlib import ExitStack
+from datetime import timedelta
+
+import pytest
+from support import free_port, wait_for
+
+from gptfl_dist.errors import ConfigError, ConnectionFailed, IdentityError
+from gptfl_dist.security import enrolment as enrolment_module
+from gptfl_dist.security import registry as registry_module
+from gptfl_dist.security.authority import Authority, new_key
+from gptfl_dist.security.enrolment import Desk, Enrolment
+from gptfl_dist.security.identity import Identity
+from gptfl_dist.security.invitation import InvitationLine, root_fingerprint
+from gptfl_dist.security.join import enrol, own_key
+from gptfl_dist.security.registry import Registry
+from gptfl_dist.security.request import fingerprint_of, make_request
+from gptfl_dist.security.vault import Vault
+
+HOUR = timedelta(hours=1)
+ALICE = Identity("fed", "silo", "alice")
+
+
+class Office:
+    """An authority with its enrolment port; a context manager."""
+
+    def __init__(self, folder, *, approval=False):
+        self.vault = Vault(folder / "authority", "fed")
+        self.vault.create()
+        self.registry = Registry(self.vault.folder)
+        self.registry.create()
+        self.authority = self.vault.open(timedelta(days=1))
+        self.port = free_port()
+        shown = self.authority.issue_coordinator(["localhost", "127.0.0.1"])
+        self.desk = Desk(self.authority, self.registry, lambda: shown, approval, "localhost:8443")
+        self._stack = ExitStack()
+
+    def invite(self, silo="alice", valid=HOUR):
+        token = self.registry.invite(silo, valid)
+        fingerprint = root_fingerprint(self.vault.roots()[0])
+        return InvitationLine(f"localhost:{self.port}", Identity("fed", "silo", silo), token, fingerprint)
+
+    def __enter__(self):
+        self._stack.enter_context(Enrolment(f"127.0.0.1:{self.port}", self.desk))
+        return self
+
+    def __exit__(self, *_):
+        self._stack.close()
+
+    def connected(self, *, least=ssl.TLSVersion.TLSv1_3, most=ssl.TLSVersion.MAXIMUM_SUPPORTED):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.minimum_version, context.maximum_version = least, most
+        return context.wrap_socket(socket.create_connection(("127.0.0.1", self.port), timeout=20))
+
+    def post(self, body: bytes, path="/v1/enrol", length=None):
+        """The status and the content of an answer."""
+        with self.connected() as line:
+            length = len(body) if length is None else length
+            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
+            line.sendall(head.encode() + body)
+            answer = b"".join(iter(lambda: line.recv(65536), b""))
+        head, _, content = answer.partition(b"\r\n\r\n")
+        return int(head.split()[1]), json.loads(content)
+
+
+@pytest.fixture
+def office(tmp_path, monkeypatch):
+    monkeypatch.setattr(enrolment_module, "_LOOK_EVERY", 0.05)
+    return Office(tmp_path)
+
+
+def listens(port):
+    with socket.socket() as line:
+        return line.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_an_invitation_brings_a_certificate_for_the_key_that_was_made_here(office):
+    invitation = office.invite()
+    with office:
+        key = new_key()
+        enrolled = enrol(InvitationLine.parse(str(invitation)), key)
+    assert enrolled.address == "localhost:8443"
+    assert enrolled.credentials.authority == office.authority.roots
+    (issued,) = office.registry.certificates()
+    assert (issued.silo, issued.key) == ("alice", fingerprint_of(key.public_key()))
+
+
+def test_the_port_is_open_only_while_somebody_is_invited(office):
+    with office:
+        assert not listens(office.port)
+        invitation = office.invite()
+        wait_for(lambda: listens(office.port))
+        enrol(invitation, new_key())
+        wait_for(lambda: not listens(office.port))
+        short = office.invite("bob", timedelta(seconds=1))
+        wait_for(lambda: listens(office.port))
+        wait_for(lambda: not listens(office.port))
+        with pytest.raises(ConnectionFailed, match="does not answer"):
+            enrol(short, new_key())
+
+
+def test_a_token_works_once_and_again_only_for_the_key_that_used_it(office):
+    invitation, other = office.invite(), office.invite("bob")
+    with office:
+        key = new_key()
+        enrol(invitation, key)
+        again = enrol(invitation, key)  # its answer may have been lost
+        assert again.credentials.key == enrol(invitation, key).credentials.key
+        with pytest.raises(IdentityError, match="not known, or was used"):
+            enrol(invitation, new_key())
+        assert enrol(other, new_key())
+
+
+def test_a_token_is_for_one_name_and_the_last_invitation_counts(office):
+    first = office.invite()
+    second, bobs = office.invite(), office.invite("bob")
+    with office:
+        for line in (first, InvitationLine(bobs.address, ALICE, bobs.token, bobs.fingerprint)):
+            with pytest.raises(IdentityError, match="not known, or was used"):
+                enrol(line, new_key())
+        assert enrol(second, new_key())
+
+
+def test_a_token_that_is_too_old_is_refused(office, monkeypatch):
+    invitation, _ = office.invite(), office.invite("bob", timedelta(days=2))
+    with office:
+        now = registry_module._now
+        monkeypatch.setattr(registry_module, "_now", lambda: now() + timedelta(hours=2))
+        with pytest.raises(IdentityError, match="the invitation expired at"):
+            enrol(invitation, new_key())
+    assert office.registry.certificates() == []
+
+
+def test_a_request_for_another_name_does_not_use_the_token_up(office):
+    invitation = office.invite()
+    with office:
+        asked = {
+            "silo": "alice", "token": invitation.token,
+            "request": make_request(Identity("fed", "silo", "bob"), new_key()).decode(),
+        }  # fmt: skip
+        status, answer = office.post(json.dumps(asked).encode())
+        assert status == 403
+        assert "gptfl://fed/silo/bob, expected gptfl://fed/silo/alice" in answer["error"]
+        assert enrol(invitation, new_key())
+
+
+def test_who_guesses_is_not_heard_for_a_while(office, monkeypatch):
+    invitation = office.invite()
+    with office:
+        wrong = InvitationLine(invitation.address, ALICE, "x" * 32, invitation.fingerprint)
+        for _ in range(5):
+            with pytest.raises(IdentityError, match="not known, or was used"):
+                enrol(wrong, new_key())
+        with pytest.raises(IdentityError, match="too many wrong tries"):
+            enrol(invitation, new_key())
+        monkeypatch.setattr(enrolment_module, "_FORGOTTEN", 0.0)
+        assert enrol(invitation, new_key())
+
+
+def test_the_silo_tells_nothing_to_another_authority(office, tmp_path):
+    """Whoever answers in the coordinator's place gets neither token nor name: the fingerprint is checked first."""
+    invitation = office.invite()
+    (tmp_path / "other").mkdir()
+    other = Office(tmp_path / "other")
+    other.invite()
+    heard = []
+    monkey = enrolment_module._Request.do_POST
+    enrolment_module._Request.do_POST = lambda self: heard.append(self.path)
+    try:
+        with other, pytest.raises(IdentityError, match="is not the authority of the invitation"):
+            enrol(InvitationLine(f"localhost:{other.port}", ALICE, invitation.token, invitation.fingerprint), new_key())
+    finally:
+        enrolment_module._Request.do_POST = monkey
+    assert heard == []
+
+
+def test_an_authority_that_is_real_but_shown_by_somebody_else_is_not_believed(office, tmp_path):
+    """The root is public: who passes it on and shows a certificate of another authority gets no token either."""
+    invitation = office.invite()
+    stranger = Authority.new("fed", valid=HOUR).issue_coordinator(["localhost"])
+    office.desk = Desk(office.authority, office.registry, lambda: stranger, False, "localhost:1")
+    with office, pytest.raises(IdentityError, match="not one to trust"):
+        enrol(invitation, new_key())
+
+
+def test_the_operator_may_have_to_agree(tmp_path, monkeypatch):
+    monkeypatch.setattr(enrolment_module, "_LOOK_EVERY", 0.05)
+    office = Office(tmp_path, approval=True)
+    invitation = office.invite()
+    key = new_key()
+    with office:
+        assert enrol(invitation, key) is None
+        assert enrol(invitation, key) is None
+        (asks,) = [each for each in office.registry.invitations() if each.key]
+        assert asks.key == fingerprint_of(key.public_key())
+        with pytest.raises(IdentityError, match="not known, or was used"):
+            enrol(invitation, new_key())  # somebody else with the same line
+        with pytest.raises(IdentityError, match="nobody asks to be alice with the key"):
+            office.registry.approve("alice", fingerprint_of(new_key().public_key()))
+        office.registry.approve("alice", asks.key)
+        assert enrol(invitation, key) is not None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b"[" * 16000, b'{"silo": "alice"}', b'{"silo": 1, "token": "x", "request": ""}',
+     b'{"silo": "alice", "token": "x", "request": 5}', b'{"silo": "alice", "token": [], "request": ""}', b"\xff\xfe"],
+)  # fmt: skip
+def test_what_cannot_be_read_is_refused(office, body):
+    office.invite()
+    with office:
+        status, answer = office.post(body)
+        assert status == 403
+        assert answer["error"]
+
+
+@pytest.mark.parametrize("length", ["1000000000", "-1", "abc", "20000"])
+def test_no_memory_is_taken_for_what_is_announced(office, length):
+    office.invite()
+    with office:
+        status, answer = office.post(b"", length=length)
+        assert status == 403
+        assert "expected at most" in answer["error"]
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/other", "/../../etc/passwd", "/v1/enrol/"])
+def test_there_is_nothing_else_behind_the_port(office, path):
+    office.invite()
+    with office:
+        assert office.post(b"{}", path=path)[0] == 404
+
+
+def test_nothing_below_tls_1_3_is_spoken(office):
+    office.invite()
+    with office, pytest.raises(ssl.SSLError):
+        office.connected(least=ssl.TLSVersion.TLSv1_2, most=ssl.TLSVersion.TLSv1_2)
+
+
+def test_who_dawdles_or_comes_in_masses_keeps_nobody_else_out(office, monkeypatch):
+    monkeypatch.setattr(enrolment_module, "_PATIENCE", 1.0)
+    invitation = office.invite()
+    with office:
+        dawdling = office.connected()
+        ended = threading.Event()
+
+        def dawdle():
+            try:
+                for letter in b"POST /v1/enrol HTTP/1.1\r\nX-A: " + b"a" * 1000:
+                    dawdling.send(bytes([letter]))
+                    time.sleep(0.1)
+            except OSError:
+                ended.set()
+
+        thread = threading.Thread(target=dawdle)
+        thread.start()
+        masses = [socket.create_connection(("127.0.0.1", office.port)) for _ in range(200)]
+        wait_for(lambda: ended.is_set(), 20)
+        thread.join()
+        assert enrol(invitation, new_key())
+        for line in (dawdling, *masses):
+            line.close()
+
+
+def test_a_key_is_made_once_and_is_its_owners_alone(tmp_path):
+    path = tmp_path / "credentials" / "key.pem"
+    key = own_key(path)
+    assert path.stat().st_mode & 0o077 == 0
+    assert own_key(path).public_key() == key.public_key()
+    path.write_text("hello")
+    with pytest.raises(IdentityError, match="no private key of ours"):
+        own_key(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "hello", "gptfl://a:1/fed/alice/token", "gptfl://a:1/fed/../x/" + "t" * 32 + "/" + "0" * 64,
+     "gptfl://a:99999/fed/alice/" + "t" * 32 + "/" + "0" * 64, "gptfl://a:1/fed/al%2Fice/" + "t" * 32 + "/" + "0" * 64,
+     "https://a:1/fed/alice/" + "t" * 32 + "/" + "0" * 64, "gptfl://a:1/fed/alice/" + "t" * 32 + "/" + "0" * 63],
+)  # fmt: skip
+def test_what_is_no_invitation_is_told(line):
+    with pytest.raises(ConfigError, match="no invitation") as error:
+        InvitationLine.parse(line)
+    assert "gptfl invite" in error.value.hint
