@@ -18,7 +18,7 @@ import socket
 import ssl
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 AUTHORITY, ENROL = "/v1/authority", "/v1/enrol"
 
 _PATIENCE = 10.0  # seconds that a connection may take, all in all
-_PLACES = 16  # connections at a time
+_PLACES, _PLACES_OF_ONE = 64, 4  # connections at a time, of all addresses and of one
 _LONGEST_BODY = 2 * LONGEST
 _GUESSES = 5  # that an address has
 _FORGOTTEN = 60.0  # seconds after which a wrong guess is
@@ -119,7 +119,8 @@ class _Server(ThreadingHTTPServer):
         self.desk = desk
         self.guesses = _Guesses()
         self._shown: tuple[Credentials, ssl.SSLContext] | None = None
-        self._places = threading.BoundedSemaphore(_PLACES)
+        self._lock = threading.Lock()
+        self._places: Counter[str] = Counter()
         if ":" in host_of(listen):
             self.address_family = socket.AF_INET6
         try:
@@ -130,10 +131,14 @@ class _Server(ThreadingHTTPServer):
             ) from None
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._places.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
+        with self._lock:
+            full = self._places.total() >= _PLACES or self._places[client_address[0]] >= _PLACES_OF_ONE
+            if not full:
+                self._places[client_address[0]] += 1
+        if full:
             self.shutdown_request(request)
+        else:
+            super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         request.settimeout(_PATIENCE)
@@ -150,7 +155,9 @@ class _Server(ThreadingHTTPServer):
         finally:
             end.cancel()
             self.shutdown_request(secured)
-            self._places.release()
+            with self._lock:
+                self._places[client_address[0]] -= 1
+                self._places += Counter()  # drops those that have none any more
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         _log.exception("enrolment: a request from %s failed", client_address[0])
