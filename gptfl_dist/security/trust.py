@@ -84,8 +84,9 @@ class KeptTrust:
             return self._own
 
     def refusal(self, serial: int) -> str:
-        self._look()
         name = serial_text(serial)
+        if time.monotonic() - self._looked >= _LOOK_EVERY or name not in self._standing:
+            self._look()
         if name not in self._standing:
             return f"the certificate {name} is not in the authority's registry"
         revoked = self._standing[name]
@@ -98,9 +99,7 @@ class KeptTrust:
         self._seen.close()
 
     def _look(self) -> None:
-        now = time.monotonic()
-        if now - self._looked < _LOOK_EVERY:
-            return
+        self._looked = time.monotonic()
         try:
             (version,) = self._seen.execute("PRAGMA data_version").fetchone()
             if version != self._version:
@@ -108,7 +107,6 @@ class KeptTrust:
                 self._version = version
         except sqlite3.Error as error:
             raise StorageError(f"{self._registry.path}: {error}") from None
-        self._looked = now
 
 
 def certify(authority: Authority, registry: Registry, silo: str, request: bytes) -> tuple[bytes, bytes]:

@@ -19,7 +19,7 @@ from gptfl_dist.exchange.grpc.server import GrpcCoordinatorExchange
 from gptfl_dist.exchange.inbox import Inbox, Spool
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.security.authority import Authority, Credentials
-from gptfl_dist.security.trust import FixedTrust
+from gptfl_dist.security.trust import FixedTrust, Trust
 from gptfl_dist.weights import ITEM_SIZE, Layout, WeightsFile, write_weights
 
 HOST = "127.0.0.1"
@@ -74,7 +74,7 @@ class World:
 
     def __init__(
         self, folder: Path, layout: Layout = SMALL, *, chunk: int = 1 << 20, credentials: Credentials = COORDINATOR,
-        plan: Plan = PLAN, keepalive: float = 30.0,
+        plan: Plan = PLAN, keepalive: float = 30.0, trust: Trust | None = None,
     ) -> None:  # fmt: skip
         self.layout = layout
         self.plan = plan
@@ -84,7 +84,7 @@ class World:
         )
         self.server = GrpcCoordinatorExchange(
             listen=f"{HOST}:0",
-            trust=FixedTrust(credentials),
+            trust=trust or FixedTrust(credentials),
             federation="fed",
             silos=tuple(SILOS),
             inbox=self.inbox,

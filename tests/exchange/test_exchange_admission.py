@@ -1,0 +1,192 @@
+"""Certificates while connections are open: revoked, expired, renewed, and what becomes of what was under way."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+from datetime import timedelta
+
+import pytest
+from exchange_world import HOST, World, dial, header_of, in_loop, train_order
+
+from gptfl_dist.errors import IdentityError
+from gptfl_dist.exchange.base import Disconnected, OrderFailed, Receipt, Renewed, SiloJoined, SiloLeft
+from gptfl_dist.security.authority import Credentials, key_bytes, new_key
+from gptfl_dist.security.identity import Identity
+from gptfl_dist.security.registry import Registry
+from gptfl_dist.security.request import make_request
+from gptfl_dist.security.trust import KeptTrust, certify
+from gptfl_dist.security.vault import Vault
+from gptfl_dist.testing.proxy import TcpProxy
+from gptfl_dist.weights import Layout, WeightsFile, write_weights
+
+ALICE = Identity("fed", "silo", "alice")
+LARGE = Layout.of([("w", (4 << 20,), "F32")])  # 16 MiB
+
+
+class Kept:
+    """An authority in a folder, and the trust of a coordinator by it."""
+
+    def __init__(self, folder, valid=timedelta(days=1)):
+        vault = Vault(folder / "authority", "fed")
+        vault.create()
+        self.registry = Registry(vault.folder)
+        self.registry.create()
+        self.authority = vault.open(valid)
+        self.trust = KeptTrust(self.authority, self.registry, (HOST, "localhost"))
+
+    def silo(self, name="alice", valid=None):
+        key = new_key()
+        authority = copy.copy(self.authority)
+        authority._valid = valid or authority._valid
+        certificate, roots = certify(authority, self.registry, name, make_request(Identity("fed", "silo", name), key))
+        return Credentials(roots, certificate, key_bytes(key))
+
+    def revoke(self, silo="alice"):
+        self.registry.revoke(silo=silo, serial=None, reason="a test")
+
+
+async def ready(world, credentials, name="alice", port=0):
+    silo = world.silo(name, credentials=credentials, port=port)
+    await silo.connect()
+    await silo.ready()
+    assert await world.event() == SiloJoined(name)
+    return silo
+
+
+@in_loop
+async def test_a_certificate_that_the_registry_does_not_hold_is_refused(tmp_path):
+    kept = Kept(tmp_path)
+    async with World(tmp_path, trust=kept.trust) as world:
+        silo = world.silo(credentials=kept.authority.issue_silo("alice"))
+        with pytest.raises(IdentityError, match="is not in the authority's registry"):
+            await silo.connect()
+
+
+@in_loop
+async def test_a_revoked_silo_is_cut_off_within_a_second_though_it_says_nothing(tmp_path):
+    kept = Kept(tmp_path)
+    async with World(tmp_path, trust=kept.trust) as world:
+        alice, bob = await ready(world, kept.silo()), await ready(world, kept.silo("bob"), "bob")
+        order = train_order("n1", "b" * 64)
+        await world.give("alice", order)
+        assert (await alice.receive()) == order
+        kept.revoke()
+        started = time.monotonic()
+        with pytest.raises(IdentityError, match="was revoked at"):
+            await alice.receive()
+        assert time.monotonic() - started < 1
+        failed = await world.event()
+        assert isinstance(failed, OrderFailed)
+        assert (failed.silo, failed.nonce) == ("alice", "n1")
+        assert "was revoked" in failed.reason
+        assert await world.event() == SiloLeft("alice")
+        with pytest.raises(IdentityError, match="was revoked at"):
+            await alice.connect()
+        await world.give("bob", train_order("n2", "b" * 64))  # who is none the worse for it
+        assert (await bob.receive()).nonce == "n2"
+
+
+@in_loop
+async def test_what_a_revoked_silo_was_sending_is_refused(tmp_path):
+    kept = Kept(tmp_path)
+    digest = write_weights(tmp_path / "u", LARGE, [bytes(LARGE.nbytes)])
+    async with World(tmp_path, LARGE, trust=kept.trust) as world, TcpProxy(world.server.port) as proxy:
+        alice = await ready(world, kept.silo(), port=proxy.port)
+        order = train_order("n1", "b" * 64)
+        await world.give("alice", order)
+        await alice.receive()
+        proxy.delay = 0.05  # a piece: the upload takes many seconds
+        with WeightsFile(tmp_path / "u") as update:
+            sending = asyncio.create_task(alice.upload(header_of(order, LARGE, digest), update))
+            while world.server.traffic.up < 1 << 20:
+                await asyncio.sleep(0.01)
+            kept.revoke()
+            started = time.monotonic()
+            failed = await world.event()
+            assert time.monotonic() - started < 1
+            assert isinstance(failed, OrderFailed)
+            proxy.delay = 0.0
+            with pytest.raises((IdentityError, Disconnected)):
+                await sending
+        assert world.commits == []
+
+
+@in_loop
+async def test_an_expired_certificate_ends_its_streams_at_the_next_message(tmp_path):
+    kept = Kept(tmp_path)
+    async with World(tmp_path, trust=kept.trust) as world:
+        alice = await ready(world, kept.silo(valid=timedelta(seconds=2)))
+        await asyncio.sleep(1)
+        await world.give("alice", train_order("n1", "b" * 64))
+        assert (await alice.receive()).nonce == "n1"
+        await asyncio.sleep(1.5)
+        with pytest.raises(Disconnected, match="certificate expired"):
+            await alice.receive()
+        assert await world.settled() == [SiloLeft("alice")]  # the order is still open: the silo may come back renewed
+        with pytest.raises(IdentityError, match="this silo's certificate: valid"):
+            await alice.connect()
+
+
+@in_loop
+async def test_a_renewed_silo_comes_back_at_once_and_a_transfer_is_not_cut(tmp_path):
+    kept = Kept(tmp_path)
+    digest = write_weights(tmp_path / "u", LARGE, [bytes(LARGE.nbytes)])
+    async with World(tmp_path, LARGE, trust=kept.trust) as world, TcpProxy(world.server.port) as proxy:
+        alice = await ready(world, kept.silo(), port=proxy.port)
+        order = train_order("n1", "b" * 64)
+        await world.give("alice", order)
+        await alice.receive()
+        key = new_key()
+        certificate, roots = await alice.renew(make_request(ALICE, key))
+        proxy.delay = 0.003
+        with WeightsFile(tmp_path / "u") as update:
+            sending = asyncio.create_task(alice.upload(header_of(order, LARGE, digest), update))
+            while world.server.traffic.up < 1 << 20:
+                await asyncio.sleep(0.01)
+            showing = asyncio.create_task(alice.show(Credentials(roots, certificate, key_bytes(key))))
+            listening = asyncio.create_task(alice.receive())
+            assert await sending == Receipt(True)
+        await showing
+        with pytest.raises(Renewed):
+            await listening
+        assert proxy.cuts == 0
+        await alice.connect()
+        await alice.ready()
+        assert world.server._lines["alice"].peer.serial == int(kept.registry.certificates()[0].serial, 16)
+        assert len(world.commits) == 1
+
+
+@in_loop
+async def test_a_silo_gets_a_certificate_for_itself_alone(tmp_path):
+    kept = Kept(tmp_path)
+    async with World(tmp_path, trust=kept.trust) as world:
+        alice = await ready(world, kept.silo())
+        known = len(kept.registry.certificates())
+        with pytest.raises(IdentityError, match="gptfl://fed/silo/bob, expected gptfl://fed/silo/alice"):
+            await alice.renew(make_request(Identity("fed", "silo", "bob"), new_key()))
+        with pytest.raises(IdentityError, match="cannot be read"):
+            await alice.renew(b"hello")
+        assert len(kept.registry.certificates()) == known
+
+
+@in_loop
+async def test_without_an_authority_nothing_is_renewed(tmp_path):
+    async with World(tmp_path) as world:
+        alice = await world.joined()
+        with pytest.raises(IdentityError, match="makes no certificates"):
+            await alice.renew(make_request(ALICE, new_key()))
+
+
+@in_loop
+async def test_the_coordinator_renews_its_own_certificate_while_it_serves(tmp_path):
+    kept = Kept(tmp_path, valid=timedelta(seconds=3))
+    async with World(tmp_path, trust=kept.trust) as world:
+        first = kept.trust.credentials()
+        for _ in range(3):  # longer than one certificate holds
+            silo = dial(world.server.port, kept.silo(valid=timedelta(days=1)))
+            await silo.connect()
+            await silo.close()
+            await asyncio.sleep(1.5)
+        assert kept.trust.credentials() != first
