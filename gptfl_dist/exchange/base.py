@@ -24,10 +24,6 @@ class Disconnected(Exception):
     """The wire broke. Connecting again may help."""
 
 
-class Renewed(Disconnected):
-    """The silo's certificate was replaced. Connecting again, which may be done at once, shows the new one."""
-
-
 @dataclass(frozen=True, slots=True)
 class Welcome:
     """What a silo learns when it connects."""
@@ -83,6 +79,14 @@ class SiloLeft:
 
 
 @dataclass(frozen=True, slots=True)
+class SiloBarred:
+    """A silo's certificates were revoked: it is cut off, and will not come back unless it is invited again."""
+
+    silo: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Answered:
     """A silo's answer to an order was accepted and, where it is an update, committed."""
 
@@ -117,7 +121,7 @@ class ExchangeFailed:
     error: BaseException
 
 
-ExchangeEvent = SiloJoined | SiloLeft | Answered | OrderFailed | SiloProgress | ExchangeFailed
+ExchangeEvent = SiloJoined | SiloLeft | SiloBarred | Answered | OrderFailed | SiloProgress | ExchangeFailed
 
 
 @dataclass(slots=True)

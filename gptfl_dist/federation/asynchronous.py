@@ -25,7 +25,7 @@ class AsynchronousCoordinator(Coordinator):
     @property
     def missing(self) -> set[str]:
         """The silos that are not connected, where those that are cannot fill the buffer."""
-        absent = set(self._rules.silos) - self._connected
+        absent = self._expected - self._connected
         if self.state != "train":
             return super().missing
         able = (self._connected - self._failed.keys()) | self._delivered.keys()
@@ -42,7 +42,7 @@ class AsynchronousCoordinator(Coordinator):
 
     @property
     def _missing_at_deadline(self) -> set[str]:
-        return set(self._rules.silos) - self._connected - self._delivered.keys()
+        return self._expected - self._connected - self._delivered.keys()
 
     def _enough(self, *, late: bool) -> bool:
         return True  # whoever comes later is called on in mid-round
@@ -60,7 +60,7 @@ class AsynchronousCoordinator(Coordinator):
             self._cohort += more
             self._open |= dict.fromkeys(more, self.round)
             return [Enlist(self.round, more), *(Call(silo, self.round) for silo in more)]
-        absent = set(self._rules.silos) - self._connected - self._delivered.keys() - self._failed.keys()
+        absent = self._expected - self._connected - self._delivered.keys() - self._failed.keys()
         if not self._open and len(self._delivered) < self._rules.quorum and absent:
             return []  # one of them may join before the deadline
         return super()._end_if_complete()

@@ -40,6 +40,13 @@ class Left:
 
 
 @dataclass(frozen=True, slots=True)
+class Barred:
+    """A silo may not take part any more, and is not waited for; that it joins again says that it may."""
+
+    silo: str
+
+
+@dataclass(frozen=True, slots=True)
 class Delivered:
     """A silo's update (or evaluation) was accepted; `round` is that of the order."""
 
@@ -82,7 +89,7 @@ class Resumed:
     """The operator lets it go on."""
 
 
-Event = Joined | Left | Delivered | Failed | DeadlinePassed | Aggregated | Paused | Resumed
+Event = Joined | Left | Barred | Delivered | Failed | DeadlinePassed | Aggregated | Paused | Resumed
 
 State = Literal["paused", "gather", "train", "aggregate", "evaluate", "done"]
 
@@ -187,6 +194,7 @@ class Coordinator:
         self._rules = rules
         self._assembled = assembled
         self._connected: set[str] = set()
+        self._barred: set[str] = set()
         self._cohort: tuple[str, ...] = ()  # who was called on in this round
         self._open: dict[str, int] = {}  # the round of the order to which a silo owes the answer
         self._delivered: dict[str, int] = {}  # the round of the order whose answer counts when this round ends
@@ -196,6 +204,10 @@ class Coordinator:
         self._last = rules.rounds
         self.round = 0
         self.state: State = "gather"
+
+    def bar(self, silos: Iterable[str]) -> None:
+        """Notes before it begins who may not take part."""
+        self._barred.update(silos)
 
     def begin(
         self,
@@ -242,11 +254,15 @@ class Coordinator:
         """The commands that follow from an event. Events of orders that are not open change nothing."""
         if isinstance(event, Joined):
             self._connected.add(event.silo)
+            self._barred.discard(event.silo)
             return self._call([event.silo]) + self._go_on()
         if isinstance(event, Left):
             self._connected.discard(event.silo)
             if self.state == "evaluate" and self._open.pop(event.silo, None) is not None:
                 self._failed[event.silo] = "left"  # nobody waits for it: the weights are final
+            return self._go_on()
+        if isinstance(event, Barred):
+            self._barred.add(event.silo)
             return self._go_on()
         if isinstance(event, Paused):
             self._paused = True
@@ -285,8 +301,13 @@ class Coordinator:
     @property
     def missing(self) -> set[str]:
         """The silos that are not connected and are waited for."""
-        wanted = set(self._rules.silos) if self.state == "gather" else self._awaited
+        wanted = self._expected if self.state == "gather" else self._awaited
         return wanted - self._connected
+
+    @property
+    def _expected(self) -> set[str]:
+        """The silos that may take part."""
+        return set(self._rules.silos) - self._barred
 
     @property
     def _awaited(self) -> set[str]:
@@ -308,7 +329,7 @@ class Coordinator:
         if late:
             return len(self._free) + len(self._open) + len(self._delivered) >= self._rules.quorum
         engaged = len(self._open) + len(self._delivered)
-        return len(self._free) >= min(self._rules.cohort, len(self._rules.silos) - engaged)
+        return len(self._free) >= min(self._rules.cohort, len(self._expected) - engaged)
 
     def _draw(self) -> tuple[str, ...]:
         """The silos to call on next."""
@@ -352,7 +373,7 @@ class Coordinator:
         """Starts the round once its silos are there; the first one of all, and the evaluation, wait for every silo."""
         final = self.round > self._last
         if final or not self._assembled:
-            enough = len(self._connected) >= (self._rules.quorum if late else len(self._rules.silos))
+            enough = len(self._connected) >= (self._rules.quorum if late else max(1, len(self._expected)))
         else:
             enough = self._enough(late=late)
         if not enough:

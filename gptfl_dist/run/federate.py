@@ -27,6 +27,7 @@ from gptfl_dist.exchange.base import (
     Goodbye,
     OrderFailed,
     Reducing,
+    SiloBarred,
     SiloJoined,
     SiloLeft,
     SiloProgress,
@@ -115,6 +116,7 @@ class Federator:
         self.exchange = make_exchange(self._inbox)
         self._reducing = self.exchange if isinstance(self.exchange, Reducing) else None
         self._connected: set[str] = set()
+        self._barred: set[str] = set()
         self._news: list[str] = []  # who came and went since the operator was told last
         self._missing: tuple[str, ...] = ()  # as the operator was told
         self._assembled = False  # whether all silos were waited for, once in this process
@@ -166,6 +168,7 @@ class Federator:
         unfinished = next((r for r in record.rounds if r.kind == "train" and r.weights is None), None)
         if self._paused:
             arm.machine.handle(machine.Paused())
+        arm.machine.bar(self._barred)
         # No silo could start from damaged weights, and what this process writes later it need not doubt.
         await asyncio.to_thread(self.ledger.require_weights, record.final)
         await asyncio.to_thread(self.ledger.require_state, record.final)
@@ -364,14 +367,20 @@ class Federator:
         if isinstance(event, SiloJoined | SiloLeft | Answered | OrderFailed | SiloProgress):
             self.watcher.heard(event.silo)
         if isinstance(event, SiloJoined):
+            if event.silo not in self._connected:  # else it moved to another connection
+                self._news.append(f"{event.silo} joined")
             self._connected.add(event.silo)
-            self._news.append(f"{event.silo} joined")
+            self._barred.discard(event.silo)
             return [machine.Joined(event.silo)]
         if isinstance(event, SiloLeft):
             self._connected.discard(event.silo)
             self._news.append(f"{event.silo} left")
             self.watcher.silo_done(event.silo)
             return [machine.Left(event.silo)]
+        if isinstance(event, SiloBarred):
+            self._barred.add(event.silo)
+            self.watcher.note(f"{event.silo} is out: {event.reason}")
+            return [machine.Barred(event.silo)]
         if isinstance(event, Answered | OrderFailed | SiloProgress):
             order = arm.orders.get(event.silo)
             return self._answer(arm, order, event) if order is not None and order.nonce == event.nonce else []

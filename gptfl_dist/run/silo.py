@@ -28,7 +28,7 @@ from gptfl_dist.errors import (
     TrainerError,
     TrainerLost,
 )
-from gptfl_dist.exchange.base import Disconnected, Goodbye, Recalled, Renewed, SiloExchange, UpdateHeader, Welcome
+from gptfl_dist.exchange.base import Disconnected, Goodbye, Recalled, SiloExchange, UpdateHeader, Welcome
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.federation.silo import PolicyGuard
 from gptfl_dist.files import storage_error
@@ -229,8 +229,6 @@ class Silo:
                     goodbye = await self._listen()
                     await self._runner.finish()
                     return goodbye
-                except Renewed:
-                    continue
                 except Disconnected as broken:
                     if str(broken) != self._said:
                         self._said = str(broken)

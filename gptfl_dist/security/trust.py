@@ -36,6 +36,9 @@ class Trust(Protocol):
     def refusal(self, serial: int) -> str:
         """Why the certificate of a silo does not count any more, or ""."""
 
+    def barred(self) -> dict[str, str]:
+        """The silos that can show no certificate that counts because theirs was revoked, each with the reason."""
+
     def renew(self, silo: str, request: bytes) -> tuple[bytes, bytes]:
         """A new certificate for a silo that showed a valid one, with its chain, and the roots to trust, as PEM.
 
@@ -54,6 +57,9 @@ class FixedTrust:
 
     def refusal(self, serial: int) -> str:
         return ""
+
+    def barred(self) -> dict[str, str]:
+        return {}
 
     def close(self) -> None:
         """Nothing is held."""
@@ -76,6 +82,7 @@ class KeptTrust:
         self._version = -1
         self._looked = 0.0
         self._standing: dict[str, str | None] = {}  # of each certificate when it was revoked
+        self._barred: dict[str, str] = {}
 
     def credentials(self) -> Credentials:
         with self._lock:
@@ -85,12 +92,15 @@ class KeptTrust:
 
     def refusal(self, serial: int) -> str:
         name = serial_text(serial)
-        if time.monotonic() - self._looked >= _LOOK_EVERY or name not in self._standing:
-            self._look()
+        self._look(at_once=name not in self._standing)
         if name not in self._standing:
             return f"the certificate {name} is not in the authority's registry"
         revoked = self._standing[name]
         return f"the certificate {name} was revoked at {revoked}" if revoked else ""
+
+    def barred(self) -> dict[str, str]:
+        self._look()
+        return self._barred
 
     def renew(self, silo: str, request: bytes) -> tuple[bytes, bytes]:
         return certify(self._authority, self._registry, silo, request)
@@ -98,12 +108,19 @@ class KeptTrust:
     def close(self) -> None:
         self._seen.close()
 
-    def _look(self) -> None:
+    def _look(self, *, at_once: bool = False) -> None:
+        if not at_once and time.monotonic() - self._looked < _LOOK_EVERY:
+            return
         self._looked = time.monotonic()
         try:
             (version,) = self._seen.execute("PRAGMA data_version").fetchone()
             if version != self._version:
-                self._standing = dict(self._seen.execute("SELECT serial, revoked FROM certificates"))
+                rows = self._seen.execute("SELECT silo, serial, revoked, reason FROM certificates ORDER BY rowid")
+                latest = {}
+                for silo, serial, revoked, reason in rows.fetchall():
+                    self._standing[serial] = revoked
+                    latest[silo] = revoked and f"its certificate was revoked at {revoked}{reason and f' ({reason})'}"
+                self._barred = {silo: why for silo, why in latest.items() if why}
                 self._version = version
         except sqlite3.Error as error:
             raise StorageError(f"{self._registry.path}: {error}") from None

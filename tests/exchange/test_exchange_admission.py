@@ -11,7 +11,7 @@ import pytest
 from exchange_world import HOST, World, dial, header_of, in_loop, train_order
 
 from gptfl_dist.errors import IdentityError
-from gptfl_dist.exchange.base import Disconnected, OrderFailed, Receipt, Renewed, SiloJoined, SiloLeft
+from gptfl_dist.exchange.base import Answered, Disconnected, OrderFailed, Receipt, SiloBarred, SiloJoined, SiloLeft
 from gptfl_dist.security.authority import Credentials, key_bytes, new_key
 from gptfl_dist.security.identity import Identity
 from gptfl_dist.security.registry import Registry
@@ -81,6 +81,10 @@ async def test_a_revoked_silo_is_cut_off_within_a_second_though_it_says_nothing(
         assert isinstance(failed, OrderFailed)
         assert (failed.silo, failed.nonce) == ("alice", "n1")
         assert "was revoked" in failed.reason
+        barred = await world.event()
+        assert isinstance(barred, SiloBarred)
+        assert barred.silo == "alice"
+        assert "(a test)" in barred.reason
         assert await world.event() == SiloLeft("alice")
         with pytest.raises(IdentityError, match="was revoked at"):
             await alice.connect()
@@ -130,7 +134,7 @@ async def test_an_expired_certificate_ends_its_streams_at_the_next_message(tmp_p
 
 
 @in_loop
-async def test_a_renewed_silo_comes_back_at_once_and_a_transfer_is_not_cut(tmp_path):
+async def test_a_renewed_silo_moves_to_a_new_connection_and_a_transfer_is_not_cut(tmp_path):
     kept = Kept(tmp_path)
     digest = write_weights(tmp_path / "u", LARGE, [bytes(LARGE.nbytes)])
     async with World(tmp_path, LARGE, trust=kept.trust) as world, TcpProxy(world.server.port) as proxy:
@@ -149,12 +153,13 @@ async def test_a_renewed_silo_comes_back_at_once_and_a_transfer_is_not_cut(tmp_p
             listening = asyncio.create_task(alice.receive())
             assert await sending == Receipt(True)
         await showing
-        with pytest.raises(Renewed):
-            await listening
-        assert proxy.cuts == 0
-        await alice.connect()
-        await alice.ready()
+        assert await world.event() == Answered("alice", "n1")
+        assert await world.event() == SiloJoined("alice")
         assert world.server._lines["alice"].peer.serial == int(kept.registry.certificates()[0].serial, 16)
+        await world.give("alice", train_order("n2", "b" * 64))
+        assert (await listening).nonce == "n2"
+        assert proxy.cuts == 0
+        assert await world.settled() == []  # it never left
         assert len(world.commits) == 1
 
 

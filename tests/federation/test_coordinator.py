@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from gptfl_dist.federation.coordinator import (
     Aggregate,
     Aggregated,
+    Barred,
     Call,
     Coordinator,
     DeadlinePassed,
@@ -61,6 +62,24 @@ def test_a_failing_silo_does_not_end_the_run_while_a_quorum_delivers():
     machine.handle(Delivered("a", 1))
     machine.handle(Delivered("c", 1))
     assert machine.handle(Delivered("d", 1)) == [Aggregate(1, ("a", "c", "d"))]
+
+
+def test_nobody_waits_for_a_silo_that_is_barred_until_it_joins_again():
+    machine = Coordinator(rules())
+    machine.begin(["a", "b", "c"])
+    started = machine.handle(Barred("d"))
+    assert started[0] == StartRound(1, ("a", "b", "c"), "train")
+    for silo in "ab":
+        machine.handle(Delivered(silo, 1))
+    assert machine.handle(Delivered("c", 1)) == [Aggregate(1, ("a", "b", "c"))]
+    assert calls(machine.handle(Aggregated(1))) == ["a", "b", "c"]
+    machine.handle(Left("c"))
+    assert machine.handle(Joined("d")) == []  # the round goes on with its cohort
+    for silo in "ab":
+        machine.handle(Delivered(silo, 2))
+    machine.handle(Joined("c"))
+    machine.handle(Delivered("c", 2))
+    assert StartRound(3, SILOS, "evaluate") in machine.handle(Aggregated(2))
 
 
 def test_without_a_quorum_the_run_ends_and_says_which_silo_failed_and_why():
@@ -261,7 +280,9 @@ def test_whatever_the_silos_do_the_run_ends_and_only_deliveries_of_the_cohort_ar
             pending = machine.handle(Aggregated(machine.round, last=last == machine.round))
             continue
         silo = data.draw(st.sampled_from(SILOS))
-        kind = data.draw(st.sampled_from(["join", "leave", "deliver", "fail", "deadline", "early", "late", "pause"]))
+        kind = data.draw(
+            st.sampled_from(["join", "leave", "bar", "deliver", "fail", "deadline", "early", "late", "pause"])
+        )
         if step % 10 == 9:
             kind = "resume" if paused else "deadline"  # time goes on whatever the silos do
         paused = kind == "pause" or (paused and kind != "resume")
@@ -272,6 +293,7 @@ def test_whatever_the_silos_do_the_run_ends_and_only_deliveries_of_the_cohort_ar
         events = {
             "join": Joined(silo),
             "leave": Left(silo),
+            "bar": Barred(silo),
             "deliver": Delivered(silo, machine.round),
             "fail": Failed(silo, machine.round, "x"),
             "deadline": DeadlinePassed(machine.round, machine.state),

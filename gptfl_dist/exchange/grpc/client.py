@@ -16,14 +16,13 @@ import grpc.aio
 from blake3 import blake3
 
 from gptfl_dist import __version__
-from gptfl_dist.errors import ConnectionFailed, IdentityError, ProtocolError, StorageError
+from gptfl_dist.errors import ConnectionFailed, GptflError, IdentityError, ProtocolError, StorageError
 from gptfl_dist.exchange.base import (
     PROTOCOL_VERSION,
     Disconnected,
     Goodbye,
     Recalled,
     Receipt,
-    Renewed,
     UpdateHeader,
     Welcome,
 )
@@ -80,12 +79,17 @@ class GrpcSiloExchange:
         self._writing = asyncio.Lock()  # a stream takes one write at a time
         self._idle = asyncio.Condition()
         self._transfers = 0
-        self._renewed = False  # whether the open stream shows a certificate that was replaced
+        self._moving = asyncio.Lock()  # held while the stream moves to another connection
+        self._welcome: Welcome | None = None
 
     async def connect(self) -> Welcome:
-        await self.close()
-        self._renewed = False
-        keep_buffers()
+        async with self._moving:
+            await self.close()
+            keep_buffers()
+            self._welcome = await self._dial()
+            return self._welcome
+
+    async def _dial(self) -> Welcome:
         # The coordinator would hang up without a word.
         check_dates(self._credentials.certificate, "this silo's certificate")
         self._channel = grpc.aio.secure_channel(
@@ -116,7 +120,7 @@ class GrpcSiloExchange:
         )
         try:
             await self._say(pb.FromSilo(hello=hello))
-            message = await self._next()
+            message = await _read(self._call)
         except Disconnected as broken:
             raise await self._why(broken) from None
         if message.WhichOneof("message") != "welcome":
@@ -260,13 +264,25 @@ class GrpcSiloExchange:
         return answer.certificate, answer.authority
 
     async def show(self, credentials: Credentials) -> None:
-        """From now on these credentials are shown: once no transfer is under way, `receive` raises Renewed."""
+        """From now on these credentials are shown.
+
+        The stream moves to a connection that shows them once no transfer is under way; the coordinator knows the silo
+        again. Where that fails, `receive` raises Disconnected.
+        """
         self._credentials = credentials
         async with self._idle:
             await self._idle.wait_for(lambda: not self._transfers)
-        if self._call is not None:
-            self._renewed = True
-            self._call.cancel()
+        async with self._moving:
+            old, self._channel = self._channel, None
+            if old is None:
+                return
+            with suppress(Disconnected, GptflError):
+                if await self._dial() == self._welcome:
+                    await self.ready()
+                    await old.close()
+                    return
+            await self.close()
+            await old.close()
 
     @asynccontextmanager
     async def _transfer(self) -> AsyncIterator[None]:
@@ -317,14 +333,14 @@ class GrpcSiloExchange:
                 raise Disconnected("the stream is closed") from None
 
     async def _next(self) -> pb.ToSilo:
-        if self._call is None:
-            raise Disconnected("not connected")
-        try:
-            return await _read(self._call)
-        except Disconnected:
-            if self._renewed:
-                raise Renewed("the certificate was renewed") from None
-            raise
+        while (call := self._call) is not None:
+            try:
+                return await _read(call)
+            except Disconnected:
+                async with self._moving:
+                    if self._call is call:
+                        raise
+        raise Disconnected("not connected")
 
 
 async def _read(call: grpc.aio.StreamStreamCall[pb.FromSilo, pb.ToSilo]) -> pb.ToSilo:

@@ -28,6 +28,7 @@ from gptfl_dist.exchange.base import (
     ExchangeFailed,
     Goodbye,
     OrderFailed,
+    SiloBarred,
     SiloJoined,
     SiloLeft,
     SiloProgress,
@@ -188,29 +189,27 @@ class GrpcCoordinatorExchange:
         return _configuration(now)
 
     async def _watch_certificates(self) -> None:
-        """Ends the streams of silos whose certificate was revoked or expired, and what they were to answer."""
+        """Ends the streams of silos whose certificate was revoked or expired, and what a revoked silo owes."""
+        told: dict[str, str] = {}
         while True:
-            await asyncio.sleep(_LOOK_EVERY)
-            for line in list(self._lines.values()):
-                try:
+            try:
+                barred = self._trust.barred()
+                for silo in sorted(barred.keys() - told.keys()):
+                    if (nonce := self._inbox.owed(silo)) is not None:
+                        self._fail(silo, nonce, f"refused: {barred[silo]}")
+                    self.events.put_nowait(SiloBarred(silo, barred[silo]))
+                told = dict(barred)
+                for line in list(self._lines.values()):
                     if self._why_not(line.peer):
                         line.outgoing.put_nowait(None)
-                except StorageError as error:
-                    self.events.put_nowait(ExchangeFailed(error))
-                    return
+            except StorageError as error:
+                self.events.put_nowait(ExchangeFailed(error))
+                return
+            await asyncio.sleep(_LOOK_EVERY)
 
     def _why_not(self, peer: Peer) -> str:
-        """Why a peer's certificate does not count any more, or "". Raises StorageError.
-
-        What a silo owes whose certificate was revoked will not come.
-        """
-        if time.time() > peer.expires:
-            return _EXPIRED
-        reason = self._trust.refusal(peer.serial)
-        silo = peer.identity.name
-        if reason and (nonce := self._inbox.owed(silo)) is not None:
-            self._fail(silo, nonce, f"refused: {reason}")
-        return reason
+        """Why a peer's certificate does not count any more, or "". Raises StorageError."""
+        return _EXPIRED if time.time() > peer.expires else self._trust.refusal(peer.serial)
 
     async def _admit(self, peer: Peer, context: _Context) -> None:
         """Aborts the call of a peer whose certificate does not count any more."""

@@ -1,0 +1,182 @@
+"""From empty folders to a finished federation by invitation, and what the operator does on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support import RULES, Command, Commands, Federation, free_port, wait_for
+
+from gptfl_dist.config.document import dump_yaml
+
+
+class Invited:
+    """A federation whose silos are invited, each with a folder of its own."""
+
+    def __init__(self, federation: Federation, gptfl: Commands, folder: Path, **enrolment: Any) -> None:
+        self.federation = federation
+        self.gptfl = gptfl
+        self.folder = folder
+        self.names = federation.silos
+        content = yaml.safe_load(federation.path.read_text())
+        content |= {
+            "silos": [{"name": name} for name in self.names],
+            "exchange": {"listen": f"127.0.0.1:{free_port()}"},
+            "enrolment": {"hosts": ["localhost"], "listen": f"127.0.0.1:{free_port()}", **enrolment},
+        }
+        federation.path.write_text(dump_yaml(content))
+        gptfl.run("authority", "init", federation.path)
+
+    def tell(self, *arguments: str | Path) -> Any:
+        """What a command about this federation prints as JSON."""
+        first, *rest = arguments
+        return json.loads(self.gptfl.run(first, self.federation.path, *rest, "--format", "json").stdout)
+
+    def invitation(self, name: str) -> str:
+        return self.gptfl.run("invite", self.federation.path, name).stdout.split()[-1]
+
+    def home(self, name: str) -> Path:
+        return self.folder / name
+
+    def join(self, name: str, line: str) -> Command:
+        data = self.federation.folder / f"{name}.npz"
+        return self.gptfl.start("join", line, "--folder", self.home(name), "--data", data)
+
+    def coordinator(self) -> Command:
+        command = self.gptfl.start("coordinator", self.federation.path)
+        wait_for(lambda: "enrolling invited silos" in command.stderr)
+        return command
+
+    def silo(self, name: str) -> Command:
+        path = self.home(name) / "silo.yaml"
+        settings = yaml.safe_load(path.read_text())
+        settings |= {"device": "cpu"}
+        settings["data"]["validation_share"] = 0.25
+        path.write_text(dump_yaml(settings))
+        return self.gptfl.start("silo", path)
+
+    def standings(self) -> dict[str, str]:
+        return {silo["silo"]: silo["standing"] for silo in self.tell("silos")}
+
+
+@pytest.fixture
+def invited(gptfl: Commands, federation: Callable[..., Federation], tmp_path: Path) -> Callable[..., Invited]:
+    def make(settings: dict[str, Any] | None = None, **enrolment: Any) -> Invited:
+        return Invited(federation(**settings or {}), gptfl, tmp_path, **enrolment)
+
+    return make
+
+
+def test_silos_join_by_invitation_and_no_private_key_leaves_its_machine(
+    invited: Callable[..., Invited], undisturbed: Federation
+) -> None:
+    world = invited()
+    assert set(world.standings().values()) == {"not invited"}
+    lines = {name: world.invitation(name) for name in world.names}
+    assert set(world.standings().values()) == {"invited"}
+    coordinator = world.coordinator()
+    for name, line in lines.items():
+        joined = world.join(name, line)
+        assert joined.wait() == 0, joined.stderr
+        assert f"enrolled as {name}" in joined.stdout
+        assert "FAILED" not in joined.stdout.upper()
+    assert set(world.standings().values()) == {"enrolled"}
+    silos = [world.silo(name) for name in world.names]
+    for command in (coordinator, *silos):
+        assert command.wait() == 0, command.stderr
+    assert world.federation.result() == undisturbed.result()
+
+    keys = {name: (world.home(name) / "credentials" / "key.pem") for name in world.names}
+    secrets = {name: path.read_bytes().splitlines()[1] for name, path in keys.items()}
+    assert all(path.stat().st_mode & 0o077 == 0 for path in keys.values())
+    for name, secret in secrets.items():
+        found = subprocess.run(["grep", "-rlF", secret.decode(), str(world.folder)], capture_output=True, text=True)
+        assert found.stdout.split() == [str(keys[name])]
+
+
+def test_certificates_renew_themselves_and_no_round_is_lost(invited: Callable[..., Invited]) -> None:
+    world = invited({"epochs": 60, "federation": {**RULES, "rounds": 8}}, certificates="15s")
+    coordinator = world.coordinator()
+    for name in world.names:
+        assert world.join(name, world.invitation(name)).wait() == 0
+    silos = [world.silo(name) for name in world.names]
+    for command in (coordinator, *silos):
+        assert command.wait() == 0, command.stderr
+    assert "silo-1 left" not in coordinator.stderr  # it moves to a new connection, which nobody notices
+    for name in world.names:
+        log = (world.home(name) / f"{name}-work" / "agent.jsonl").read_text()
+        assert log.count("the certificate was renewed") >= 2
+        assert log.count("update delivered") == 8
+    assert len(world.federation.summary()["arms"]["fedavg_random"]["curve"]) == 8
+
+
+def test_a_revoked_silo_is_out_at_once_and_the_others_go_on(invited: Callable[..., Invited]) -> None:
+    world = invited({"silos": 3, "epochs": 40, "federation": {**RULES, "rounds": 4, "quorum": 2}})
+    coordinator = world.coordinator()
+    for name in world.names:
+        assert world.join(name, world.invitation(name)).wait() == 0
+    silos = {name: world.silo(name) for name in world.names}
+    wait_for(lambda: "silo-3" in world.federation.owed(2))
+    told = world.gptfl.run("revoke", world.federation.path, "silo-3", "--reason", "laptop stolen")
+    started = time.monotonic()
+    assert "certificate" in told.stdout
+    assert silos["silo-3"].wait(20) == 6
+    assert time.monotonic() - started < 5
+    assert "was revoked" in silos["silo-3"].stderr
+    for command in (coordinator, silos["silo-1"], silos["silo-2"]):
+        assert command.wait() == 0, command.stderr
+    (listed,) = [silo for silo in world.tell("silos") if silo["silo"] == "silo-3"]
+    assert (listed["standing"], listed["reason"]) == ("revoked", "laptop stolen")
+
+
+def test_an_operator_approves_of_a_key_and_the_silo_waits_for_it(invited: Callable[..., Invited]) -> None:
+    world = invited(approval=True)
+    coordinator = world.coordinator()
+    joining = world.join("silo-1", world.invitation("silo-1"))
+    wait_for(lambda: "tell the coordinator's operator your key" in joining.stderr)
+    (asks,) = world.tell("requests")
+    assert asks["silo"] == "silo-1"
+    assert asks["key"] in joining.stderr
+    assert world.standings()["silo-1"] == "asks"
+    os.kill(joining.process.pid, signal.SIGINT)
+    assert joining.wait() == 130
+    world.gptfl.run("approve", world.federation.path, "silo-1", asks["key"])
+    os.kill(coordinator.process.pid, signal.SIGTERM)
+    assert coordinator.wait() == 130
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("invite", "FILE", "nobody"), 2, "has no silo nobody"),
+        (("revoke", "FILE", "silo-1"), 6, "there is no certificate to revoke of silo-1"),
+        (("revoke", "FILE"), 2, "give a silo or --serial"),
+        (("approve", "FILE", "silo-1", "abcd"), 6, "nobody asks to be silo-1"),
+        (("authority", "init", "FILE"), 10, "there is an authority already"),
+        (("authority", "install", "FILE", "/nowhere", "/nowhere"), 6, "/nowhere"),
+        (("join", "hello"), 2, "this is no invitation"),
+    ],
+)
+def test_mistakes_are_told_without_a_traceback(
+    invited: Callable[..., Invited], arguments: tuple[str, ...], code: int, said: str
+) -> None:
+    world = invited()
+    given = [str(world.federation.path) if argument == "FILE" else argument for argument in arguments]
+    command = world.gptfl.start(*given)
+    assert command.wait() == code, command.stderr
+    assert said in command.stderr
+    assert "Traceback" not in command.stderr
+
+
+def test_a_file_without_the_section_says_what_to_add(gptfl: Commands, federation: Callable[..., Federation]) -> None:
+    command = gptfl.start("invite", federation().path, "silo-1")
+    assert command.wait() == 2
+    assert "has no section enrolment" in command.stderr
