@@ -336,7 +336,7 @@ def schema(kind: Annotated[Kind, typer.Argument()] = Kind.federation, format_: F
 app.add_typer(admission.authority, name="authority")
 for _command in (
     *(admission.invite, admission.join, admission.requests, admission.approve, admission.revoke, admission.silos),
-    *(operate.status, operate.pause, operate.resume, operate.abort, operate.export),
+    *(operate.status, operate.metrics, operate.pause, operate.resume, operate.abort, operate.export),
 ):
     app.command()(_command)
 

@@ -52,6 +52,28 @@ def status(
             return
 
 
+def metrics(
+    path: RunPath,
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="where Prometheus scrapes them")] = "127.0.0.1:9464",
+    once: Annotated[bool, typer.Option("--once", help="print them and end")] = False,
+) -> None:
+    """Serve a run's metrics for Prometheus, beside the coordinator and after it.
+
+    \b
+    gptfl metrics federation.yaml                         http://127.0.0.1:9464/metrics
+    gptfl metrics federation.yaml --once > gptfl.prom     for a textfile collector
+
+    Run it on the coordinator's machine, as its user. deploy/prometheus has alerts and a dashboard.
+    """
+    from gptfl_dist.run.metrics import metrics_text, serve_metrics
+
+    if once:
+        typer.echo(metrics_text(path), nl=False)
+    else:
+        typer.echo(f"http://{listen}/metrics", err=True)
+        serve_metrics(path, listen)
+
+
 def pause(path: RunPath, format_: FormatOption = Format.text) -> None:
     """Let a run finish the round in progress and begin no other. Silos stay connected, and nobody times out.
 

@@ -17,7 +17,8 @@ Work = Literal["delivered", "training", "awaited", "failed", "refused", "recalle
 @dataclass(frozen=True, slots=True)
 class SiloStatus:
     """One silo. `connected` is None where no coordinator is at work; `behind` counts the rounds in which it was called
-    on and did not deliver since it last did; `progress` is the share of its training that is done."""
+    on and did not deliver since it last did; `progress` is the share of its training that is done; `refused` counts
+    its refused updates."""
 
     name: str
     connected: bool | None
@@ -26,6 +27,7 @@ class SiloStatus:
     progress: float | None
     behind: int
     seen: str | None
+    refused: int = 0
 
 
 @dataclass(frozen=True, slots=True)

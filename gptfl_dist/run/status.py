@@ -158,7 +158,7 @@ class _Telling:
         elif work == "awaited" and self._at_work is not None:
             reason = known.note
         connected = known.connected if self._at_work is not None else None
-        return SiloStatus(name, connected, work, reason, progress, self._behind(name), known.seen)
+        return SiloStatus(name, connected, work, reason, progress, self._behind(name), known.seen, self._refused(name))
 
     def _work(self, name: str) -> tuple[Work, str]:
         given = [] if self._open is None else list(self._open.orders)
@@ -185,6 +185,10 @@ class _Telling:
                 break
             behind += name in record.cohort
         return behind
+
+    def _refused(self, name: str) -> int:
+        orders = (order for arm in self._found.arms for record in arm.rounds for order in record.orders)
+        return sum(order.silo == name and (order.failure or "").startswith(REFUSED) for order in orders)
 
     def _planned(self, arm: str) -> int:
         if arm in get_args(Arm):
