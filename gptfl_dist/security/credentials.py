@@ -32,9 +32,7 @@ def load_credentials(
     """
     named = {"authority": authority, "certificate": certificate, "key": key}
     pem = {path: _read(path, f"{section}.{name}: " if section else "") for name, path in named.items()}
-    mode = stat.S_IMODE(key.stat().st_mode)
-    if mode & 0o077:
-        raise IdentityError(f"{key}: others may read this private key (mode {mode:04o})", hint=f"chmod 600 {key}")
+    require_private(key)
     try:
         own = x509.load_pem_x509_certificate(pem[certificate])
     except _UNREADABLE:
@@ -59,6 +57,13 @@ def load_credentials(
     check_dates(pem[certificate], str(certificate))
     check_dates(pem[authority], str(authority))
     return Credentials(pem[authority], pem[certificate], pem[key]), identity_in(pem[certificate], str(certificate))
+
+
+def require_private(key: Path) -> None:
+    """Raises IdentityError where others than the owner may read the file of a private key."""
+    mode = stat.S_IMODE(key.stat().st_mode)
+    if mode & 0o077:
+        raise IdentityError(f"{key}: others may read this private key (mode {mode:04o})", hint=f"chmod 600 {key}")
 
 
 def identity_in(certificate: bytes, name: str) -> Identity:

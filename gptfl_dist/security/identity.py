@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Literal, Self
 from urllib.parse import quote, unquote, urlsplit
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
 from gptfl_dist.errors import IdentityError
 
 Role = Literal["coordinator", "silo"]
@@ -48,6 +51,20 @@ class Identity:
         if identity is None or not identity.federation or not identity.name or identity.uri != uri:
             raise IdentityError(f"the certificate names {uri!r}, expected gptfl://FEDERATION/silo/NAME")
         return identity
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """By what a certificate is known: its serial number and its SHA-256, both in hex."""
+
+    serial: str
+    fingerprint: str
+
+
+def peer_certificate(auth_context: Mapping[str, Iterable[bytes]]) -> Certificate:
+    """The certificate of the peer of a gRPC call, from its `auth_context()`."""
+    certificate = x509.load_pem_x509_certificate(b"".join(auth_context["x509_pem_cert"]))
+    return Certificate(f"{certificate.serial_number:x}", certificate.fingerprint(hashes.SHA256()).hex())
 
 
 def peer_identity(auth_context: Mapping[str, Iterable[bytes]]) -> Identity:
