@@ -26,6 +26,8 @@ from gptfl_dist.exchange.base import (
     ExchangeFailed,
     Goodbye,
     OrderFailed,
+    Peer,
+    SiloConnected,
     SiloJoined,
     SiloLeft,
     SiloProgress,
@@ -40,7 +42,7 @@ from gptfl_dist.exchange.grpc.shared import SharedFrames
 from gptfl_dist.exchange.inbox import Busy, Inbox, Refused, Superseded
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.security.authority import Credentials
-from gptfl_dist.security.identity import peer_identity
+from gptfl_dist.security.identity import peer_certificate, peer_identity
 from gptfl_dist.weights import WeightsFile
 
 _log = logging.getLogger(__name__)
@@ -196,9 +198,11 @@ class GrpcCoordinatorExchange:
                 grpc.StatusCode.ALREADY_EXISTS,
                 f"{silo} is connected already, from {old.peer}: does a second process use its certificate?",
             )
-        line = self._lines[silo] = _Line(hello.instance, context.peer())
+        peer = _peer(context)
+        line = self._lines[silo] = _Line(hello.instance, peer.address)
         if old is not None:
             old.outgoing.put_nowait(None)  # the same process came back before its old connection was found dead
+        self.events.put_nowait(SiloConnected(silo, peer))
         assert self._welcome is not None
         line.outgoing.put_nowait(
             pb.ToSilo(welcome=convert.welcome_to_message(self._welcome, PROTOCOL_VERSION, __version__))
@@ -337,6 +341,12 @@ class GrpcCoordinatorExchange:
         """Tells that an order failed, once. What a silo says of orders that are not open changes nothing."""
         if self._inbox.fail(silo, nonce):
             self.events.put_nowait(OrderFailed(silo, nonce, convert.legible(reason)))
+
+
+def _peer(context: _Context) -> Peer:
+    """Who is behind a call that was identified."""
+    identity, certificate = peer_identity(context.auth_context()), peer_certificate(context.auth_context())
+    return Peer(context.peer(), identity.uri, certificate.serial, certificate.fingerprint)
 
 
 async def _parse(kind: type[_Message], data: bytes, context: _Context) -> _Message:
