@@ -29,7 +29,18 @@ from gptfl_dist.observe.summary import FederatedArm, Summary, SyntheticArm
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 REFERENCE = ROOT / "docs" / "reference.md"
-COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def leaves(group: Any, above: str = "") -> dict[str, Any]:
+    """All commands by name, those of a group with the group's name before theirs."""
+    found = {}
+    for name, command in group.commands.items():
+        inner = hasattr(command, "commands")
+        found |= leaves(command, f"{above}{name} ") if inner else {f"{above}{name}": command}
+    return found
+
+
+COMMANDS = leaves(typer.main.get_command(app))
 LEAST: dict[str, dict[str, Any]] = {
     "federation": {"name": "n", "labels": ["a", "b"], "silos": [{"name": "s"}]},
     "silo": {"name": "s"},
@@ -99,6 +110,12 @@ def arguments(words: list[str]) -> Iterator[list[str]]:
             yield rest[:stop]
 
 
+def command_in(words: list[str]) -> tuple[str, list[str]]:
+    """The command that words begin with, and what follows it."""
+    length = 2 if " ".join(words[:2]) in COMMANDS else 1
+    return " ".join(words[:length]), words[length:]
+
+
 def options_of(command: Any) -> set[str]:
     return {name for parameter in command.params for name in parameter.opts if name.startswith("-")}
 
@@ -113,8 +130,9 @@ def test_every_command_in_a_block_parses(page: Path) -> None:
             for words in arguments(shlex.split(line, comments=True)):
                 if words == ["--version"]:
                     continue
-                assert words[0] in COMMANDS, f"{block.where}: {line}"
-                COMMANDS[words[0]].make_context(f"gptfl {words[0]}", words[1:])
+                name, rest = command_in(words)
+                assert name in COMMANDS, f"{block.where}: {line}"
+                COMMANDS[name].make_context(f"gptfl {name}", rest)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -124,8 +142,9 @@ def test_every_command_and_option_in_the_text_exists(page: Path) -> None:
     for span in spans(page):
         for words in arguments(span.split()):
             if words and words[0] not in {"COMMAND", "--version"}:
-                assert words[0] in COMMANDS, span
-                assert {word for word in words if word.startswith("--")} <= options_of(COMMANDS[words[0]]), span
+                name, rest = command_in(words)
+                assert name in COMMANDS, span
+                assert {word for word in rest if word.startswith("--")} <= options_of(COMMANDS[name]), span
         if span.startswith("--") and span.split()[0] not in foreign:
             assert span.split()[0] in known, span
 
@@ -150,7 +169,7 @@ def test_the_reference_names_every_option(name: str) -> None:
 
 
 def test_the_reference_names_every_command() -> None:
-    found = re.findall(r"^### gptfl (\S+)$", REFERENCE.read_text(), re.MULTILINE)
+    found = re.findall(r"^### gptfl (\S+(?: \S+)?)$", REFERENCE.read_text(), re.MULTILINE)
     assert sorted(found) == sorted(COMMANDS)
 
 
