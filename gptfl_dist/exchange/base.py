@@ -69,8 +69,8 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
-class Peer:
-    """Who is at the other end of a line: the address, and what the certificate says where one was shown.
+class Origin:
+    """Where a line comes from: the address, and what the certificate says where one was shown.
 
     `serial` is the certificate's serial number in hex, `fingerprint` its SHA-256.
     """
@@ -86,7 +86,7 @@ class SiloConnected:
     """A silo is there. It takes orders once it has joined."""
 
     silo: str
-    peer: Peer
+    origin: Origin
 
 
 @dataclass(frozen=True, slots=True)

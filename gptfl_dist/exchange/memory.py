@@ -27,7 +27,7 @@ from gptfl_dist.exchange.base import (
     ExchangeFailed,
     Goodbye,
     OrderFailed,
-    Peer,
+    Origin,
     Recalled,
     Receipt,
     SiloConnected,
@@ -192,7 +192,7 @@ class MemoryCoordinatorExchange:
             self._lines[silo].break_off()
         assert self._welcome is not None
         line = self._lines[silo] = _Line()
-        self.events.put_nowait(SiloConnected(silo, Peer("memory")))
+        self.events.put_nowait(SiloConnected(silo, Origin("memory")))
         return self._welcome, line
 
     def leave(self, silo: str, line: _Line) -> None:

@@ -28,7 +28,7 @@ from gptfl_dist.exchange.base import (
     ExchangeFailed,
     Goodbye,
     OrderFailed,
-    Peer,
+    Origin,
     Reducing,
     SiloConnected,
     SiloJoined,
@@ -119,7 +119,7 @@ class Federator:
         self.exchange = make_exchange(self._inbox)
         self._reducing = self.exchange if isinstance(self.exchange, Reducing) else None
         self._connected: set[str] = set()
-        self._peers: dict[str, Peer] = {}  # as they connected last
+        self._origins: dict[str, Origin] = {}  # as they connected last
         self._news: list[str] = []  # who came and went since the operator was told last
         self._missing: tuple[str, ...] = ()  # as the operator was told
         self._assembled = False  # whether all silos were waited for, once in this process
@@ -452,9 +452,9 @@ class Federator:
     def _note_line(self, event: ExchangeEvent) -> None:
         """Notes for the audit log who came and who went."""
         if isinstance(event, SiloConnected):
-            self._peers[event.silo] = event.peer
-        if isinstance(event, SiloConnected | SiloLeft) and event.silo in self._peers:
-            told = {name: value for name, value in asdict(self._peers[event.silo]).items() if value}
+            self._origins[event.silo] = event.origin
+        if isinstance(event, SiloConnected | SiloLeft) and event.silo in self._origins:
+            told = {name: value for name, value in asdict(self._origins[event.silo]).items() if value}
             what = "connected" if isinstance(event, SiloConnected) else "disconnected"
             self.ledger.note(f"silo {what}", {"silo": event.silo, **told})
 

@@ -363,10 +363,10 @@ async def test_who_connects_is_told_with_the_certificate_and_the_address(tmp_pat
         await world.joined("bob")
         for name, told in zip(("alice", "bob"), world.connected, strict=True):
             certificate = x509.load_pem_x509_certificate(SILOS[name].certificate)
-            assert (told.silo, told.peer.identity) == (name, f"gptfl://fed/silo/{name}")
-            assert int(told.peer.serial, 16) == certificate.serial_number
-            assert told.peer.fingerprint == certificate.fingerprint(hashes.SHA256()).hex()
-            assert told.peer.address.startswith("ipv4:127.0.0.1:")
+            assert (told.silo, told.origin.identity) == (name, f"gptfl://fed/silo/{name}")
+            assert int(told.origin.serial, 16) == certificate.serial_number
+            assert told.origin.fingerprint == certificate.fingerprint(hashes.SHA256()).hex()
+            assert told.origin.address.startswith("ipv4:127.0.0.1:")
 
 
 @in_loop

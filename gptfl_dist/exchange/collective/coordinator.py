@@ -18,7 +18,7 @@ from gptfl_dist.exchange.base import (
     ExchangeFailed,
     Goodbye,
     OrderFailed,
-    Peer,
+    Origin,
     SiloConnected,
     SiloJoined,
     SiloProgress,
@@ -132,7 +132,7 @@ class CollectiveCoordinatorExchange:
     async def _take(self, rank: int, silo: str, message: Message) -> None:
         kind = message["type"]
         if kind == "ready":
-            self.events.put_nowait(SiloConnected(silo, Peer(f"rank {rank} over {self.transport}")))
+            self.events.put_nowait(SiloConnected(silo, Origin(f"rank {rank} over {self.transport}")))
             self.events.put_nowait(SiloJoined(silo))
         elif kind == "progress":
             self.events.put_nowait(SiloProgress(silo, message["nonce"], message["done"], message["total"]))

@@ -26,7 +26,7 @@ from gptfl_dist.exchange.base import (
     ExchangeFailed,
     Goodbye,
     OrderFailed,
-    Peer,
+    Origin,
     SiloConnected,
     SiloJoined,
     SiloLeft,
@@ -198,11 +198,11 @@ class GrpcCoordinatorExchange:
                 grpc.StatusCode.ALREADY_EXISTS,
                 f"{silo} is connected already, from {old.peer}: does a second process use its certificate?",
             )
-        peer = _peer(context)
-        line = self._lines[silo] = _Line(hello.instance, peer.address)
+        origin = _origin(context)
+        line = self._lines[silo] = _Line(hello.instance, origin.address)
         if old is not None:
             old.outgoing.put_nowait(None)  # the same process came back before its old connection was found dead
-        self.events.put_nowait(SiloConnected(silo, peer))
+        self.events.put_nowait(SiloConnected(silo, origin))
         assert self._welcome is not None
         line.outgoing.put_nowait(
             pb.ToSilo(welcome=convert.welcome_to_message(self._welcome, PROTOCOL_VERSION, __version__))
@@ -343,10 +343,10 @@ class GrpcCoordinatorExchange:
             self.events.put_nowait(OrderFailed(silo, nonce, convert.legible(reason)))
 
 
-def _peer(context: _Context) -> Peer:
+def _origin(context: _Context) -> Origin:
     """Who is behind a call that was identified."""
     identity, certificate = peer_identity(context.auth_context()), peer_certificate(context.auth_context())
-    return Peer(context.peer(), identity.uri, certificate.serial, certificate.fingerprint)
+    return Origin(context.peer(), identity.uri, certificate.serial, certificate.fingerprint)
 
 
 async def _parse(kind: type[_Message], data: bytes, context: _Context) -> _Message:
