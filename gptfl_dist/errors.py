@@ -20,6 +20,7 @@ The tree, with the exit code of the command line for each:
       LaunchError                11   a process, an MPI world or a port cannot be had
         RankLost                 11   another rank of a group of processes ended, or hangs
       RunAborted                 12   the run was ended for good by `gptfl abort`
+      AuditError                 13   the audit log was changed, or something is missing from it
     Interrupted                 130   Ctrl-C or SIGTERM: stopped cleanly, the same command goes on
       Requeue                    75   the same by SIGUSR1, under mpiexec and torchrun also by SIGTERM
 
@@ -29,6 +30,7 @@ The tree, with the exit code of the command line for each:
 from __future__ import annotations
 
 __all__ = [
+    "AuditError",
     "ConfigError",
     "ConnectionFailed",
     "DataError",
@@ -133,6 +135,10 @@ class RankLost(LaunchError):
 
 class RunAborted(GptflError):
     exit_code = 12
+
+
+class AuditError(GptflError):
+    exit_code = 13
 
 
 class Interrupted(BaseException):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from gptfl_dist import __version__
-from gptfl_dist.cli import admission, operate
+from gptfl_dist.cli import admission, audit, operate
 from gptfl_dist.cli.options import FederationPath, Format, FormatOption
 from gptfl_dist.errors import ConfigError, GptflError, Interrupted
 from gptfl_dist.run.launcher import Wire, choose
@@ -43,6 +43,7 @@ app = typer.Typer(
     mpiexec -n 5 gptfl run federation.yaml
     gptfl coordinator federation.yaml / gptfl silo silo.yaml   one side each, over the network
     gptfl status federation.yaml      how a run stands, which silo is missing, what to do
+    gptfl audit verify federation.yaml   whether its audit log is whole
 
     Results and progress: summary.json, report.html and logs in the run folder. Exit codes: docs/reference.md.
     """,
@@ -339,6 +340,7 @@ for _command in (
     *(operate.status, operate.metrics, operate.pause, operate.resume, operate.abort, operate.export),
 ):
     app.command()(_command)
+app.add_typer(audit.app, name="audit")
 
 
 def main() -> NoReturn:

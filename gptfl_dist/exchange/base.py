@@ -69,12 +69,37 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a line comes from: the address, and what the certificate says where one was shown.
+
+    `serial` is the certificate's serial number in hex, `fingerprint` its SHA-256.
+    """
+
+    address: str
+    identity: str = ""
+    serial: str = ""
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SiloConnected:
+    """A silo is there. It takes orders once it has joined."""
+
+    silo: str
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
 class SiloJoined:
+    """A silo is ready for orders."""
+
     silo: str
 
 
 @dataclass(frozen=True, slots=True)
 class SiloLeft:
+    """A silo's connection is gone."""
+
     silo: str
 
 
@@ -121,7 +146,9 @@ class ExchangeFailed:
     error: BaseException
 
 
-ExchangeEvent = SiloJoined | SiloLeft | SiloBarred | Answered | OrderFailed | SiloProgress | ExchangeFailed
+ExchangeEvent = (
+    SiloConnected | SiloJoined | SiloLeft | SiloBarred | Answered | OrderFailed | SiloProgress | ExchangeFailed
+)
 
 
 @dataclass(slots=True)

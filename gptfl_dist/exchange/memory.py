@@ -27,8 +27,10 @@ from gptfl_dist.exchange.base import (
     ExchangeFailed,
     Goodbye,
     OrderFailed,
+    Origin,
     Recalled,
     Receipt,
+    SiloConnected,
     SiloJoined,
     SiloLeft,
     SiloProgress,
@@ -190,6 +192,7 @@ class MemoryCoordinatorExchange:
             self._lines[silo].break_off()
         assert self._welcome is not None
         line = self._lines[silo] = _Line()
+        self.events.put_nowait(SiloConnected(silo, Origin("memory")))
         return self._welcome, line
 
     def leave(self, silo: str, line: _Line) -> None:

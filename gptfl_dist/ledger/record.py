@@ -12,10 +12,11 @@ from pathlib import Path
 
 from gptfl_dist.errors import StorageError
 from gptfl_dist.files import storage_error
-from gptfl_dist.ledger.records import ArmRecord, CountedUpdate, OrderRecord, RoundRecord
+from gptfl_dist.ledger.records import ArmRecord, CountedUpdate, OrderRecord, RoundRecord, Waiting
 
 FILE_NAME = "ledger.sqlite"
 VERSION = 1  # of the schema; SQLite keeps it as user_version
+AUDITED = "audit"  # the fact that names the newest entry of the audit log which is known to be written
 ANEW = "bring the run folder back from a backup, or start anew with --fresh"
 
 
@@ -89,6 +90,20 @@ class Record:
     def arms(self) -> list[str]:
         """The names of all arms and trials, in the order of their beginning."""
         return [str(row[0]) for row in self._execute("SELECT arm FROM arms ORDER BY rowid").fetchall()]
+
+    def waiting(self) -> list[Waiting]:
+        """The oldest of the events that are not known to stand in the audit log, a thousand at most."""
+        rows = self._execute("SELECT number, token, time, event, fields FROM outbox ORDER BY number LIMIT 1000")
+        return [
+            Waiting(number, token, at, event, json.loads(fields))
+            for number, token, at, event, fields in rows.fetchall()
+        ]
+
+    @property
+    def audited(self) -> tuple[int, str] | None:
+        """Number and hash of the newest entry of the audit log that is known to be written; None before the first."""
+        known = self.fact(AUDITED)
+        return None if known is None else (json.loads(known)["number"], json.loads(known)["hash"])
 
     def weights_path(self, digest: str) -> Path:
         """Where the weights of this digest lie."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,17 @@ class RoundRecord:
         told = [(o.samples, o.metrics[name]) for o in self.orders if o.samples and o.metrics and name in o.metrics]
         total = sum(samples for samples, _ in told)
         return sum(samples * value for samples, value in told) / total if total else None
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """An event that is not known to stand in the audit log yet. `number` orders those that wait; `token` names it."""
+
+    number: int
+    token: str
+    time: str
+    event: str
+    fields: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,9 @@ from gptfl_dist.ledger.record import FILE_NAME
 LOOK_EVERY = 1.0
 """Seconds between two looks of a coordinator at what was asked."""
 
-_PAUSE, _ABORT = "pause", "abort"
+PAUSE, ABORT = "pause", "abort"
+"""The names of the facts."""
+
 _PATIENCE = 10.0  # seconds that a request waits for a coordinator that is just writing
 
 
@@ -41,29 +43,29 @@ class Facts(Protocol):
 
 def paused_since(facts: Facts) -> str | None:
     """When it was asked that no other round be begun (UTC, ISO 8601); None where rounds may be begun."""
-    return facts.fact(_PAUSE)
+    return facts.fact(PAUSE)
 
 
 def abort_asked(facts: Facts) -> Abort | None:
     """The wish to end the run for good, if somebody has it."""
-    told = facts.fact(_ABORT)
+    told = facts.fact(ABORT)
     return None if told is None else Abort(**json.loads(told))
 
 
 def ask_to_pause(folder: Path) -> None:
     """Raises ConfigError where no run was started in the folder, StorageError where it cannot be written."""
-    _write(folder, "INSERT OR IGNORE INTO facts VALUES (?, ?)", (_PAUSE, _now()))
+    _write(folder, "INSERT OR IGNORE INTO facts VALUES (?, ?)", (PAUSE, _now()))
 
 
 def ask_to_resume(folder: Path) -> None:
     """Raises as `ask_to_pause`."""
-    _write(folder, "DELETE FROM facts WHERE name = ?", (_PAUSE,))
+    _write(folder, "DELETE FROM facts WHERE name = ?", (PAUSE,))
 
 
 def ask_to_abort(folder: Path, reason: str) -> None:
     """The first wish stands. Raises as `ask_to_pause`."""
     wish = json.dumps(asdict(Abort(reason, _now())))
-    _write(folder, "INSERT OR IGNORE INTO facts VALUES (?, ?)", (_ABORT, wish))
+    _write(folder, "INSERT OR IGNORE INTO facts VALUES (?, ?)", (ABORT, wish))
 
 
 def _now() -> str:

@@ -12,13 +12,15 @@ import contextlib
 import json
 import sqlite3
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from gptfl_dist.errors import ConfigError, ModelError, StorageError
 from gptfl_dist.files import sync_folder
+from gptfl_dist.ledger import outbox
 from gptfl_dist.ledger.lock import locked
-from gptfl_dist.ledger.record import ANEW, FILE_NAME, VERSION, Record
+from gptfl_dist.ledger.record import ANEW, AUDITED, FILE_NAME, VERSION, Record
+from gptfl_dist.ledger.records import Waiting
 from gptfl_dist.weights import Layout, WeightsFile, write_weights
 
 _SCHEMA = f"""
@@ -38,6 +40,7 @@ CREATE TABLE IF NOT EXISTS orders (
     samples INTEGER, metrics TEXT, digest TEXT, failure TEXT, counted INTEGER,
     PRIMARY KEY (arm, round, silo)
 );
+{outbox.SCHEMA}
 """
 
 
@@ -140,9 +143,13 @@ class Ledger(Record):
             (samples, json.dumps(dict(metrics)), digest, arm, round_, silo),
         )
 
-    def forgive(self, arm: str, round_: int) -> None:
+    def forgive(self, arm: str, round_: int, reason: str) -> None:
         """Forgets the failures of a round that did not come about, so that the silos are called again in it."""
-        self._execute("UPDATE orders SET failure = NULL WHERE arm = ? AND round = ?", (arm, round_))
+        with self._lock, self._storing(), self._database:
+            self._database.execute("BEGIN")
+            self._database.execute("UPDATE orders SET failure = NULL WHERE arm = ? AND round = ?", (arm, round_))
+            told = {"arm": arm, "round": round_, "reason": reason}
+            self._database.execute(outbox.NOTE, ("round abandoned", json.dumps(told)))
 
     def note_spent(self, arm: str, round_: int, seconds: float, bytes_down: int, bytes_up: int) -> None:
         """Notes what a round in progress has taken so far."""
@@ -164,11 +171,12 @@ class Ledger(Record):
         """
         with self._lock, self._storing(), self._database:
             self._database.execute("BEGIN")
-            self._database.execute("UPDATE rounds SET weights = ? WHERE arm = ? AND round = ?", (weights, arm, round_))
             self._database.executemany(
                 "UPDATE orders SET counted = ? WHERE arm = ? AND round = ? AND silo = ?",
                 [(round_, arm, ordered, silo) for silo, ordered in counted.items()],
             )
+            # Last, for the outbox then tells the updates with the weights.
+            self._database.execute("UPDATE rounds SET weights = ? WHERE arm = ? AND round = ?", (weights, arm, round_))
 
     def note_test_accuracy(self, arm: str, round_: int, accuracy: float) -> None:
         """Notes the accuracy on central test data of the weights after a round. Nothing is ever chosen by it."""
@@ -176,6 +184,20 @@ class Ledger(Record):
 
     def finish_arm(self, arm: str, best_round: int) -> None:
         self._execute("UPDATE arms SET finished = 1, best_round = ? WHERE arm = ?", (best_round, arm))
+
+    def note(self, event: str, fields: Mapping[str, object]) -> None:
+        """Notes an event for the audit log that changes nothing else here; see `outbox`."""
+        self._execute(outbox.NOTE, (event, json.dumps(fields)))
+
+    def audit(self, events: Sequence[Waiting], number: int, digest: str) -> None:
+        """These events stand in the audit log, the newest entry of which has this number and hash."""
+        with self._lock, self._storing(), self._database:
+            self._database.execute("BEGIN")
+            self._database.executemany("DELETE FROM outbox WHERE number = ?", [(event.number,) for event in events])
+            self._database.execute(
+                "INSERT OR REPLACE INTO facts VALUES (?, ?)",
+                (AUDITED, json.dumps({"number": number, "hash": digest})),
+            )
 
     def add_weights(self, layout: Layout, blocks: Iterable[bytes | memoryview]) -> str:
         """Writes weights under their digest; returns it."""

@@ -13,7 +13,9 @@ from gptfl_dist.config.base import port_of
 from gptfl_dist.config.federation import Enrolment, FederationFile
 from gptfl_dist.config.load import load_federation
 from gptfl_dist.errors import ConfigError, GptflError
+from gptfl_dist.run.folder import PRIVATE, make_folder
 from gptfl_dist.run.status import status_of
+from gptfl_dist.security.audit_log import AuditLog
 from gptfl_dist.security.identity import Identity
 from gptfl_dist.security.invitation import InvitationLine, root_fingerprint
 from gptfl_dist.security.registry import Invitation, Issued, Registry
@@ -116,6 +118,8 @@ def rotate_authority(path: Path, *, finish: bool) -> AuthorityShown:
         vault.drop_old_root()
     else:
         vault.rotate()
+    event = "old root dropped" if finish else "root replaced"
+    _note(file, event, fingerprint=root_fingerprint(vault.roots()[0]))
     return show_authority(path)
 
 
@@ -129,9 +133,11 @@ def invite(path: Path, silo: str, valid: timedelta) -> Invited:
     vault, registry = Vault(enrolment.authority, file.name), Registry(enrolment.authority)
     fingerprint = root_fingerprint(vault.roots()[0])
     token = registry.invite(silo, valid)
+    expires = (datetime.now(UTC) + valid).isoformat(timespec="seconds")
+    _note(file, "silo invited", silo=silo, until=expires)
     address = f"{enrolment.hosts[0]}:{port_of(enrolment.listen)}"
     line = InvitationLine(address, Identity(file.name, "silo", silo), token, fingerprint)
-    return Invited(silo, str(line), (datetime.now(UTC) + valid).isoformat(timespec="seconds"))
+    return Invited(silo, str(line), expires)
 
 
 def requests(path: Path) -> list[Invitation]:
@@ -143,14 +149,18 @@ def requests(path: Path) -> list[Invitation]:
 
 def approve(path: Path, silo: str, key: str) -> None:
     """Agrees to one of `requests`."""
-    _, enrolment = _settings(path)
+    file, enrolment = _settings(path)
     Registry(enrolment.authority).approve(silo, " ".join(key.split()))
+    _note(file, "enrolment approved", silo=silo, key=key)
 
 
 def revoke(path: Path, *, silo: str | None, serial: str | None, reason: str) -> list[Issued]:
     """Revokes the certificates of a silo, or one; returns those that it met."""
-    _, enrolment = _settings(path)
-    return Registry(enrolment.authority).revoke(silo=silo, serial=serial, reason=reason)
+    file, enrolment = _settings(path)
+    met = Registry(enrolment.authority).revoke(silo=silo, serial=serial, reason=reason)
+    for issued in met:
+        _note(file, "certificate revoked", silo=issued.silo, serial=issued.serial, reason=reason)
+    return met
 
 
 def list_silos(path: Path) -> list[SiloListed]:
@@ -195,6 +205,12 @@ def _latest(registry: Registry) -> dict[str, Issued]:
     for issued in registry.certificates():
         latest.setdefault(issued.silo, issued)
     return latest
+
+
+def _note(file: FederationFile, event: str, **fields: str) -> None:
+    """Notes what an operator did in the audit log of the run."""
+    make_folder(file.run_folder, PRIVATE)
+    AuditLog(file.run_folder).append(event, **fields)
 
 
 def _settings(path: Path) -> tuple[FederationFile, Enrolment]:

@@ -15,6 +15,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from blake3 import blake3
+
+from gptfl_dist import __version__
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import load_federation
 from gptfl_dist.errors import ConfigError, DataError, GptflError, Interrupted, RunAborted, StorageError, first_line
@@ -27,6 +30,7 @@ from gptfl_dist.observe import progress
 from gptfl_dist.observe.live import LiveFile, Standing
 from gptfl_dist.observe.summary import FILE_NAME, Summary, read_summary
 from gptfl_dist.observe.summary import RoundRecord as ShownRound
+from gptfl_dist.run import auditor as auditing
 from gptfl_dist.run.arm import rounds_planned, stopped_name
 from gptfl_dist.run.arms import run_arms
 from gptfl_dist.run.candidates import PRETRAINED_WEIGHTS
@@ -117,25 +121,44 @@ async def coordinate(
         )
     ledger = Ledger(file.run_folder, _request(file), durable=file.durability == "power")
     try:
+        auditor = auditing.Auditor(ledger)
         if ledger.fact("finished") is not None and (file.run_folder / FILE_NAME).exists():
             say(f"{file.run_folder}: this run is finished; --fresh makes it anew")
             return read_summary(file.run_folder)
         if (error := aborted(ledger)) is not None:
             raise error
-        if ledger.fact("started") is None:
-            ledger.set_fact("started", datetime.now(UTC).isoformat())
-        with _end_noted(ledger), contextlib.closing(LiveFile(file.run_folder, ledger.holder)) as live:
-            await unless_aborted(ledger, _before_the_federation(path, file, ledger, live, say))
-            summary = await _federate(path, file, ledger, live, make_exchange, opened, say)
-            ledger.set_fact("finished", summary.finished.isoformat())
-        return summary
+        with (
+            auditor.to_the_end(),
+            _end_noted(ledger, _digest(file)),
+            contextlib.closing(LiveFile(file.run_folder, ledger.holder)) as live,
+        ):
+            return await auditor.beside(_run(path, file, ledger, live, make_exchange, opened, say))
     finally:
         ledger.close()
 
 
+async def _run(
+    path: Path,
+    file: FederationFile,
+    ledger: Ledger,
+    live: LiveFile,
+    make_exchange: Callable[[FederationFile, Inbox], CoordinatorExchange],
+    opened: Callable[[CoordinatorExchange, Callable[[BaseException], None]], Awaitable[None]],
+    say: Callable[[str], None],
+) -> Summary:
+    await unless_aborted(ledger, _before_the_federation(path, file, ledger, live, say))
+    summary = await _federate(path, file, ledger, live, make_exchange, opened, say)
+    ledger.set_fact("finished", summary.finished.isoformat())
+    return summary
+
+
 @contextlib.contextmanager
-def _end_noted(ledger: Ledger) -> Iterator[None]:
-    """Notes how the coordinator's work ends: nothing is noted by one that is killed."""
+def _end_noted(ledger: Ledger, configuration: str) -> Iterator[None]:
+    """Notes that the coordinator's work begins, and how it ends: nothing is noted by one that is killed."""
+    in_force = {"configuration": configuration, "release": __version__}
+    ledger.note(auditing.STARTED if ledger.fact("started") is None else auditing.RESUMED, in_force)
+    if ledger.fact("started") is None:
+        ledger.set_fact("started", datetime.now(UTC).isoformat())
     ledger.set_fact(ENDED, "")
     error: BaseException | None = None
     try:
@@ -154,6 +177,12 @@ def _end_noted(ledger: Ledger) -> Iterator[None]:
         with contextlib.suppress(StorageError):
             end = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "error": kind, "message": told, "hint": hint}
             ledger.set_fact(ENDED, json.dumps(end))
+            ledger.note(auditing.ENDED, {**in_force, "error": kind, "message": told})
+
+
+def _digest(file: FederationFile) -> str:
+    """BLAKE3 of all settings in force, defaults included."""
+    return blake3(json.dumps(file.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def _request(file: FederationFile) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from gptfl_dist.config.federation import Enrolment, FederationFile
 from gptfl_dist.config.silo import SiloFile
 from gptfl_dist.errors import ConfigError, IdentityError
+from gptfl_dist.security.audit_log import AuditLog
 from gptfl_dist.security.authority import Authority, Credentials
 from gptfl_dist.security.credentials import load_credentials
 from gptfl_dist.security.identity import Identity
@@ -22,8 +23,10 @@ def coordinator_trust(path: Path, file: FederationFile) -> FixedTrust | KeptTrus
     """What the coordinator of the federation file at `path` goes by. Raises ConfigError, IdentityError."""
     if file.enrolment is None:
         return FixedTrust(coordinator_credentials(path, file))
+    enrolment = file.enrolment
+    registry = Registry(enrolment.authority)
     return KeptTrust(
-        kept_authority(file, file.enrolment), Registry(file.enrolment.authority), tuple(file.enrolment.hosts)
+        kept_authority(file, enrolment), registry, tuple(enrolment.hosts), AuditLog(file.run_folder).append
     )
 
 

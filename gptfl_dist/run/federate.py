@@ -8,9 +8,11 @@ folder, it goes on in the round that it was in.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Protocol
 
 from gptfl_dist.aggregation.mean import weighted_mean
@@ -26,8 +28,10 @@ from gptfl_dist.exchange.base import (
     ExchangeFailed,
     Goodbye,
     OrderFailed,
+    Origin,
     Reducing,
     SiloBarred,
+    SiloConnected,
     SiloJoined,
     SiloLeft,
     SiloProgress,
@@ -117,6 +121,7 @@ class Federator:
         self._reducing = self.exchange if isinstance(self.exchange, Reducing) else None
         self._connected: set[str] = set()
         self._barred: set[str] = set()
+        self._origins: dict[str, Origin] = {}  # as they connected last
         self._news: list[str] = []  # who came and went since the operator was told last
         self._missing: tuple[str, ...] = ()  # as the operator was told
         self._assembled = False  # whether all silos were waited for, once in this process
@@ -146,6 +151,9 @@ class Federator:
             if listener is not None:
                 listener.cancel()
         await self.exchange.close(goodbye)
+        with contextlib.suppress(StorageError):  # whatever ended the run has been told
+            while not self.exchange.events.empty():
+                self._note_line(self.exchange.events.get_nowait())
         self._inbox.close()
 
     def fail(self, error: BaseException) -> None:
@@ -250,6 +258,8 @@ class Federator:
                 delivered[told.silo] = round_.round
             else:
                 self.watcher.note(f"the committed update of {told.silo} is damaged on disk and is asked for again")
+                lost = {"silo": told.silo, "arm": record.arm, "round": round_.round, "nonce": told.nonce}
+                self.ledger.note("update lost", {**lost, "digest": told.digest})
                 self._inbox.expect(told.silo, order)
         return delivered
 
@@ -316,7 +326,7 @@ class Federator:
             self._note_spent(arm)
             arm.stop_counting(self.exchange.traffic)
         else:
-            ledger.forgive(plan.name, arm.machine.round)  # not of a round that was closed
+            ledger.forgive(plan.name, arm.machine.round, command.reason)  # not of a round that was closed
             kind = RoundFailed if command.untrainable else FederationError
             raise kind(
                 f"arm {plan.name}, {command.reason}",
@@ -364,8 +374,10 @@ class Federator:
             raise event
         if isinstance(event, ExchangeFailed):
             raise event.error
-        if isinstance(event, SiloJoined | SiloLeft | Answered | OrderFailed | SiloProgress):
+        if isinstance(event, SiloConnected | SiloJoined | SiloLeft | Answered | OrderFailed | SiloProgress):
             self.watcher.heard(event.silo)
+        if isinstance(event, SiloConnected):
+            return []
         if isinstance(event, SiloJoined):
             if event.silo not in self._connected:  # else it moved to another connection
                 self._news.append(f"{event.silo} joined")
@@ -438,8 +450,22 @@ class Federator:
         )
 
     async def _pump_events(self) -> None:
-        while True:
-            self._queue.put_nowait(await self.exchange.events.get())
+        try:
+            while True:
+                event = await self.exchange.events.get()
+                self._note_line(event)
+                self._queue.put_nowait(event)
+        except StorageError as broken:
+            self.fail(broken)
+
+    def _note_line(self, event: ExchangeEvent) -> None:
+        """Notes for the audit log who came and who went."""
+        if isinstance(event, SiloConnected):
+            self._origins[event.silo] = event.origin
+        if isinstance(event, SiloConnected | SiloLeft) and event.silo in self._origins:
+            told = {name: value for name, value in asdict(self._origins[event.silo]).items() if value}
+            what = "connected" if isinstance(event, SiloConnected) else "disconnected"
+            self.ledger.note(f"silo {what}", {"silo": event.silo, **told})
 
     async def _look_for_requests(self) -> None:
         """Passes on what an operator asked for."""

@@ -11,6 +11,7 @@ from gptfl_dist.ledger.lock import locked
 from gptfl_dist.ledger.record import FILE_NAME
 from gptfl_dist.observe.live import LIVE
 from gptfl_dist.observe.logs import configure
+from gptfl_dist.run.auditor import close_log
 from gptfl_dist.run.candidates import CANDIDATES, CHOICE, CONTACT_SHEET, DROPPED_SHEET, PRETRAINING_STATE
 
 PRIVATE = 0o700
@@ -22,7 +23,7 @@ _MADE_BY_A_RUN = (
     "handed-out",
     *(CONTACT_SHEET, DROPPED_SHEET, CANDIDATES, CHOICE, PRETRAINING_STATE),
 )
-"""What `--fresh` deletes: never the federation file, data or a synthetic set that lie in the same folder."""
+"""What `--fresh` deletes: never the federation file, data or a synthetic set in the same folder, nor the audit log."""
 
 
 ENDED = "ended"
@@ -48,6 +49,7 @@ def open_run_folder(path: Path, fresh: bool) -> None:
 
 def delete_run(folder: Path) -> None:
     """Deletes what a run left in its folder. Under the ledger's lock, or a coordinator may be at work there."""
+    close_log(folder)
     for name in _MADE_BY_A_RUN:
         delete(folder / name)
 

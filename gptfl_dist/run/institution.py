@@ -25,6 +25,7 @@ from gptfl_dist.run.credentials import coordinator_trust, credential_files, kept
 from gptfl_dist.run.folder import PRIVATE, make_folder
 from gptfl_dist.run.renewal import keep_valid
 from gptfl_dist.run.silo import ProcessRunner, Silo, require_data
+from gptfl_dist.security.audit_log import AuditLog
 from gptfl_dist.security.authority import Authority
 from gptfl_dist.security.enrolment import Desk, Enrolment
 from gptfl_dist.security.registry import Registry
@@ -71,6 +72,7 @@ def _desk(file: FederationFile, enrolment: EnrolmentSettings, trust: Trust) -> D
         trust.credentials,
         enrolment.approval,
         f"{enrolment.hosts[0]}:{port_of(file.exchange.listen)}",
+        AuditLog(file.run_folder).append,
     )
 
 

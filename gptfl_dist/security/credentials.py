@@ -36,9 +36,7 @@ def load_credentials(
     """
     named = {"authority": authority, "certificate": certificate, "key": key}
     pem = {path: _read(path, f"{section}.{name}: " if section else "") for name, path in named.items()}
-    mode = stat.S_IMODE(key.stat().st_mode)
-    if mode & 0o077:
-        raise IdentityError(f"{key}: others may read this private key (mode {mode:04o})", hint=f"chmod 600 {key}")
+    require_private(key)
     chain, roots = certificates_in(certificate), certificates_in(authority)
     try:
         private = serialization.load_pem_private_key(pem[key], password=None)
@@ -88,6 +86,13 @@ def _completed(key: Path, wanted: PublicKeyTypes) -> bytes:
 
 def _next(key: Path) -> Path:
     return key.with_name(key.name + ".next")
+
+
+def require_private(key: Path) -> None:
+    """Raises IdentityError where others than the owner may read the file of a private key."""
+    mode = stat.S_IMODE(key.stat().st_mode)
+    if mode & 0o077:
+        raise IdentityError(f"{key}: others may read this private key (mode {mode:04o})", hint=f"chmod 600 {key}")
 
 
 def identity_in(certificate: bytes, name: str) -> Identity:

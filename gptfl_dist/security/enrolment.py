@@ -55,6 +55,7 @@ class Desk:
     credentials: Callable[[], Credentials]  # that the listener shows
     approval: bool
     address: str
+    note: Callable[..., None]  # called with an event and its fields
 
     def enrol(self, silo: str, token: str, request: bytes) -> dict[str, str] | None:
         """The answer to a silo, None where it has to wait for approval. Raises IdentityError."""
@@ -62,7 +63,7 @@ class Desk:
         if not self.registry.redeem(token, silo, key, approval=self.approval):
             _log.warning("%s asks to enrol with the key %s: gptfl approve lets it in", silo, key)
             return None
-        certificate, roots = certify(self.authority, self.registry, silo, request)
+        certificate, roots = certify(self.authority, self.registry, silo, request, self.note, "silo enrolled")
         _log.info("%s enrolled with the key %s", silo, key)
         return {"certificate": certificate.decode(), "authority": roots.decode(), "address": self.address}
 

@@ -12,6 +12,7 @@ from typing import Literal, Self
 from urllib.parse import quote, unquote, urlsplit
 
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 
 from gptfl_dist.errors import IdentityError
 
@@ -54,10 +55,14 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The other end of a connection: who it is, and which certificate says so, until when (seconds, as time.time)."""
+    """The other end of a connection: who it is, and which certificate says so.
+
+    The certificate is told by its serial number and its SHA-256 in hex; it `expires` at a time as of time.time.
+    """
 
     identity: Identity
     serial: int
+    fingerprint: str
     expires: float
 
 
@@ -65,7 +70,8 @@ def peer_of(auth_context: Mapping[str, Iterable[bytes]]) -> Peer:
     """The peer of a gRPC call, from its `auth_context()`. Raises IdentityError as `peer_identity`."""
     identity = peer_identity(auth_context)
     certificate = x509.load_pem_x509_certificate(b"".join(auth_context["x509_pem_cert"]))
-    return Peer(identity, certificate.serial_number, certificate.not_valid_after_utc.timestamp())
+    fingerprint = certificate.fingerprint(hashes.SHA256()).hex()
+    return Peer(identity, certificate.serial_number, fingerprint, certificate.not_valid_after_utc.timestamp())
 
 
 def peer_identity(auth_context: Mapping[str, Iterable[bytes]]) -> Identity:

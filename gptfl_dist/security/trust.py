@@ -10,6 +10,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -71,10 +72,16 @@ class FixedTrust:
 class KeptTrust:
     """Trust by an authority that is kept."""
 
-    def __init__(self, authority: Authority, registry: Registry, hosts: tuple[str, ...]) -> None:
-        """`hosts` are the names and addresses under which silos dial the coordinator."""
+    def __init__(
+        self, authority: Authority, registry: Registry, hosts: tuple[str, ...], note: Callable[..., None]
+    ) -> None:
+        """`hosts` are the names and addresses under which silos dial the coordinator.
+
+        `note` is called with an event and its fields where a certificate is made.
+        """
         self._authority = authority
         self._registry = registry
+        self._note = note
         self._hosts = hosts
         self._lock = threading.Lock()
         self._own = authority.issue_coordinator(hosts)
@@ -103,7 +110,7 @@ class KeptTrust:
         return self._barred
 
     def renew(self, silo: str, request: bytes) -> tuple[bytes, bytes]:
-        return certify(self._authority, self._registry, silo, request)
+        return certify(self._authority, self._registry, silo, request, self._note, "certificate renewed")
 
     def close(self) -> None:
         self._seen.close()
@@ -126,15 +133,20 @@ class KeptTrust:
             raise StorageError(f"{self._registry.path}: {error}") from None
 
 
-def certify(authority: Authority, registry: Registry, silo: str, request: bytes) -> tuple[bytes, bytes]:
-    """Makes the certificate that a silo requests, notes it, and returns it with its chain, and the roots, as PEM.
+def certify(
+    authority: Authority, registry: Registry, silo: str, request: bytes, note: Callable[..., None], event: str
+) -> tuple[bytes, bytes]:
+    """Makes the certificate that a silo requests, and returns it with its chain, and the roots, as PEM.
 
-    Raises IdentityError where the request is for anything else.
+    It stands in the registry, and is noted as this event, before it is handed out. Raises IdentityError where the
+    request is for anything else.
     """
     key = key_in(request, Identity(authority.federation, "silo", silo))
     chain = authority.sign_silo(silo, key)
     made = x509.load_pem_x509_certificate(chain)
-    registry.add(serial=made.serial_number, silo=silo, expires=made.not_valid_after_utc, key=fingerprint_of(key))
+    fingerprint, expires = fingerprint_of(key), made.not_valid_after_utc
+    registry.add(serial=made.serial_number, silo=silo, expires=expires, key=fingerprint)
+    note(event, silo=silo, serial=serial_text(made.serial_number), key=fingerprint, until=expires.isoformat())
     return chain, authority.roots
 
 

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gptfl_dist.config.document import dump_yaml
+from gptfl_dist.run.audit import audit_of
 from gptfl_dist.testing.proxy import TcpProxy
 from gptfl_dist.weights import WeightsFile
 
@@ -552,6 +553,13 @@ class Run:
         self.wrong += [
             f"a traceback in {side.log}" for name, side in self._sides.items() if "Traceback" in self.log_of(name)
         ]
+        audit = audit_of(self.run_folder)
+        self.wrong += [f"audit log, line {one.line}: {one.found}, expected {one.expected}" for one in audit.faults]
+        entries = audit.verification.entries.values()
+        accepted = Counter((one["silo"], one["round"]) for one in entries if one["event"] == "update accepted")
+        twice = {update for update, count in accepted.items() if count > 1} - self._corrupted
+        if twice:
+            self.wrong.append(f"accepted twice, by the audit log: {sorted(twice)}")
         left = [*self.run_folder.rglob("*.part"), *self.run_folder.rglob("incoming.safetensors")]
         if left:
             self.wrong.append(f"left behind: {', '.join(map(str, left))}")

@@ -13,7 +13,7 @@ import numpy as np
 
 from gptfl_dist.config.federation import Model, Task
 from gptfl_dist.config.plan import LocalTraining, Plan
-from gptfl_dist.exchange.base import ExchangeEvent, Goodbye, SiloJoined, UpdateHeader, Welcome
+from gptfl_dist.exchange.base import ExchangeEvent, Goodbye, SiloConnected, SiloJoined, UpdateHeader, Welcome
 from gptfl_dist.exchange.grpc.client import GrpcSiloExchange
 from gptfl_dist.exchange.grpc.server import GrpcCoordinatorExchange
 from gptfl_dist.exchange.inbox import Inbox, Spool
@@ -79,6 +79,7 @@ class World:
         self.layout = layout
         self.plan = plan
         self.commits: list[tuple[str, Order, Report, str]] = []
+        self.connected: list[SiloConnected] = []
         self.inbox = Inbox(
             folder / "spools", layout, dict.fromkeys(SILOS, 1000), lambda *commit: self.commits.append(commit)
         )
@@ -123,12 +124,16 @@ class World:
         await self.server.send(name, order)
 
     async def event(self) -> ExchangeEvent:
-        return await asyncio.wait_for(self.server.events.get(), 20)
+        while isinstance(event := await asyncio.wait_for(self.server.events.get(), 20), SiloConnected):
+            self.connected.append(event)
+        return event
 
     async def settled(self, seconds: float = 0.2) -> list[ExchangeEvent]:
         """The events that have come once nothing more is under way."""
         await asyncio.sleep(seconds)
-        return [self.server.events.get_nowait() for _ in range(self.server.events.qsize())]
+        events = [self.server.events.get_nowait() for _ in range(self.server.events.qsize())]
+        self.connected += [event for event in events if isinstance(event, SiloConnected)]
+        return [event for event in events if not isinstance(event, SiloConnected)]
 
 
 def dial(port: int, credentials: Credentials, host: str = HOST, keepalive: float = 30.0) -> GrpcSiloExchange:

@@ -34,14 +34,19 @@ class Kept:
         self.registry = Registry(vault.folder)
         self.registry.create()
         self.authority = vault.open(valid)
-        self.trust = KeptTrust(self.authority, self.registry, (HOST, "localhost"))
+        self.noted = []
+        self.trust = KeptTrust(self.authority, self.registry, (HOST, "localhost"), self.note)
 
     def silo(self, name="alice", valid=None):
         key = new_key()
         authority = copy.copy(self.authority)
         authority._valid = valid or authority._valid
-        certificate, roots = certify(authority, self.registry, name, make_request(Identity("fed", "silo", name), key))
+        request = make_request(Identity("fed", "silo", name), key)
+        certificate, roots = certify(authority, self.registry, name, request, self.note, "silo enrolled")
         return Credentials(roots, certificate, key_bytes(key))
+
+    def note(self, event, **fields):
+        self.noted.append((event, fields["silo"]))
 
     def revoke(self, silo="alice"):
         self.registry.revoke(silo=silo, serial=None, reason="a test")
@@ -144,6 +149,7 @@ async def test_a_renewed_silo_moves_to_a_new_connection_and_a_transfer_is_not_cu
         await alice.receive()
         key = new_key()
         certificate, roots = await alice.renew(make_request(ALICE, key))
+        assert kept.noted == [("silo enrolled", "alice"), ("certificate renewed", "alice")]
         proxy.delay = 0.003
         with WeightsFile(tmp_path / "u") as update:
             sending = asyncio.create_task(alice.upload(header_of(order, LARGE, digest), update))

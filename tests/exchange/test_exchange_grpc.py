@@ -11,6 +11,8 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from exchange_world import (
     COORDINATOR,
     HOST,
@@ -353,6 +355,19 @@ async def test_a_second_process_with_the_same_certificate_is_refused_with_the_re
         await silo.close()
         assert await world.event() == SiloLeft("alice")
         await second.connect()  # the first is gone
+
+
+@in_loop
+async def test_who_connects_is_told_with_the_certificate_and_the_address(tmp_path):
+    async with World(tmp_path) as world:
+        await world.joined("alice")
+        await world.joined("bob")
+        for name, told in zip(("alice", "bob"), world.connected, strict=True):
+            certificate = x509.load_pem_x509_certificate(SILOS[name].certificate)
+            assert (told.silo, told.origin.identity) == (name, f"gptfl://fed/silo/{name}")
+            assert int(told.origin.serial, 16) == certificate.serial_number
+            assert told.origin.fingerprint == certificate.fingerprint(hashes.SHA256()).hex()
+            assert told.origin.address.startswith("ipv4:127.0.0.1:")
 
 
 @in_loop

@@ -292,6 +292,7 @@ def test_an_update_counts_in_the_round_that_was_closed_with_it_whenever_it_was_o
 def test_a_record_of_another_release_is_refused(ledger):
     ledger.close()
     with closing(sqlite3.connect(ledger.folder / "ledger.sqlite")) as database:
+        database.execute("DROP TRIGGER round_committed")
         database.execute("ALTER TABLE orders DROP COLUMN counted")
         database.execute("PRAGMA user_version = 0")
     with pytest.raises(StorageError, match="made by another release") as error:

@@ -80,10 +80,11 @@ def test_fresh_keeps_the_synthetic_set_of_a_demo_that_filtered_it_otherwise(tmp_
     assert "synthetic/manifest.json" in contents(tmp_path)
 
 
-def test_fresh_deletes_a_run_and_neither_its_data_nor_its_synthetic_set(tmp_path: Path) -> None:
+def test_fresh_deletes_a_run_and_neither_its_data_nor_its_synthetic_set_nor_its_audit_log(tmp_path: Path) -> None:
     path = demo(tmp_path)
     written = contents(tmp_path)
     leave_a_run(tmp_path)
     open_run_folder(path, fresh=True)
     left = contents(tmp_path)
-    assert set(left) - {"logs/coordinator.jsonl"} == {*written, "synthetic/manifest.json"}
+    kept = {*written, "synthetic/manifest.json", "audit.jsonl", "audit.key"}
+    assert set(left) - {"logs/coordinator.jsonl"} == kept

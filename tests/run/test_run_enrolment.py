@@ -133,6 +133,12 @@ def test_a_revoked_silo_is_out_at_once_and_the_others_go_on(invited: Callable[..
     assert "was revoked" in silos["silo-3"].stderr
     for command in (coordinator, silos["silo-1"], silos["silo-2"]):
         assert command.wait() == 0, command.stderr
+    world.gptfl.run("audit", "verify", world.federation.path)
+    shown = world.gptfl.run("audit", "show", world.federation.path, "--silo", "silo-3").stdout
+    events = ("silo invited", "silo enrolled", "silo connected", "update accepted", "certificate revoked")
+    places = [shown.find(event) for event in events]
+    assert -1 not in places
+    assert places == sorted(places)
     (listed,) = [silo for silo in world.tell("silos") if silo["silo"] == "silo-3"]
     assert (listed["standing"], listed["reason"]) == ("revoked", "laptop stolen")
 

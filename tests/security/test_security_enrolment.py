@@ -40,8 +40,12 @@ class Office:
         self.authority = self.vault.open(timedelta(days=1))
         self.port = free_port()
         shown = self.authority.issue_coordinator(["localhost", "127.0.0.1"])
-        self.desk = Desk(self.authority, self.registry, lambda: shown, approval, "localhost:8443")
+        self.desk = Desk(self.authority, self.registry, lambda: shown, approval, "localhost:8443", self.note)
+        self.noted = []
         self._stack = ExitStack()
+
+    def note(self, event, **fields):
+        self.noted.append((event, fields["silo"], fields["serial"]))
 
     def invite(self, silo="alice", valid=HOUR):
         token = self.registry.invite(silo, valid)
@@ -92,6 +96,7 @@ def test_an_invitation_brings_a_certificate_for_the_key_that_was_made_here(offic
     assert enrolled.credentials.authority == office.authority.roots
     (issued,) = office.registry.certificates()
     assert (issued.silo, issued.key) == ("alice", fingerprint_of(key.public_key()))
+    assert office.noted == [("silo enrolled", "alice", issued.serial)]
 
 
 def test_the_port_is_open_only_while_somebody_is_invited(office):
@@ -187,7 +192,7 @@ def test_an_authority_that_is_real_but_shown_by_somebody_else_is_not_believed(of
     """The root is public: who passes it on and shows a certificate of another authority gets no token either."""
     invitation = office.invite()
     stranger = Authority.new("fed", valid=HOUR).issue_coordinator(["localhost"])
-    office.desk = Desk(office.authority, office.registry, lambda: stranger, False, "localhost:1")
+    office.desk = Desk(office.authority, office.registry, lambda: stranger, False, "localhost:1", office.note)
     with office, pytest.raises(IdentityError, match="not one to trust"):
         enrol(invitation, new_key())
 

@@ -18,6 +18,8 @@ from gptfl_dist.exchange.base import (
     ExchangeFailed,
     Goodbye,
     OrderFailed,
+    Origin,
+    SiloConnected,
     SiloJoined,
     SiloProgress,
     Traffic,
@@ -130,6 +132,7 @@ class CollectiveCoordinatorExchange:
     async def _take(self, rank: int, silo: str, message: Message) -> None:
         kind = message["type"]
         if kind == "ready":
+            self.events.put_nowait(SiloConnected(silo, Origin(f"rank {rank} over {self.transport}")))
             self.events.put_nowait(SiloJoined(silo))
         elif kind == "progress":
             self.events.put_nowait(SiloProgress(silo, message["nonce"], message["done"], message["total"]))

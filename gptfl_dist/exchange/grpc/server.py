@@ -28,7 +28,9 @@ from gptfl_dist.exchange.base import (
     ExchangeFailed,
     Goodbye,
     OrderFailed,
+    Origin,
     SiloBarred,
+    SiloConnected,
     SiloJoined,
     SiloLeft,
     SiloProgress,
@@ -44,6 +46,7 @@ from gptfl_dist.exchange.inbox import Busy, Inbox, Refused, Superseded
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.security.authority import Credentials
 from gptfl_dist.security.identity import Peer, peer_of
+from gptfl_dist.security.registry import serial_text
 from gptfl_dist.security.trust import Trust
 from gptfl_dist.weights import WeightsFile
 
@@ -261,9 +264,11 @@ class GrpcCoordinatorExchange:
                 grpc.StatusCode.ALREADY_EXISTS,
                 f"{silo} is connected already, from {old.address}: does a second process use its certificate?",
             )
-        line = self._lines[silo] = _Line(hello.instance, context.peer(), peer)
+        origin = Origin(context.peer(), peer.identity.uri, serial_text(peer.serial), peer.fingerprint)
+        line = self._lines[silo] = _Line(hello.instance, origin.address, peer)
         if old is not None:
             old.outgoing.put_nowait(None)  # the same process came back before its old connection was found dead
+        self.events.put_nowait(SiloConnected(silo, origin))
         assert self._welcome is not None
         line.outgoing.put_nowait(
             pb.ToSilo(welcome=convert.welcome_to_message(self._welcome, PROTOCOL_VERSION, __version__))
