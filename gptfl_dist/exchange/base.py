@@ -15,6 +15,8 @@ from typing import Protocol, runtime_checkable
 
 from gptfl_dist.config.plan import Plan
 from gptfl_dist.federation.orders import Order, Report
+from gptfl_dist.security.identity import Identity
+from gptfl_dist.security.signing import statement
 from gptfl_dist.weights import FlatReader, Layout, WeightsFile
 
 PROTOCOL_VERSION = 1
@@ -58,6 +60,14 @@ class UpdateHeader:
     layout: str
     digest: str
     size: int
+
+    def statement(self, sender: Identity, run: str) -> str:
+        """What the silo signs: that it delivers this update, to this order, of this run."""
+        report = self.report
+        return statement(
+            "update", sender=sender.uri, run=run, nonce=report.nonce, base=self.base, layout=self.layout,
+            digest=self.digest, size=self.size, samples=report.samples, metrics=dict(report.metrics),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

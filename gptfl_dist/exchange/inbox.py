@@ -22,6 +22,7 @@ from gptfl_dist.errors import ProtocolError, StorageError
 from gptfl_dist.exchange.base import UpdateHeader
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.files import storage_error, sync_folder, write_at
+from gptfl_dist.ledger.records import Signed
 from gptfl_dist.weights import Codec, FlatReader, Layout, digest_of
 
 _METRIC = re.compile(r"[a-z][a-z0-9_]{0,62}")
@@ -136,6 +137,7 @@ class _Expected:
 
     order: Order
     header: UpdateHeader | None = None
+    signed: Signed | None = None
     checking: bool = False
     committed: bool = False
 
@@ -210,8 +212,10 @@ class Inbox:
             del self._expected[silo]
             return True
 
-    def announce(self, silo: str, header: UpdateHeader) -> tuple[int, bool]:
+    def announce(self, silo: str, header: UpdateHeader, signed: Signed | None = None) -> tuple[int, bool]:
         """Checks what a silo says it will send. Returns (first byte wanted, already committed).
+
+        `signed` shows that it was the silo which says so, where the wire has that.
 
         Writers from before it hold void tickets afterwards. Raises Refused, or Busy while a finished upload of this
         order is checked.
@@ -235,7 +239,12 @@ class Inbox:
             if expected.header != header:
                 expected.header = header
                 spool.restart()
+            expected.signed = signed  # a signature is another each time; any of them will do
             return spool.received, False
+
+    def signed(self, silo: str) -> Signed | None:
+        """What shows that the silo delivers what is being committed, where the wire has that."""
+        return self._expected[silo].signed
 
     def spool(self, silo: str, nonce: str) -> Spool:
         """The spool of an announced update. Raises Refused where none was announced under this nonce."""

@@ -42,9 +42,15 @@ END;
 CREATE TRIGGER IF NOT EXISTS answer_accepted AFTER UPDATE OF digest ON orders BEGIN
     INSERT INTO outbox (event, fields) SELECT
         CASE kind WHEN 'train' THEN 'update accepted' ELSE 'evaluation accepted' END,
-        json_object('silo', NEW.silo, 'arm', arm, 'round', round, 'base', base, 'digest', NEW.digest,
-                    'samples', NEW.samples, 'nonce', NEW.nonce)
+        json_patch(  -- which leaves out what is null
+            json_object('silo', NEW.silo, 'arm', arm, 'round', round, 'base', base, 'digest', NEW.digest,
+                        'samples', NEW.samples, 'nonce', NEW.nonce),
+            json_object('statement', NEW.statement, 'signature', NEW.signature, 'signer', NEW.signer))
     FROM rounds WHERE arm = NEW.arm AND round = NEW.round;
+END;
+CREATE TRIGGER IF NOT EXISTS signer_known AFTER INSERT ON signers BEGIN
+    INSERT INTO outbox (event, fields) VALUES ('signer known',
+        json_object('signer', NEW.fingerprint, 'certificate', NEW.certificate));
 END;
 CREATE TRIGGER IF NOT EXISTS order_failed AFTER UPDATE OF failure ON orders WHEN NEW.failure IS NOT NULL BEGIN
     INSERT INTO outbox (event, fields) VALUES (

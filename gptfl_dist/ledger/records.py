@@ -59,6 +59,17 @@ class RoundRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Signed:
+    """A silo's statement of what it delivers, the signature over it (base64), and who signed: the certificate, PEM, and
+    its SHA-256 in hex."""
+
+    statement: str
+    signature: str
+    signer: str
+    certificate: str
+
+
+@dataclass(frozen=True, slots=True)
 class Waiting:
     """An event that is not known to stand in the audit log yet. `number` orders those that wait; `token` names it."""
 

@@ -20,7 +20,7 @@ from gptfl_dist.files import sync_folder
 from gptfl_dist.ledger import outbox
 from gptfl_dist.ledger.lock import locked
 from gptfl_dist.ledger.record import ANEW, AUDITED, FILE_NAME, VERSION, Record
-from gptfl_dist.ledger.records import Waiting
+from gptfl_dist.ledger.records import Signed, Waiting
 from gptfl_dist.weights import Layout, WeightsFile, write_weights
 
 _SCHEMA = f"""
@@ -38,8 +38,10 @@ CREATE TABLE IF NOT EXISTS rounds (
 CREATE TABLE IF NOT EXISTS orders (
     arm TEXT NOT NULL, round INTEGER NOT NULL, silo TEXT NOT NULL, nonce TEXT NOT NULL,
     samples INTEGER, metrics TEXT, digest TEXT, failure TEXT, counted INTEGER,
+    statement TEXT, signature TEXT, signer TEXT,
     PRIMARY KEY (arm, round, silo)
 );
+CREATE TABLE IF NOT EXISTS signers (fingerprint TEXT PRIMARY KEY, certificate TEXT NOT NULL);
 {outbox.SCHEMA}
 """
 
@@ -135,13 +137,22 @@ class Ledger(Record):
             [(arm, round_, silo, nonce) for silo, nonce in nonces.items()],
         )
 
-    def commit(self, arm: str, round_: int, silo: str, samples: int, metrics: Mapping[str, float], digest: str) -> None:
-        """Notes a silo's answer: from now on it counts."""
-        self._execute(
-            "UPDATE orders SET samples = ?, metrics = ?, digest = ?, failure = NULL "
-            "WHERE arm = ? AND round = ? AND silo = ?",
-            (samples, json.dumps(dict(metrics)), digest, arm, round_, silo),
-        )
+    def commit(
+        self, arm: str, round_: int, silo: str, samples: int, metrics: Mapping[str, float], digest: str,
+        signed: Signed | None = None,
+    ) -> None:  # fmt: skip
+        """Notes a silo's answer: from now on it counts. `signed` shows that it is the silo's."""
+        with self._lock, self._storing(), self._database:
+            self._database.execute("BEGIN")
+            if signed is not None:
+                known = (signed.signer, signed.certificate)
+                self._database.execute("INSERT OR IGNORE INTO signers VALUES (?, ?)", known)
+            proof = (None, None, None) if signed is None else (signed.statement, signed.signature, signed.signer)
+            self._database.execute(
+                "UPDATE orders SET statement = ?, signature = ?, signer = ?, samples = ?, metrics = ?, digest = ?, "
+                "failure = NULL WHERE arm = ? AND round = ? AND silo = ?",
+                (*proof, samples, json.dumps(dict(metrics)), digest, arm, round_, silo),
+            )
 
     def forgive(self, arm: str, round_: int, reason: str) -> None:
         """Forgets the failures of a round that did not come about, so that the silos are called again in it."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gptfl_dist.errors import AuditError, ConfigError
+from gptfl_dist.errors import AuditError, ConfigError, IdentityError
 from gptfl_dist.files import write_file
 from gptfl_dist.ledger.reader import LedgerReader, read
 from gptfl_dist.ledger.records import ArmRecord, Waiting
@@ -22,6 +23,8 @@ from gptfl_dist.run.auditor import ledger_head, missing
 from gptfl_dist.run.folder import run_folder_of
 from gptfl_dist.security.audit import CHECKPOINT, Entry, Fault, Head, Verification, fingerprint, public_key, verify
 from gptfl_dist.security.audit_log import LOG, read_log
+from gptfl_dist.security.credentials import identity_in
+from gptfl_dist.security.signing import require_signed
 
 _COLUMNS = ("number", "time", "event", "silo", "arm", "round", "details", "hash", "verdict")
 
@@ -65,7 +68,7 @@ def audit_of(path: Path, key: str | None = None) -> Audit:
             f"{folder}: there is no audit log here", hint="name the federation file of a run, or its folder"
         )
     found = verify(content, pinned)
-    faults, notes = list(found.faults), []
+    faults, notes = [*found.faults, *_not_theirs(found)], []
     if found.half_written:
         notes.append("the last line is half-written: its writer was killed; the next start of the run sees to it")
     if found.signed < found.head.number and not faults:
@@ -173,6 +176,30 @@ def _differences(ledger: _Told, found: Verification, content: bytes) -> Iterator
             if record.weights is not None:
                 what, known = f"round {record.round} of {arm.arm}", {"weights": record.weights}
                 yield from _compared(what, known, *rounds.get((arm.arm, record.round), (end, None)))
+
+
+def _not_theirs(found: Verification) -> Iterator[Fault]:
+    """The updates in the log whose silo did not sign what stands there of them, where they are signed."""
+    certificates = {
+        str(entry.get("signer")): str(entry.get("certificate")).encode()
+        for entry in found.entries.values()
+        if entry["event"] == "signer known"
+    }
+    for line, entry in found.entries.items():
+        if entry["event"] != "update accepted" or entry.get("signature") is None:
+            continue
+        try:
+            text, certificate = str(entry["statement"]), certificates[str(entry["signer"])]
+            require_signed(text, b64decode(str(entry["signature"])), certificate)
+            said = json.loads(text)
+            signer = identity_in(certificate, "the certificate")
+            told = {name: entry[name] for name in ("nonce", "digest", "samples")}
+            if signer.name != entry["silo"] or said["sender"] != signer.uri or any(said[n] != told[n] for n in told):
+                raise IdentityError("says something else")
+        except (KeyError, ValueError, IdentityError):
+            yield Fault(
+                line, f"an update of {entry.get('silo')} that it did not sign as it stands", "its own statement"
+            )
 
 
 def _compared(what: str, known: dict[str, Any], line: int, fields: dict[str, Any] | None) -> Iterator[Fault]:

@@ -366,7 +366,8 @@ class Federator:
         return digest
 
     def _commit(self, silo: str, order: Order, report: Report, digest: str) -> None:
-        self.ledger.commit(order.arm, order.round, silo, report.samples, report.metrics, digest)
+        signed = self._inbox.signed(silo)
+        self.ledger.commit(order.arm, order.round, silo, report.samples, report.metrics, digest, signed)
 
     def _translate(self, arm: ArmRun, event: ExchangeEvent | machine.Event | BaseException) -> list[machine.Event]:
         """What an event of the wire means in this arm's round."""

@@ -57,10 +57,12 @@ class Identity:
 class Peer:
     """The other end of a connection: who it is, and which certificate says so.
 
-    The certificate is told by its serial number and its SHA-256 in hex; it `expires` at a time as of time.time.
+    The `certificate` is PEM, and told by its serial number and its SHA-256 in hex; it `expires` at a time as of
+    time.time.
     """
 
     identity: Identity
+    certificate: bytes
     serial: int
     fingerprint: str
     expires: float
@@ -69,9 +71,10 @@ class Peer:
 def peer_of(auth_context: Mapping[str, Iterable[bytes]]) -> Peer:
     """The peer of a gRPC call, from its `auth_context()`. Raises IdentityError as `peer_identity`."""
     identity = peer_identity(auth_context)
-    certificate = x509.load_pem_x509_certificate(b"".join(auth_context["x509_pem_cert"]))
-    fingerprint = certificate.fingerprint(hashes.SHA256()).hex()
-    return Peer(identity, certificate.serial_number, fingerprint, certificate.not_valid_after_utc.timestamp())
+    pem = b"".join(auth_context["x509_pem_cert"])
+    read = x509.load_pem_x509_certificate(pem)
+    fingerprint = read.fingerprint(hashes.SHA256()).hex()
+    return Peer(identity, pem, read.serial_number, fingerprint, read.not_valid_after_utc.timestamp())
 
 
 def peer_identity(auth_context: Mapping[str, Iterable[bytes]]) -> Identity:

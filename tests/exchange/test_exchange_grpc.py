@@ -41,12 +41,15 @@ from gptfl_dist.exchange.base import (
     SiloProgress,
     Welcome,
 )
+from gptfl_dist.exchange.grpc import convert
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
 from gptfl_dist.exchange.grpc.frames import encode_chunk
 from gptfl_dist.exchange.grpc.server import NONCE, SERVICE, GrpcCoordinatorExchange
 from gptfl_dist.exchange.inbox import Spool
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.security.handshake import is_loopback
+from gptfl_dist.security.identity import Identity
+from gptfl_dist.security.signing import sign
 from gptfl_dist.security.trust import FixedTrust
 from gptfl_dist.testing.proxy import TcpProxy
 from gptfl_dist.weights import Layout, WeightsFile, write_weights
@@ -490,10 +493,9 @@ async def test_a_broken_or_endless_upload_message_is_refused(tmp_path):
     async with World(tmp_path, LARGE) as world:
         silo = await world.joined()
         await world.give("alice", order)
-        announcement = pb.UpdateHeader(
-            report=pb.Report(nonce="n1", samples=1), base=order.base, layout=LARGE.digest, digest=digest,
-            size=LARGE.nbytes,
-        )  # fmt: skip
+        header = header_of(order, LARGE, digest)
+        signature = sign(header.statement(Identity("fed", "silo", "alice"), "run-1"), SILOS["alice"].key)
+        announcement = convert.header_to_message(header, signature)
         async with raw_channel(world.server.port) as channel:
 
             async def send(*frames):

@@ -231,7 +231,7 @@ TARGETS = {
     "from_silo": Target(_from_silo, _messages_up, (DecodeError, Refused)),
     "update_header": Target(
         _update_header,
-        lambda: [convert.header_to_message(_HEADER).SerializeToString()],
+        lambda: [convert.header_to_message(_HEADER, bytes(70)).SerializeToString()],
         (DecodeError, Refused, Busy),
     ),
     "to_silo": Target(_to_silo, _messages_down, (DecodeError, ProtocolError)),

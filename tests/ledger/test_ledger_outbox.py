@@ -16,7 +16,7 @@ from test_ledger_store import REQUEST, WRITER
 
 from gptfl_dist.errors import StorageError
 from gptfl_dist.ledger.reader import read
-from gptfl_dist.ledger.records import Waiting
+from gptfl_dist.ledger.records import Signed, Waiting
 from gptfl_dist.ledger.requests import ask_to_abort, ask_to_pause, ask_to_resume
 from gptfl_dist.ledger.store import Ledger
 
@@ -32,6 +32,18 @@ def told(ledger: Ledger) -> list[tuple[str, dict[str, Any]]]:
     waiting = ledger.waiting()
     ledger.audit(waiting, 1, "hash")
     return [(one.event, dict(one.fields)) for one in waiting]
+
+
+def test_a_signed_update_is_told_with_its_signature_and_its_signer_once(ledger: Ledger) -> None:
+    ledger.begin_arm("gptfl", 0.5, "start")
+    for round_ in (1, 2):
+        ledger.open_round("gptfl", round_, "train", "start", ["a"], {"a": f"n{round_}"})
+        told(ledger)
+        ledger.commit("gptfl", round_, "a", 30, {}, "da", Signed("said", "c2ln", "f0", "PEM"))
+        *known, (event, fields) = told(ledger)
+        assert known == ([("signer known", {"signer": "f0", "certificate": "PEM"})] if round_ == 1 else [])
+        assert event == "update accepted"
+        assert (fields["statement"], fields["signature"], fields["signer"]) == ("said", "c2ln", "f0")
 
 
 def test_each_step_of_a_round_is_told(ledger: Ledger) -> None:

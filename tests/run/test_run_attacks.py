@@ -30,6 +30,7 @@ from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.run.arms import run_arms
 from gptfl_dist.run.silo import Silo
 from gptfl_dist.security.authority import Authority
+from gptfl_dist.security.signing import sign
 from gptfl_dist.security.trust import FixedTrust
 from gptfl_dist.weights import Layout, WeightsFile, write_weights
 
@@ -81,13 +82,22 @@ class Intruder:
         with WeightsFile(self._path) as update:
             return await self.exchange.upload(header, update)
 
+    def signature(self, header: UpdateHeader, key: bytes = b"") -> bytes:
+        assert self.exchange._welcome is not None
+        text = header.statement(self.exchange._own, self.exchange._welcome.run)
+        return sign(text, key or self.exchange._shown.key)
+
+    async def announce(self, header: UpdateHeader, signature: bytes) -> str:
+        """Announces an update with this signature; why it is refused, or ""."""
+        answer = await self.exchange._open_channel.unary_unary(f"/{SERVICE}/OpenUpload")(
+            convert.header_to_message(header, signature).SerializeToString()
+        )
+        return pb.UploadOffset.FromString(answer).refused
+
     async def send(self, header: UpdateHeader, frames: AsyncIterator[bytes]) -> str:
         """Announces as it should, then sends these frames; what it is told."""
         channel = self.exchange._open_channel
-        announced = await channel.unary_unary(f"/{SERVICE}/OpenUpload")(
-            convert.header_to_message(header).SerializeToString()
-        )
-        assert not pb.UploadOffset.FromString(announced).refused
+        assert not await self.announce(header, self.signature(header))
         method = channel.stream_unary(f"/{SERVICE}/Upload", response_deserializer=pb.Receipt.FromString)
         receipt = await method(frames, metadata=((NONCE, header.report.nonce),))
         assert not receipt.committed
@@ -133,6 +143,21 @@ async def _other_content(intruder: Intruder, order: Order) -> str:
     return (await intruder.upload(replace(header, digest="00" * 32))).reason
 
 
+async def _not_signed(intruder: Intruder, order: Order) -> str:
+    return await intruder.announce(intruder.header(order, flat(1.0)), b"")
+
+
+async def _signed_by_another(intruder: Intruder, order: Order) -> str:
+    header = intruder.header(order, flat(1.0))
+    return await intruder.announce(header, intruder.signature(header, _AUTHORITY.issue_silo("c").key))
+
+
+async def _signed_for_another(intruder: Intruder, order: Order) -> str:
+    header = intruder.header(order, flat(1.0))
+    other = replace(header, report=replace(header.report, samples=1))
+    return await intruder.announce(header, intruder.signature(other))
+
+
 async def _garbage(intruder: Intruder, order: Order) -> str:
     async def frames() -> AsyncIterator[bytes]:
         yield b"\xff" * 1000
@@ -158,6 +183,9 @@ _ATTACKS: dict[str, tuple[Attack, str]] = {
     "too many samples": (_too_many_samples, "claims 101 samples, expected 1 to 100"),
     "no samples": (_no_samples, "claims 0 samples, expected 1 to 100"),
     "other content": (_other_content, "do not have the announced digest"),
+    "not signed": (_not_signed, "is not signed with the key"),
+    "signed by another": (_signed_by_another, "is not signed with the key"),
+    "signed for another": (_signed_for_another, "is not signed with the key"),
     "garbage": (_garbage, "a frame is no chunk"),
     "oversize stream": (_oversize_stream, f"of {LAYOUT.nbytes}"),
 }

@@ -229,6 +229,38 @@ def test_a_run_tells_its_settings_its_silos_with_their_certificates_and_its_end(
         assert left["serial"] == connected["serial"]
 
 
+def test_what_a_silo_signed_cannot_be_rewritten_by_who_keeps_the_log(undisturbed: Federation, tmp_path: Path) -> None:
+    """The coordinator's operator has the log's key and can chain any story; what the silos signed does not fit it."""
+    entries = list(audit_of(undisturbed.run_folder).verification.entries.values())
+    own = ("number", "time", "event", "previous", "hash")
+    told = [
+        Event(entry["event"], {name: value for name, value in entry.items() if name not in own}, entry["time"])
+        for entry in entries
+        if entry["event"] not in ("checkpoint", "log begun")
+    ]
+
+    def faults(events: list[Event]) -> list[str]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        shutil.copy(undisturbed.run_folder / KEY, folder / KEY)
+        AuditLog(folder).write(events)
+        return [fault.found for fault in audit_of(folder).faults]
+
+    assert faults(told) == []
+    updates = [number for number, event in enumerate(told) if event.event == "update accepted"]
+    assert len(updates) == 6
+    other = told[updates[-1]].fields
+    for changed in (
+        {"samples": 1}, {"digest": "00" * 32}, {"silo": "silo-9"}, {"statement": other["statement"]},
+        {"signature": other["signature"]}, {"signature": "!"}, {"signer": "00" * 32},
+    ):  # fmt: skip
+        event = told[updates[0]]
+        story = [*told]
+        story[updates[0]] = Event(event.event, {**event.fields, **changed}, event.time)
+        (found,) = faults(story)
+        assert "that it did not sign as it stands" in found
+
+
 def test_a_run_that_is_killed_tells_each_accepted_update_once(
     gptfl: Commands, federation: Callable[..., Federation], undisturbed: Federation
 ) -> None:

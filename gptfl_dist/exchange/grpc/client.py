@@ -34,8 +34,9 @@ from gptfl_dist.exchange.grpc.server import NONCE, SERVICE, UPLOAD_CHUNK
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.files import storage_error, write_at
 from gptfl_dist.security.authority import Credentials
-from gptfl_dist.security.credentials import check_dates
+from gptfl_dist.security.credentials import check_dates, identity_in
 from gptfl_dist.security.handshake import Unreachable, is_loopback, shake_hands
+from gptfl_dist.security.signing import sign
 from gptfl_dist.weights import Layout, WeightsFile
 from gptfl_dist.weights.file import header_of
 
@@ -70,6 +71,8 @@ class GrpcSiloExchange:
     def __init__(self, *, address: str, credentials: Credentials, keepalive: float) -> None:
         self._address = address
         self._credentials = credentials
+        self._shown = credentials  # by the connection that is open
+        self._own = identity_in(credentials.certificate, "this silo's certificate")
         self._keepalive = keepalive
         self._instance = secrets.token_hex(8)
         self._channel: grpc.aio.Channel | None = None
@@ -90,6 +93,7 @@ class GrpcSiloExchange:
             return self._welcome
 
     async def _dial(self) -> Welcome:
+        self._shown = self._credentials
         # The coordinator would hang up without a word.
         check_dates(self._credentials.certificate, "this silo's certificate")
         self._channel = grpc.aio.secure_channel(
@@ -201,7 +205,9 @@ class GrpcSiloExchange:
         announce: grpc.aio.UnaryUnaryMultiCallable[pb.UpdateHeader, pb.UploadOffset] = channel.unary_unary(
             f"/{SERVICE}/OpenUpload", pb.UpdateHeader.SerializeToString, pb.UploadOffset.FromString
         )
-        answer = await _guard(lambda: announce(convert.header_to_message(header)))
+        assert self._welcome is not None
+        signature = sign(header.statement(self._own, self._welcome.run), self._shown.key)
+        answer = await _guard(lambda: announce(convert.header_to_message(header, signature)))
         if answer.refused:
             return Receipt(False, convert.legible(answer.refused))
         if answer.committed:

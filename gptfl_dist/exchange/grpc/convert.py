@@ -93,13 +93,14 @@ def report_from_message(message: pb.Report) -> Report:
     return Report(message.nonce, message.samples, dict(message.metrics))
 
 
-def header_to_message(header: UpdateHeader) -> pb.UpdateHeader:
+def header_to_message(header: UpdateHeader, signature: bytes) -> pb.UpdateHeader:
     return pb.UpdateHeader(
         report=report_to_message(header.report),
         base=header.base,
         layout=header.layout,
         digest=header.digest,
         size=header.size,
+        signature=signature,
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from base64 import b64encode
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -35,6 +36,7 @@ from gptfl_dist.exchange.base import (
     SiloLeft,
     SiloProgress,
     Traffic,
+    UpdateHeader,
     Welcome,
 )
 from gptfl_dist.exchange.buffers import keep_buffers
@@ -44,9 +46,11 @@ from gptfl_dist.exchange.grpc.options import WIDEST, line_options
 from gptfl_dist.exchange.grpc.shared import SharedFrames
 from gptfl_dist.exchange.inbox import Busy, Inbox, Refused, Superseded
 from gptfl_dist.federation.orders import Order
+from gptfl_dist.ledger.records import Signed
 from gptfl_dist.security.authority import Credentials
 from gptfl_dist.security.identity import Peer, peer_of
 from gptfl_dist.security.registry import serial_text
+from gptfl_dist.security.signing import require_signed
 from gptfl_dist.security.trust import Trust
 from gptfl_dist.weights import WeightsFile
 
@@ -346,10 +350,13 @@ class GrpcCoordinatorExchange:
             self.traffic.down += carried
 
     async def _open_upload(self, data: bytes, context: _Context) -> pb.UploadOffset:
-        silo = (await self._identify(context)).identity.name
-        header = convert.header_from_message(await _parse(pb.UpdateHeader, data, context))
+        peer = await self._identify(context)
+        silo = peer.identity.name
+        message = await _parse(pb.UpdateHeader, data, context)
+        header = convert.header_from_message(message)
         try:
-            offset, committed = self._inbox.announce(silo, header)
+            signed = self._signed(peer, header, message.signature)
+            offset, committed = self._inbox.announce(silo, header, signed)
         except Refused as refusal:
             self._fail(silo, header.report.nonce, f"refused: {refusal}")
             return pb.UploadOffset(refused=str(refusal))
@@ -359,6 +366,16 @@ class GrpcCoordinatorExchange:
             self.events.put_nowait(ExchangeFailed(error))
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the coordinator cannot store the update")
         return pb.UploadOffset(offset=offset, committed=committed, chunk=self._upload_chunk)
+
+    def _signed(self, peer: Peer, header: UpdateHeader, signature: bytes) -> Signed:
+        """What shows later that it was this silo which announced an update. Raises Refused."""
+        assert self._welcome is not None
+        text = header.statement(peer.identity, self._welcome.run)
+        try:
+            require_signed(text, signature, peer.certificate)
+        except IdentityError as error:
+            raise Refused(f"the update {error.message}") from None
+        return Signed(text, b64encode(signature).decode(), peer.fingerprint, peer.certificate.decode())
 
     async def _upload(self, requests: AsyncIterator[bytes], context: _Context) -> pb.Receipt:
         peer = await self._identify(context)
