@@ -25,7 +25,7 @@ from gptfl_dist.files import storage_error
 from gptfl_dist.run.check.findings import Doubt
 
 _EXPIRES_SOON = timedelta(days=7)
-_SHARE_LEFT = 1 / 6  # of a short life, below which one that renews itself would have done so
+_SHARE_LEFT = 1 / 6  # of its life, when one that renews itself would have done so
 
 
 @contextlib.contextmanager
@@ -96,9 +96,10 @@ def check_credentials(
     return Validity(first.not_valid_before_utc, first.not_valid_after_utc)
 
 
-def valid_until(valid: Validity, whose: str) -> str:
+def valid_until(valid: Validity, whose: str, *, renewed: bool = False) -> str:
+    """Raises Doubt where a certificate expires soon; one that is `renewed` by itself may have a short life."""
     left = valid.end - datetime.now(UTC)
-    if left < min(_EXPIRES_SOON, _SHARE_LEFT * (valid.end - valid.start)):
+    if left < (min(_EXPIRES_SOON, _SHARE_LEFT * (valid.end - valid.start)) if renewed else _EXPIRES_SOON):
         raise Doubt(
             f"{whose}, expire in {left.days} days and {left.seconds // 3600} hours ({valid.end:%F %T} UTC)",
             "gptfl silo renews what an authority of the coordinator's made; else make new sets in time: "
