@@ -203,14 +203,7 @@ class _Request(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > _LONGEST_BODY:
             raise IdentityError(f"a request of {length[:20] or 'unknown'} bytes, expected at most {_LONGEST_BODY}")
-        try:
-            asked = json.loads(self.rfile.read(int(length)))
-            silo, token, request = asked["silo"], asked["token"], asked["request"].encode()
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise IdentityError("the request cannot be read") from None
-        if not isinstance(silo, str) or not isinstance(token, str):
-            raise IdentityError("the request cannot be read")
-        return silo, token, request
+        return asked_in(self.rfile.read(int(length)))
 
     def _answer(self, status: int, content: dict[str, str]) -> None:
         body = json.dumps(content).encode()
@@ -222,6 +215,18 @@ class _Request(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         _log.debug("enrolment: %s: %s", self.client_address[0], format % args)
+
+
+def asked_in(body: bytes) -> tuple[str, str, bytes]:
+    """The silo's name, the token and the certificate request in a body. Raises IdentityError."""
+    try:
+        asked = json.loads(body)
+        silo, token, request = asked["silo"], asked["token"], asked["request"].encode()
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise IdentityError("the request cannot be read") from None
+    if not isinstance(silo, str) or not isinstance(token, str):
+        raise IdentityError("the request cannot be read")
+    return silo, token, request
 
 
 class _Guesses:

@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 
 from gptfl_dist.config.federation import Model, Task
 from gptfl_dist.config.plan import LocalTraining, Plan
-from gptfl_dist.errors import IdentityError, ModelError, ProtocolError, TrainerError
+from gptfl_dist.errors import ConfigError, IdentityError, ModelError, ProtocolError, TrainerError
 from gptfl_dist.exchange.base import UpdateHeader, Welcome
 from gptfl_dist.exchange.grpc import convert, frames
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
@@ -28,9 +28,14 @@ from gptfl_dist.exchange.inbox import Busy, Inbox, Refused
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.launch.channel import encode, error_from_message, error_to_message
 from gptfl_dist.launch.trainer import _decode
-from gptfl_dist.security.authority import Authority, Credentials
+from gptfl_dist.security.audit import verify
+from gptfl_dist.security.audit_log import AuditLog, read_log
+from gptfl_dist.security.authority import Authority, Credentials, new_key
 from gptfl_dist.security.credentials import identity_in
+from gptfl_dist.security.enrolment import asked_in
 from gptfl_dist.security.identity import Identity, peer_identity
+from gptfl_dist.security.invitation import InvitationLine
+from gptfl_dist.security.request import key_in, make_request
 from gptfl_dist.security.session import Session
 from gptfl_dist.weights import Layout, WeightsFile, write_weights
 
@@ -217,7 +222,51 @@ def _certificates() -> list[bytes]:
     return [authority.issue_silo("silo-1").certificate, authority.issue_coordinator(["localhost"]).certificate]
 
 
+def _certificate_request(data: bytes) -> None:
+    key_in(data, Identity("fed", "silo", "silo-1"))
+
+
+def _enrolment(data: bytes) -> None:
+    silo, token, request = asked_in(data)
+    assert isinstance(silo, str)
+    assert isinstance(token, str)
+    key_in(request, Identity("fed", "silo", "silo-1"))
+
+
+def _enrolments() -> list[bytes]:
+    request = make_request(Identity("fed", "silo", "silo-1"), new_key())
+    return [json.dumps({"silo": "silo-1", "token": "t" * 32, "request": request.decode()}).encode()]
+
+
+def _invitation(data: bytes) -> None:
+    line = InvitationLine.parse(data.decode(errors="replace"))
+    assert InvitationLine.parse(str(line)) == line
+
+
+def _audit_log(data: bytes) -> None:
+    verify(data)
+
+
+@cache
+def _audit_logs() -> list[bytes]:
+    log = AuditLog(_folder())
+    log.append("silo connected", silo="silo-1", serial="1f")
+    return [read_log(_folder())]
+
+
 TARGETS = {
+    "certificate_request": Target(
+        _certificate_request,
+        lambda: [make_request(Identity("fed", "silo", "silo-1"), new_key())],
+        (IdentityError,),
+    ),
+    "enrolment": Target(_enrolment, _enrolments, (IdentityError,)),
+    "invitation": Target(
+        _invitation,
+        lambda: [f"gptfl join gptfl://localhost:8444/fed/silo-1/{'t' * 32}/{'0' * 64}".encode()],
+        (ConfigError,),
+    ),
+    "audit_log": Target(_audit_log, _audit_logs, ()),
     "chunk": Target(
         _chunk,
         lambda: [frames.encode_chunk(0, b"x"), frames.encode_chunk(1 << 40, bytes(300))],
