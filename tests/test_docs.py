@@ -257,6 +257,14 @@ def test_the_reference_gives_every_field_of_a_summary() -> None:
     assert named(arm) == set(FederatedArm.model_fields)
 
 
+def test_every_test_in_the_text_exists() -> None:
+    named_tests = {span for page in PAGES for span in spans(page) if "::" in span}
+    assert len(named_tests) > 20
+    for test in named_tests:
+        file, _, name = test.partition("::")
+        assert re.search(rf"^(async )?def {name}\(", (ROOT / file).read_text(), re.MULTILINE), test
+
+
 def test_every_module_in_the_text_exists() -> None:
     for page in PAGES:
         for span in spans(page):
