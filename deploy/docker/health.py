@@ -21,6 +21,7 @@ from gptfl_dist.config.load import load_silo
 from gptfl_dist.errors import GptflError
 from gptfl_dist.run.status import status_of
 
+PROC = Path("/proc")
 ROLES = ("coordinator", "silo")
 AT_WORK = ("running", "pausing", "paused", "aborting", "finished")
 SLACK = timedelta(seconds=2)  # the clock of a process's start is coarse
@@ -44,7 +45,7 @@ def main() -> int:
 def find() -> tuple[Path, str, dict[str, Any]] | None:
     """The process, its role, and the parameters of its command."""
     commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    for process in Path("/proc").glob("[0-9]*"):
+    for process in PROC.glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_text().split("\0")[:-1]
         except OSError:  # it ended meanwhile
@@ -59,7 +60,7 @@ def find() -> tuple[Path, str, dict[str, Any]] | None:
 def started(process: Path) -> datetime:
     """When a process began, by how long it has run."""
     ticks = int((process / "stat").read_text().rpartition(")")[2].split()[19])
-    up = float(Path("/proc/uptime").read_text().split()[0])
+    up = float((PROC / "uptime").read_text().split()[0])
     return datetime.now(UTC) - timedelta(seconds=up - ticks / os.sysconf("SC_CLK_TCK"))
 
 
