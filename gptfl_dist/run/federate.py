@@ -13,7 +13,6 @@ import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from typing import Protocol
 
 from gptfl_dist.aggregation.mean import weighted_mean
 from gptfl_dist.aggregation.server import stepping
@@ -54,8 +53,10 @@ from gptfl_dist.run.arm import (
 )
 from gptfl_dist.run.evaluation import Evaluator
 from gptfl_dist.run.handout import HandOut
+from gptfl_dist.run.presence import Presence
 from gptfl_dist.run.requests import aborted
 from gptfl_dist.run.threads import to_its_end
+from gptfl_dist.run.watcher import Watcher
 from gptfl_dist.weights import Codec, FlatReader, Layout, WeightsFile
 
 _log = logging.getLogger(__name__)
@@ -63,34 +64,6 @@ _log = logging.getLogger(__name__)
 
 class RoundFailed(FederationError):
     """Too few of the silos that were called on could train, as where the learning rate lets the loss diverge."""
-
-
-class Watcher(Protocol):
-    """What listens to a federation. It decides nothing."""
-
-    def round_closed(self, arm: str, rounds: int, record: RoundRecord, test_accuracy: float | None) -> None:
-        """A round was aggregated, and its weights tested where there is test data."""
-
-    def arm_stopped(self, arm: str, rounds_left: int) -> None:
-        """An arm ends so many rounds before its last."""
-
-    def stands(self, standing: Standing) -> None:
-        """Where the arm in progress stands, told after everything that happens in it."""
-
-    def heard(self, silo: str) -> None:
-        """A silo gave a sign of life."""
-
-    def silo_progress(self, silo: str, done: int, total: int, note: str) -> None:
-        """How many batches of its local training a silo has behind it; `note` says what it waits for."""
-
-    def silo_done(self, silo: str) -> None:
-        """Of this silo no more progress is to be expected: it delivered, failed, was recalled or left."""
-
-    def waiting_for(self, silos: tuple[str, ...]) -> None:
-        """The silos that are missing, without which it does not go on; none where it does."""
-
-    def note(self, text: str) -> None:
-        """Something that the operator should read."""
 
 
 class Federator:
@@ -119,11 +92,8 @@ class Federator:
         )
         self.exchange = make_exchange(self._inbox)
         self._reducing = self.exchange if isinstance(self.exchange, Reducing) else None
-        self._connected: set[str] = set()
-        self._barred: set[str] = set()
+        self._presence = Presence(self._silos, watcher)
         self._origins: dict[str, Origin] = {}  # as they connected last
-        self._news: list[str] = []  # who came and went since the operator was told last
-        self._missing: tuple[str, ...] = ()  # as the operator was told
         self._assembled = False  # whether all silos were waited for, once in this process
         self._queue: asyncio.Queue[ExchangeEvent | machine.Event | BaseException] = asyncio.Queue()
         self._pump: asyncio.Task[None] | None = None
@@ -176,7 +146,7 @@ class Federator:
         unfinished = next((r for r in record.rounds if r.kind == "train" and r.weights is None), None)
         if self._paused:
             arm.machine.handle(machine.Paused())
-        arm.machine.bar(self._barred)
+        arm.machine.bar(self._presence.barred)
         # No silo could start from damaged weights, and what this process writes later it need not doubt.
         await asyncio.to_thread(self.ledger.require_weights, record.final)
         await asyncio.to_thread(self.ledger.require_state, record.final)
@@ -191,17 +161,19 @@ class Federator:
                 arm.spent_before = (unfinished.seconds or 0.0, unfinished.bytes_down or 0, unfinished.bytes_up or 0)
                 failed = {order.silo: order.failure for order in unfinished.orders if order.failure is not None}
                 commands = arm.machine.resume(
-                    self._connected, unfinished.round, unfinished.cohort, owed, delivered, failed
+                    self._presence.connected, unfinished.round, unfinished.cohort, owed, delivered, failed
                 )
             else:
                 last = self._stops(plan, record)
-                commands = arm.machine.begin(self._connected, record.finished_rounds, owed, delivered, last=last)
+                commands = arm.machine.begin(
+                    self._presence.connected, record.finished_rounds, owed, delivered, last=last
+                )
                 if owed:
                     await self._publish(arm)
             while True:
                 for command in commands:
                     await self._do(arm, command)
-                self._tell_who_is_here(arm)
+                self._tell_where_it_stands(arm)
                 if arm.machine.state == "done":
                     break
                 commands = []
@@ -379,21 +351,8 @@ class Federator:
             self.watcher.heard(event.silo)
         if isinstance(event, SiloConnected):
             return []
-        if isinstance(event, SiloJoined):
-            if event.silo not in self._connected:  # else it moved to another connection
-                self._news.append(f"{event.silo} joined")
-            self._connected.add(event.silo)
-            self._barred.discard(event.silo)
-            return [machine.Joined(event.silo)]
-        if isinstance(event, SiloLeft):
-            self._connected.discard(event.silo)
-            self._news.append(f"{event.silo} left")
-            self.watcher.silo_done(event.silo)
-            return [machine.Left(event.silo)]
-        if isinstance(event, SiloBarred):
-            self._barred.add(event.silo)
-            self.watcher.note(f"{event.silo} is out: {event.reason}")
-            return [machine.Barred(event.silo)]
+        if isinstance(event, SiloJoined | SiloLeft | SiloBarred):
+            return [self._presence.take(event)]
         if isinstance(event, Answered | OrderFailed | SiloProgress):
             order = arm.orders.get(event.silo)
             return self._answer(arm, order, event) if order is not None and order.nonce == event.nonce else []
@@ -424,17 +383,8 @@ class Federator:
         self.watcher.note(f"{order.arm}, round {order.round}: {event.silo} failed: {event.reason}")
         return [machine.Failed(event.silo, order.round, event.reason)]
 
-    def _tell_who_is_here(self, arm: ArmRun) -> None:
-        """One line where a silo came or went, or where others are waited for than before."""
-        missing = tuple(sorted(arm.machine.missing))
-        if missing != self._missing:
-            self._missing = missing
-            self.watcher.waiting_for(missing)
-            if missing:
-                self._news.append(f"waiting for {', '.join(missing)}")
-        if self._news:
-            self.watcher.note(f"{', '.join(self._news)} ({len(self._connected)} of {len(self._silos)} are here)")
-            self._news.clear()
+    def _tell_where_it_stands(self, arm: ArmRun) -> None:
+        self._presence.tell(arm.machine.missing)
         if self._said_paused != (arm.machine.state == "paused"):
             self._said_paused = not self._said_paused
             where = f"before round {arm.machine.round} of {arm.plan.name}"
@@ -445,7 +395,7 @@ class Federator:
                 rounds=arm.plan.rounds,
                 round=arm.machine.round,
                 state=arm.machine.state,
-                connected=frozenset(self._connected),
+                connected=frozenset(self._presence.connected),
                 seconds_left=arm.seconds_left if arm.machine.state in ("gather", "train", "evaluate") else None,
             )
         )
