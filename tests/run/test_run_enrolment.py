@@ -113,7 +113,7 @@ def test_certificates_renew_themselves_and_no_round_is_lost(invited: Callable[..
         assert world.join(name, world.invitation(name)).wait() == 0
     silos = [world.silo(name) for name in world.names]
     for command in (coordinator, *silos):
-        assert command.wait() == 0, command.stderr
+        assert command.wait(_LIFE * _LIVES + 240.0) == 0, command.stderr
     assert "silo-1 left" not in coordinator.stderr  # it moves to a new connection, which nobody notices
     rounds = len(world.federation.summary()["arms"]["fedavg_random"]["curve"])
     for name in world.names:
