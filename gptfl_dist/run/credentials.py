@@ -5,6 +5,7 @@ that the federation file names.
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 from gptfl_dist.config.federation import Enrolment, FederationFile
@@ -15,14 +16,14 @@ from gptfl_dist.security.authority import Authority, Credentials
 from gptfl_dist.security.credentials import load_credentials
 from gptfl_dist.security.identity import Identity
 from gptfl_dist.security.registry import Registry
-from gptfl_dist.security.trust import FixedTrust, KeptTrust
+from gptfl_dist.security.trust import FileTrust, KeptTrust
 from gptfl_dist.security.vault import Vault
 
 
-def coordinator_trust(path: Path, file: FederationFile) -> FixedTrust | KeptTrust:
+def coordinator_trust(path: Path, file: FederationFile) -> FileTrust | KeptTrust:
     """What the coordinator of the federation file at `path` goes by. Raises ConfigError, IdentityError."""
     if file.enrolment is None:
-        return FixedTrust(coordinator_credentials(path, file))
+        return FileTrust(file.exchange.certificate or path, partial(coordinator_credentials, path, file))
     enrolment = file.enrolment
     registry = Registry(enrolment.authority)
     return KeptTrust(

@@ -1,22 +1,25 @@
 """Whom a coordinator lets in, and with which certificate it shows itself.
 
 gRPC asks for certificates of the authority and for nothing else: whether one was revoked, or expired while its
-connection was open, is asked here, with every message. `FixedTrust` has files to go by, or an authority made for one
-run; `KeptTrust` an authority in a folder, which renews what is about to expire and knows what was revoked.
+connection was open, is asked here, with every message. `FixedTrust` goes by an authority that was made for one run,
+`FileTrust` by files that somebody else renews; `KeptTrust` has an authority in a folder, which renews what is about to
+expire and knows what was revoked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Protocol
 
 from cryptography import x509
 
-from gptfl_dist.errors import IdentityError, StorageError
+from gptfl_dist.errors import GptflError, IdentityError, StorageError
 from gptfl_dist.security.authority import SKEW, Authority, Credentials
 from gptfl_dist.security.identity import Identity
 from gptfl_dist.security.registry import Registry, serial_text
@@ -67,6 +70,35 @@ class FixedTrust:
 
     def renew(self, silo: str, request: bytes) -> tuple[bytes, bytes]:
         raise IdentityError("this coordinator makes no certificates", hint="ask its operator for a new set of files")
+
+
+class FileTrust(FixedTrust):
+    """Credentials in files, read anew where somebody replaced them: the next connection shows the new ones."""
+
+    def __init__(self, certificate: Path, load: Callable[[], Credentials]) -> None:
+        """`certificate` is the file that is replaced last. Raises as `load`."""
+        super().__init__(load())
+        self._certificate = certificate
+        self._load = load
+        self._seen = _stamp(certificate)
+
+    def credentials(self) -> Credentials:
+        stamp = _stamp(self._certificate)
+        if stamp != self._seen:
+            # Files that do not fit yet are looked at again; until they do, the old ones are shown.
+            with contextlib.suppress(GptflError):
+                self._credentials = self._load()
+                self._seen = stamp
+        return self._credentials
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Changes where a file is written or replaced."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 class KeptTrust:

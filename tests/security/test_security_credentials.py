@@ -13,9 +13,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from gptfl_dist.errors import IdentityError
+from gptfl_dist.files import write_file
 from gptfl_dist.security.authority import Authority, Credentials
-from gptfl_dist.security.credentials import identity_in, load_credentials
+from gptfl_dist.security.credentials import identity_in, load_credentials, replace_credentials
 from gptfl_dist.security.identity import Identity
+from gptfl_dist.security.trust import FileTrust
 
 AUTHORITY = Authority.new("fed", valid=timedelta(days=1))
 
@@ -198,3 +200,43 @@ def test_a_certificate_of_no_version_that_there_is_is_named(folder, name):
         load(folder)
     with pytest.raises(IdentityError, match="expected exactly one"):
         identity_in(path.read_bytes(), "it")
+
+
+def test_credentials_that_somebody_replaced_are_read_anew_and_half_replaced_ones_are_not(folder):
+    trust = FileTrust(folder / "certificate.pem", lambda: load(folder)[0])
+    first = trust.credentials()
+    assert trust.credentials() is first
+    new = AUTHORITY.issue_silo("alice")
+    write_file(folder / "certificate.pem", new.certificate)  # whose key is not there yet
+    assert trust.credentials() is first
+    write_file(folder / "key.pem", new.key)
+    assert trust.credentials() == new
+
+
+@pytest.mark.parametrize("written", range(4))
+def test_a_replacement_that_was_cut_short_leaves_a_pair_that_fits(folder, monkeypatch, written):
+    """Killed after any of its steps, it leaves the old pair or the new one, and nobody has to mend anything."""
+    old, new = load(folder)[0], AUTHORITY.issue_silo("alice")
+    left = [None] * written
+
+    class Killed(BaseException):
+        pass
+
+    def killed():
+        raise Killed
+
+    def write(path, content):
+        if not left:
+            killed()
+        left.pop()
+        write_file(path, content)
+
+    monkeypatch.setattr("gptfl_dist.security.credentials.write_file", write)
+    if written == 3:  # before the last step, the renaming
+        named = iter([folder / "key.pem.next"])
+        monkeypatch.setattr("gptfl_dist.security.credentials._next", lambda _: next(named, None) or killed())
+    with pytest.raises(Killed):
+        replace_credentials(new, *(folder / f"{name}.pem" for name in ("authority", "certificate", "key")))
+    monkeypatch.undo()
+    assert load(folder)[0] == (new if written == 3 else old)
+    assert load(folder)[0] == (new if written == 3 else old)
