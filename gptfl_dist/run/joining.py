@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from cryptography.hazmat.primitives.asymmetric import ec
 
-from gptfl_dist.errors import ConfigError
+from gptfl_dist.errors import ConfigError, ConnectionFailed
 from gptfl_dist.files import write_file
 from gptfl_dist.run.check import Finding, check_file
 from gptfl_dist.security.invitation import InvitationLine
-from gptfl_dist.security.join import enrol, own_key
+from gptfl_dist.security.join import Enrolled, enrol, own_key
 from gptfl_dist.security.request import fingerprint_of
 
 CREDENTIALS = "credentials"
 _ASK_EVERY = 5.0  # seconds between two questions whether the operator has approved
+_TRIES, _PAUSE = 4, 1.0  # to reach the coordinator, and the seconds between them
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ def join(line: str, folder: Path, data: Path | None, say: Callable[[str], None])
         )
     key = own_key(home / "key.pem")
     waiting = False
-    while (enrolled := enrol(invitation, key)) is None:
+    while (enrolled := _enrolled(invitation, key)) is None:
         if not waiting:
             say(f"waiting for approval; tell the coordinator's operator your key: {fingerprint_of(key.public_key())}")
             waiting = True
@@ -50,6 +52,18 @@ def join(line: str, folder: Path, data: Path | None, say: Callable[[str], None])
     if written:
         write_file(file, _silo_file(invitation.silo.name, enrolled.address, data))
     return Joined(invitation.silo.name, file, written, check_file(file))
+
+
+def _enrolled(invitation: InvitationLine, key: ec.EllipticCurvePrivateKey) -> Enrolled | None:
+    """As `enrol`, with a few tries: the port opens a moment after the invitation was made, and has few places."""
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            return enrol(invitation, key)
+        except ConnectionFailed as error:
+            if type(error) is not ConnectionFailed or not tries_left:  # others are no matter of waiting
+                raise
+        time.sleep(_PAUSE)
+    raise AssertionError
 
 
 def _silo_file(name: str, address: str, data: Path | None) -> str:
