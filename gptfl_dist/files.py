@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gptfl_dist.errors import StorageError
 
-__all__ = ["replacing", "storage_error", "sync_folder", "write_at", "write_file"]
+__all__ = ["replacing", "stamp_of", "storage_error", "sync_folder", "write_at", "write_file"]
 
 
 @contextlib.contextmanager
@@ -49,6 +49,15 @@ def replacing(path: Path, *, durable: bool = True, over: Path | None = None) -> 
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def stamp_of(path: Path) -> tuple[int, int, int] | None:
+    """Changes where a file is written or replaced; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def sync_folder(folder: Path) -> None:

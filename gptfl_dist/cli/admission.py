@@ -6,13 +6,17 @@ import json
 import sys
 from dataclasses import asdict
 from datetime import timedelta
+from getpass import getpass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gptfl_dist.cli.options import FederationPath, Format, FormatOption
 from gptfl_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gptfl_dist.run.check import Finding
 
 authority = typer.Typer(
     no_args_is_help=True, help="The federation's own authority, which makes the certificates of all sides."
@@ -85,7 +89,7 @@ def rotate(
     finish: Annotated[bool, typer.Option("--finish", help="trust the old root no more")] = False,
     format_: FormatOption = Format.text,
 ) -> None:
-    """Replace root and issuing certificate; nobody is cut off. Restart the coordinator afterwards.
+    """Replace root and issuing certificate; nobody is cut off, and a coordinator at work goes on with the new ones.
 
     \b
     gptfl authority rotate federation.yaml              silos hear of the new root as they renew their certificates
@@ -131,20 +135,32 @@ def join(
     gptfl join gptfl://coordinator.example.org:8444/mnist/hospital-a/... --data /srv/scans
     gptfl silo silo.yaml
 
-    Interrupted, the same command goes on.
+    Interrupted, the same command goes on. Where the pre-flight finds a fault, the silo is enrolled all the same, and
+    the exit code is that of gptfl check.
     """
     from gptfl_dist.run.joining import join as join_by
 
-    text = sys.stdin.readline() if line == "-" else line
+    text = line
+    if line == "-":  # hidden, for who has the line can enrol
+        text = getpass("invitation: ") if sys.stdin.isatty() else sys.stdin.readline()
     joined = join_by(text, folder, data, lambda told: typer.echo(told, err=True))
     if format_ is Format.json:
         findings = [finding.as_dict() for finding in joined.findings]
         typer.echo(json.dumps({"silo": joined.silo, "file": str(joined.file), "findings": findings}))
+        _end_as(joined.findings)
         return
     typer.echo(f"enrolled as {joined.silo}; {joined.file} {'was written' if joined.written else 'was left as it is'}")
     for finding in joined.findings:
         typer.echo(finding.line())
+    _end_as(joined.findings)
     typer.echo(f"next: gptfl silo {joined.file}")
+
+
+def _end_as(findings: list[Finding]) -> None:
+    """Ends as `gptfl check` does, where something is not in order yet."""
+    failed = next((finding for finding in findings if finding.exit_code), None)
+    if failed is not None:
+        raise typer.Exit(failed.exit_code)
 
 
 def requests(file: FederationPath, format_: FormatOption = Format.text) -> None:

@@ -70,8 +70,7 @@ def metrics(
     if once:
         typer.echo(metrics_text(path), nl=False)
     else:
-        typer.echo(f"http://{listen}/metrics", err=True)
-        serve_metrics(path, listen)
+        serve_metrics(path, listen, lambda told: typer.echo(told, err=True))
 
 
 def pause(path: RunPath, format_: FormatOption = Format.text) -> None:

@@ -18,7 +18,7 @@ from gptfl_dist.run.status import status_of
 from gptfl_dist.security.audit_log import AuditLog
 from gptfl_dist.security.identity import Identity
 from gptfl_dist.security.invitation import InvitationLine, root_fingerprint
-from gptfl_dist.security.registry import Invitation, Issued, Registry
+from gptfl_dist.security.registry import Invitation, Issued, Registry, serial_text
 from gptfl_dist.security.trust import RENEW_AT
 from gptfl_dist.security.vault import Vault
 
@@ -47,7 +47,7 @@ class Invited:
 class SiloListed:
     """A silo of the federation: how it stands with the authority, and with the run where there is one.
 
-    `standing` is one of: not invited, invited, asks, enrolled, expires soon, expired, revoked.
+    `standing` is one of: not invited, invited, asks, approved, enrolled, expires soon, expired, revoked.
     """
 
     silo: str
@@ -100,15 +100,11 @@ def rotate_authority(path: Path, *, finish: bool) -> AuthorityShown:
     file, enrolment = _settings(path)
     vault = Vault(enrolment.authority, file.name)
     if finish:
-        since = vault.issuing().not_valid_before_utc + timedelta(minutes=5)
-        now = datetime.now(UTC)
-        latest = _latest(Registry(enrolment.authority))
+        now, issuer = datetime.now(UTC), serial_text(vault.issuing().serial_number)
         late = [
             silo
-            for silo, issued in latest.items()
-            if not issued.revoked
-            and datetime.fromisoformat(issued.expires) > now
-            and datetime.fromisoformat(issued.issued) < since - timedelta(seconds=1)
+            for silo, issued in _latest(Registry(enrolment.authority)).items()
+            if not issued.revoked and datetime.fromisoformat(issued.expires) > now and issued.issuer != issuer
         ]
         if late:
             raise ConfigError(
@@ -160,6 +156,8 @@ def revoke(path: Path, *, silo: str | None, serial: str | None, reason: str) -> 
     met = Registry(enrolment.authority).revoke(silo=silo, serial=serial, reason=reason)
     for issued in met:
         _note(file, "certificate revoked", silo=issued.silo, serial=issued.serial, reason=reason)
+    if not met and silo is not None:
+        _note(file, "invitation revoked", silo=silo, reason=reason)
     return met
 
 
@@ -192,8 +190,8 @@ def _standing(issued: Issued | None, invitation: Invitation | None) -> tuple[str
             soon = now > made + (1 + RENEW_AT) / 2 * (end - made)
             return ("expires soon" if soon else "enrolled"), issued.expires, None
     if invitation is not None and datetime.fromisoformat(invitation.expires) > now:
-        waits = invitation.key is not None and invitation.approved is None
-        return ("asks" if waits else "invited"), invitation.expires, None
+        asked = "asks" if invitation.approved is None else "approved"
+        return ("invited" if invitation.key is None else asked), invitation.expires, None
     if issued is None:
         return "not invited", None, None
     return ("revoked", issued.revoked, issued.reason) if issued.revoked else ("expired", issued.expires, None)

@@ -188,7 +188,7 @@ def _digest(file: FederationFile) -> str:
 def _request(file: FederationFile) -> str:
     """What makes a run another run: everything but where it lies, how it is reached, what it survives and keeps."""
     content = file.model_dump(mode="json", exclude={"run_folder", "durability", "exchange", "enrolment"})
-    del content["federation"]["keep"], content["collective"]["trust"]
+    del content["federation"]["keep"], content["federation"]["join_deadline"], content["collective"]["trust"]
     for silo in content["silos"]:
         del silo["file"]
     return json.dumps(content, sort_keys=True)

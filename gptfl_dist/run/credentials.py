@@ -26,9 +26,8 @@ def coordinator_trust(path: Path, file: FederationFile) -> FileTrust | KeptTrust
         return FileTrust(file.exchange.certificate or path, partial(coordinator_credentials, path, file))
     enrolment = file.enrolment
     registry = Registry(enrolment.authority)
-    return KeptTrust(
-        kept_authority(file, enrolment), registry, tuple(enrolment.hosts), AuditLog(file.run_folder).append
-    )
+    vault, valid = Vault(enrolment.authority, file.name), timedelta(seconds=enrolment.certificates)
+    return KeptTrust(vault, valid, registry, tuple(enrolment.hosts), AuditLog(file.run_folder).append)
 
 
 def coordinator_credentials(path: Path, file: FederationFile) -> Credentials:

@@ -21,7 +21,7 @@ from gptfl_dist.observe.logs import configure
 from gptfl_dist.observe.summary import Summary
 from gptfl_dist.run.addresses import try_listening
 from gptfl_dist.run.coordinator import coordinate
-from gptfl_dist.run.credentials import coordinator_trust, credential_files, kept_authority, silo_credentials
+from gptfl_dist.run.credentials import coordinator_trust, credential_files, silo_credentials
 from gptfl_dist.run.folder import PRIVATE, make_folder
 from gptfl_dist.run.renewal import keep_valid
 from gptfl_dist.run.silo import ProcessRunner, Silo, require_data
@@ -29,7 +29,7 @@ from gptfl_dist.security.audit_log import AuditLog
 from gptfl_dist.security.authority import Authority
 from gptfl_dist.security.enrolment import Desk, Enrolment
 from gptfl_dist.security.registry import Registry
-from gptfl_dist.security.trust import Trust
+from gptfl_dist.security.trust import KeptTrust
 
 _KEEPALIVE = 30.0  # seconds; a silent connection through a firewall is kept open by it
 
@@ -59,15 +59,15 @@ async def run_coordinator(path: Path, say: Callable[[str], None]) -> Summary:
 
     with ExitStack() as stack:
         stack.callback(trust.close)
-        if enrolment is not None:
+        if enrolment is not None and isinstance(trust, KeptTrust):
             stack.enter_context(Enrolment(enrolment.listen, _desk(federation, enrolment, trust)))
             say(f"enrolling invited silos at {enrolment.listen}, while there are invitations")
         return await coordinate(path, make_exchange=make_exchange, opened=opened, say=say)
 
 
-def _desk(file: FederationFile, enrolment: EnrolmentSettings, trust: Trust) -> Desk:
+def _desk(file: FederationFile, enrolment: EnrolmentSettings, trust: KeptTrust) -> Desk:
     return Desk(
-        kept_authority(file, enrolment),
+        trust.authority,
         Registry(enrolment.authority),
         trust.credentials,
         enrolment.approval,

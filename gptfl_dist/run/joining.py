@@ -38,19 +38,19 @@ def join(line: str, folder: Path, data: Path | None, say: Callable[[str], None])
     home, file = folder / CREDENTIALS, folder / "silo.yaml"
     if (home / "certificate.pem").exists():
         raise ConfigError(
-            f"{home}: there is a certificate already", hint="name another folder with --folder, or move that one away"
+            f"{home}: there is a certificate already",
+            hint="to enrol again, as after a revocation, move that folder away first; the silo file may stay",
         )
     key = own_key(home / "key.pem")
-    waiting = False
-    while (enrolled := _enrolled(invitation, key)) is None:
-        if not waiting:
-            say(f"waiting for approval; tell the coordinator's operator your key: {fingerprint_of(key.public_key())}")
-            waiting = True
-        time.sleep(_ASK_EVERY)
-    enrolled.credentials.save(home)
+    enrolled = _enrolled(invitation, key)
+    if enrolled is None:
+        say(f"waiting for approval; tell the coordinator's operator your key: {fingerprint_of(key.public_key())}")
+        enrolled = _approved(invitation, key, say)
+    # The certificate last: before it is there, the same call does all of this again.
     written = not file.exists()
     if written:
         write_file(file, _silo_file(invitation.silo.name, enrolled.address, data))
+    enrolled.credentials.save(home)
     return Joined(invitation.silo.name, file, written, check_file(file))
 
 
@@ -64,6 +64,25 @@ def _enrolled(invitation: InvitationLine, key: ec.EllipticCurvePrivateKey) -> En
                 raise
         time.sleep(_PAUSE)
     raise AssertionError
+
+
+def _approved(invitation: InvitationLine, key: ec.EllipticCurvePrivateKey, say: Callable[[str], None]) -> Enrolled:
+    """Asks until the operator has agreed, also over a coordinator that is stopped meanwhile."""
+    away = False
+    while True:
+        time.sleep(_ASK_EVERY)
+        try:
+            enrolled = _enrolled(invitation, key)
+        except ConnectionFailed as error:
+            if type(error) is not ConnectionFailed:
+                raise
+            if not away:
+                say(f"{error.message}; trying again until it does")
+            away = True
+            continue
+        away = False
+        if enrolled is not None:
+            return enrolled
 
 
 def _silo_file(name: str, address: str, data: Path | None) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 from prometheus_client import generate_latest, start_http_server
+from pydantic import TypeAdapter, ValidationError
 
-from gptfl_dist.config.base import host_of, port_of
+from gptfl_dist.config.base import Address, host_of, port_of
 from gptfl_dist.config.load import load_federation
-from gptfl_dist.errors import LaunchError
+from gptfl_dist.errors import ConfigError, LaunchError
 from gptfl_dist.observe.metrics import registry_of
 from gptfl_dist.run.status import status_of
 from gptfl_dist.security.registry import Registry
@@ -22,8 +24,12 @@ def metrics_text(path: Path) -> str:
     return generate_latest(registry_of(lambda: status_of(path), lambda: _expiries(path))).decode()
 
 
-def serve_metrics(path: Path, listen: str) -> None:
+def serve_metrics(path: Path, listen: str, say: Callable[[str], None]) -> None:
     """Serves them at HOST:PORT until it is interrupted. Raises as `metrics_text`, and LaunchError for the port."""
+    try:
+        TypeAdapter(Address).validate_python(listen)
+    except ValidationError:
+        raise ConfigError(f"--listen is {listen}", hint="give a host and a port, such as 127.0.0.1:9464") from None
     metrics_text(path)
     registry = registry_of(lambda: status_of(path), lambda: _expiries(path))
     try:
@@ -32,6 +38,7 @@ def serve_metrics(path: Path, listen: str) -> None:
         raise LaunchError(
             f"cannot listen on {listen}: {error.strerror or error}", hint="name a free port with --listen"
         ) from None
+    say(f"http://{listen}/metrics")
     try:
         threading.Event().wait()
     finally:

@@ -58,7 +58,7 @@ class Authority:
         """
         self.federation = federation
         self.roots = roots
-        self._chain = chain
+        self.chain = chain
         self._issuing = x509.load_pem_x509_certificate(chain)
         self._key = key
         self._valid = valid
@@ -70,6 +70,11 @@ class Authority:
         root = make_root(federation, root_key)
         chain = make_issuing(federation, key.public_key(), root, root_key)
         return cls(federation, roots=root, chain=chain, key=key, valid=valid)
+
+    @property
+    def issuer(self) -> int:
+        """The serial number of the issuing certificate."""
+        return self._issuing.serial_number
 
     def issue_coordinator(self, hosts: Iterable[str]) -> Credentials:
         """Credentials of the coordinator, reachable under these host names and addresses. It can serve only."""
@@ -111,7 +116,7 @@ class Authority:
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
             .sign(self._key, hashes.SHA256())
         )
-        return certificate.public_bytes(serialization.Encoding.PEM) + self._chain
+        return certificate.public_bytes(serialization.Encoding.PEM) + self.chain
 
     def _with_key(self, certificate: bytes, key: ec.EllipticCurvePrivateKey) -> Credentials:
         return Credentials(self.roots, certificate, key_bytes(key))

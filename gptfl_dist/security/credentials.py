@@ -44,7 +44,7 @@ def load_credentials(
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise IdentityError(f"{key}: not an unencrypted PEM private key", hint=_HINT) from None
     if private.public_key() != own_key:
-        pem[key] = _completed(key, own_key)
+        pem[key] = completed_key(key, own_key)
     if not pem[key]:
         raise IdentityError(f"{key} is not the key of {certificate}", hint="name the pair that was issued together")
     root = next((root for root in roots if leads_to(chain, root)), None)
@@ -64,27 +64,35 @@ def replace_credentials(credentials: Credentials, authority: Path, certificate: 
     Raises StorageError.
     """
     write_file(authority, credentials.authority)
-    write_file(_next(key), credentials.key)
+    write_file(next_of(key), credentials.key)
     write_file(certificate, credentials.certificate)
+    finish_replacing(key)
+
+
+def finish_replacing(key: Path) -> None:
+    """Puts the next key into its place, unless somebody who met the two has done so. Raises StorageError."""
     try:
-        _next(key).replace(key)
+        next_of(key).replace(key)
+    except FileNotFoundError:
+        pass
     except OSError as error:
         raise storage_error(error, key) from None
 
 
-def _completed(key: Path, wanted: PublicKeyTypes) -> bytes:
+def completed_key(key: Path, wanted: PublicKeyTypes) -> bytes:
     """The key that a crash kept from taking the place of the one before it, where it is the one that is wanted."""
     try:
-        content = _next(key).read_bytes()
+        content = next_of(key).read_bytes()
         if serialization.load_pem_private_key(content, password=None).public_key() != wanted:
             return b""
-        _next(key).replace(key)
+        finish_replacing(key)
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
         return b""
     return content
 
 
-def _next(key: Path) -> Path:
+def next_of(key: Path) -> Path:
+    """Where a key lies until its certificate is in place."""
     return key.with_name(key.name + ".next")
 
 

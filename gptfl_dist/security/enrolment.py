@@ -50,7 +50,7 @@ _LOOK_EVERY = 1.0  # seconds between two looks whether there are invitations
 class Desk:
     """What enrols silos: the authority, its registry, and the address that silos are to dial afterwards."""
 
-    authority: Authority
+    authority: Callable[[], Authority]
     registry: Registry
     credentials: Callable[[], Credentials]  # that the listener shows
     approval: bool
@@ -59,11 +59,12 @@ class Desk:
 
     def enrol(self, silo: str, token: str, request: bytes) -> dict[str, str] | None:
         """The answer to a silo, None where it has to wait for approval. Raises IdentityError."""
-        key = fingerprint_of(key_in(request, Identity(self.authority.federation, "silo", silo)))
+        authority = self.authority()
+        key = fingerprint_of(key_in(request, Identity(authority.federation, "silo", silo)))
         if not self.registry.redeem(token, silo, key, approval=self.approval):
-            _log.warning("%s asks to enrol with the key %s: gptfl approve lets it in", silo, key)
+            _log.info("%s asks to enrol with the key %s: gptfl approve lets it in", silo, key)
             return None
-        certificate, roots = certify(self.authority, self.registry, silo, request, self.note, "silo enrolled")
+        certificate, roots = certify(authority, self.registry, silo, request, self.note, "silo enrolled")
         _log.info("%s enrolled with the key %s", silo, key)
         return {"certificate": certificate.decode(), "authority": roots.decode(), "address": self.address}
 
@@ -90,11 +91,15 @@ class Enrolment:
         self._close()
 
     def _watch(self) -> None:
+        said = ""
         while not self._ending.wait(_LOOK_EVERY):
             try:
                 self._look()
+                said = ""
             except GptflError as error:
-                _log.error("enrolment: %s", error)
+                if str(error) != said:
+                    _log.error("enrolment: %s", error)
+                said = str(error)
 
     def _look(self) -> None:
         wanted = self._desk.registry.is_open()
@@ -176,7 +181,7 @@ class _Request(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == AUTHORITY:
-            self._answer(200, {"authority": self.server.desk.authority.roots.decode()})
+            self._answer(200, {"authority": self.server.desk.authority().roots.decode()})
         else:
             self._answer(404, {"error": "there is nothing here"})
 

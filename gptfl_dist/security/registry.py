@@ -21,25 +21,30 @@ from gptfl_dist.errors import IdentityError, StorageError
 FILE_NAME = "registry.sqlite"
 _PATIENCE = 10.0  # seconds that a writer waits for another
 
+_COLUMNS = "serial, silo, issued, expires, key, issuer, revoked, reason"
+_ASKED_AGAIN = timedelta(minutes=10)  # for so long the port stays open after a token was used: its answer may be lost
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS invitations(
     token TEXT PRIMARY KEY, silo TEXT NOT NULL, expires TEXT NOT NULL,
     key TEXT, asked TEXT, approved TEXT, used TEXT);
 CREATE TABLE IF NOT EXISTS certificates(
     serial TEXT PRIMARY KEY, silo TEXT NOT NULL, issued TEXT NOT NULL, expires TEXT NOT NULL, key TEXT NOT NULL,
-    revoked TEXT, reason TEXT);
+    issuer TEXT NOT NULL, revoked TEXT, reason TEXT);
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """A certificate; times are ISO 8601 in UTC, `key` is its public key's fingerprint."""
+    """A certificate; times are ISO 8601 in UTC, `key` is its public key's fingerprint, `issuer` the serial number of
+    the issuing certificate."""
 
     serial: str
     silo: str
     issued: str
     expires: str
     key: str
+    issuer: str
     revoked: str | None
     reason: str | None
 
@@ -68,10 +73,10 @@ class Registry:
             database.executescript(_SCHEMA)
 
     def invite(self, silo: str, valid: timedelta) -> str:
-        """A new token for a silo, good once within `valid`. An older one that nobody used is void from now on."""
+        """A new token for a silo, good once within `valid`. Older ones are void from now on, used or not."""
         token = secrets.token_urlsafe(24)
         with self._open() as database:
-            database.execute("DELETE FROM invitations WHERE silo = ? AND used IS NULL", (silo,))
+            database.execute("DELETE FROM invitations WHERE silo = ?", (silo,))
             database.execute(
                 "INSERT INTO invitations(token, silo, expires) VALUES (?, ?, ?)",
                 (_hashed(token), silo, _text(_now() + valid)),
@@ -109,8 +114,8 @@ class Registry:
         """Agrees to what asks under a silo's name with the key of this fingerprint. Raises IdentityError."""
         with self._open() as database:
             done = database.execute(
-                "UPDATE invitations SET approved = ? WHERE silo = ? AND key = ? AND used IS NULL",
-                (_text(_now()), silo, key),
+                "UPDATE invitations SET approved = ? WHERE silo = ? AND replace(key, ' ', '') = ? AND used IS NULL",
+                (_text(_now()), silo, "".join(key.split()).lower()),
             )
             if not done.rowcount:
                 raise IdentityError(
@@ -126,45 +131,41 @@ class Registry:
             return [Invitation(*row) for row in rows]
 
     def is_open(self) -> bool:
-        """Whether anybody may still enrol."""
+        """Whether anybody may still enrol, or ask again for an answer that was lost."""
         with self._open() as database:
             found = database.execute(
-                "SELECT 1 FROM invitations WHERE used IS NULL AND expires >= ? LIMIT 1", (_text(_now()),)
+                "SELECT 1 FROM invitations WHERE (used IS NULL OR used >= ?) AND expires >= ? LIMIT 1",
+                (_text(_now() - _ASKED_AGAIN), _text(_now())),
             )
             return found.fetchone() is not None
 
-    def add(self, *, serial: int, silo: str, expires: datetime, key: str) -> None:
+    def add(self, *, serial: int, silo: str, expires: datetime, key: str, issuer: int) -> None:
         """Notes a certificate, before it is handed out."""
         with self._open() as database:
             database.execute(
-                "INSERT INTO certificates(serial, silo, issued, expires, key) VALUES (?, ?, ?, ?, ?)",
-                (serial_text(serial), silo, _text(_now()), _text(expires), key),
+                "INSERT INTO certificates(serial, silo, issued, expires, key, issuer) VALUES (?, ?, ?, ?, ?, ?)",
+                (serial_text(serial), silo, _text(_now()), _text(expires), key, serial_text(issuer)),
             )
 
     def certificates(self) -> list[Issued]:
         """All that were made, by silo, the newest of each first."""
         with self._open() as database:
-            rows = database.execute(
-                "SELECT serial, silo, issued, expires, key, revoked, reason FROM certificates "
-                "ORDER BY silo, issued DESC, rowid DESC"
-            )
+            rows = database.execute(f"SELECT {_COLUMNS} FROM certificates ORDER BY silo, issued DESC, rowid DESC")
             return [Issued(*row) for row in rows]
 
     def revoke(self, *, silo: str | None, serial: str | None, reason: str) -> list[Issued]:
-        """Revokes all certificates of a silo and its invitation, or one certificate; returns those that it met.
+        """Revokes all certificates of a silo, or one; returns those that it met.
 
-        Raises IdentityError where there is none that is not revoked.
+        The silo's invitation is void then, used or not: by a used one its key could come back. Raises IdentityError
+        where there is nothing to revoke.
         """
         column, value = ("silo", silo) if silo is not None else ("serial", serial)
         with self._open() as database:
-            rows = database.execute(
-                f"SELECT serial, silo, issued, expires, key, revoked, reason FROM certificates WHERE {column} = ?",
-                (value,),
-            ).fetchall()
-            invited = 0
-            if silo is not None:
-                invited = database.execute("DELETE FROM invitations WHERE silo = ? AND used IS NULL", (silo,)).rowcount
+            rows = database.execute(f"SELECT {_COLUMNS} FROM certificates WHERE {column} = ?", (value,)).fetchall()
             met = [issued for row in rows if (issued := Issued(*row)).revoked is None]
+            invited = 0
+            for name in {issued.silo for issued in met} if silo is None else {silo}:
+                invited += database.execute("DELETE FROM invitations WHERE silo = ?", (name,)).rowcount
             if not met and not invited:
                 raise IdentityError(
                     f"there is no certificate to revoke of {silo or serial}", hint="gptfl silos shows what there is"
@@ -193,9 +194,10 @@ class Registry:
                     raise
                 database.commit()
         except sqlite3.Error as error:
-            raise StorageError(
-                f"{self.path}: {error}", hint="ask as the user who made the authority, or bring it back from a backup"
-            ) from None
+            if not self.path.exists():
+                hint = "make it with gptfl authority init, or bring it back from a backup"
+                raise IdentityError(f"{self.path.parent}: there is no authority", hint=hint) from None
+            raise StorageError(f"{self.path}: {error}", hint="ask as the user who made the authority") from None
 
 
 def serial_text(serial: int) -> str:

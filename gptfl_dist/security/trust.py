@@ -13,17 +13,19 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
 from cryptography import x509
 
 from gptfl_dist.errors import GptflError, IdentityError, StorageError
+from gptfl_dist.files import stamp_of
 from gptfl_dist.security.authority import SKEW, Authority, Credentials
 from gptfl_dist.security.identity import Identity
 from gptfl_dist.security.registry import Registry, serial_text
 from gptfl_dist.security.request import fingerprint_of, key_in
+from gptfl_dist.security.vault import Vault
 
 RENEW_AT = 2 / 3
 """The share of a certificate's life after which it is renewed."""
@@ -80,10 +82,10 @@ class FileTrust(FixedTrust):
         super().__init__(load())
         self._certificate = certificate
         self._load = load
-        self._seen = _stamp(certificate)
+        self._seen = stamp_of(certificate)
 
     def credentials(self) -> Credentials:
-        stamp = _stamp(self._certificate)
+        stamp = stamp_of(self._certificate)
         if stamp != self._seen:
             # Files that do not fit yet are looked at again; until they do, the old ones are shown.
             with contextlib.suppress(GptflError):
@@ -92,31 +94,25 @@ class FileTrust(FixedTrust):
         return self._credentials
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Changes where a file is written or replaced."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
-
-
 class KeptTrust:
     """Trust by an authority that is kept."""
 
     def __init__(
-        self, authority: Authority, registry: Registry, hosts: tuple[str, ...], note: Callable[..., None]
+        self, vault: Vault, valid: timedelta, registry: Registry, hosts: tuple[str, ...], note: Callable[..., None]
     ) -> None:
-        """`hosts` are the names and addresses under which silos dial the coordinator.
+        """`valid` is how long certificates hold, `hosts` are the names and addresses under which silos dial.
 
-        `note` is called with an event and its fields where a certificate is made.
+        `note` is called with an event and its fields where a certificate is made. Raises IdentityError.
         """
-        self._authority = authority
+        self._vault = vault
+        self._valid = valid
+        self._authority = vault.open(valid)
+        self._opened = vault.stamp
         self._registry = registry
         self._note = note
         self._hosts = hosts
         self._lock = threading.Lock()
-        self._own = authority.issue_coordinator(hosts)
+        self._own = self._authority.issue_coordinator(hosts)
         self._seen = sqlite3.connect(f"{registry.path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
         self._version = -1
         self._looked = 0.0
@@ -124,10 +120,20 @@ class KeptTrust:
         self._barred: dict[str, str] = {}
 
     def credentials(self) -> Credentials:
+        authority = self.authority()
         with self._lock:
-            if due(self._own.certificate) <= datetime.now(UTC):
-                self._own = self._authority.issue_coordinator(self._hosts)
+            stale = not self._own.certificate.endswith(authority.chain) or self._own.authority != authority.roots
+            if stale or due(self._own.certificate) <= datetime.now(UTC):
+                self._own = authority.issue_coordinator(self._hosts)
             return self._own
+
+    def authority(self) -> Authority:
+        """The authority as it is now: its root may be replaced while a coordinator is at work."""
+        with self._lock:
+            stamp = self._vault.stamp
+            if stamp != self._opened:
+                self._authority, self._opened = self._vault.open(self._valid), stamp
+            return self._authority
 
     def refusal(self, serial: int) -> str:
         name = serial_text(serial)
@@ -142,7 +148,7 @@ class KeptTrust:
         return self._barred
 
     def renew(self, silo: str, request: bytes) -> tuple[bytes, bytes]:
-        return certify(self._authority, self._registry, silo, request, self._note, "certificate renewed")
+        return certify(self.authority(), self._registry, silo, request, self._note, "certificate renewed")
 
     def close(self) -> None:
         self._seen.close()
@@ -177,7 +183,7 @@ def certify(
     chain = authority.sign_silo(silo, key)
     made = x509.load_pem_x509_certificate(chain)
     fingerprint, expires = fingerprint_of(key), made.not_valid_after_utc
-    registry.add(serial=made.serial_number, silo=silo, expires=expires, key=fingerprint)
+    registry.add(serial=made.serial_number, silo=silo, expires=expires, key=fingerprint, issuer=authority.issuer)
     note(event, silo=silo, serial=serial_text(made.serial_number), key=fingerprint, until=expires.isoformat())
     return chain, authority.roots
 

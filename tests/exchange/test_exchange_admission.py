@@ -33,9 +33,9 @@ class Kept:
         vault.create()
         self.registry = Registry(vault.folder)
         self.registry.create()
-        self.authority = vault.open(valid)
+        self.vault, self.authority = vault, vault.open(valid)
         self.noted = []
-        self.trust = KeptTrust(self.authority, self.registry, (HOST, "localhost"), self.note)
+        self.trust = KeptTrust(vault, valid, self.registry, (HOST, "localhost"), self.note)
 
     def silo(self, name="alice", valid=None):
         key = new_key()
@@ -188,6 +188,46 @@ async def test_without_an_authority_nothing_is_renewed(tmp_path):
         alice = await world.joined()
         with pytest.raises(IdentityError, match="makes no certificates"):
             await alice.renew(make_request(ALICE, new_key()))
+
+
+@in_loop
+async def test_a_root_is_replaced_while_the_coordinator_serves_and_nobody_is_cut_off(tmp_path):
+    kept = Kept(tmp_path)
+    async with World(tmp_path, trust=kept.trust) as world:
+        old = kept.silo()
+        alice = await ready(world, old)
+        kept.vault.rotate()
+        key = new_key()
+        certificate, roots = await alice.renew(make_request(ALICE, key))
+        assert roots.count(b"BEGIN CERTIFICATE") == 2
+        await alice.show(Credentials(roots, certificate, key_bytes(key)))
+        assert await world.event() == SiloJoined("alice")
+        again = dial(world.server.port, old)  # which has heard of nothing
+        with pytest.raises(Disconnected, match="connected already"):
+            await again.connect()
+        assert kept.registry.certificates()[0].issuer == f"{kept.vault.issuing().serial_number:x}"
+        kept.vault.drop_old_root()
+        await alice.connect()
+        with pytest.raises((IdentityError, Disconnected)):
+            await again.connect()
+
+
+@in_loop
+async def test_the_stream_moves_again_and_again_while_it_is_read(tmp_path):
+    """Whoever reads in the moment of a move gets the next order, and not what the new connection begins with."""
+    kept = Kept(tmp_path)
+    async with World(tmp_path, trust=kept.trust) as world:
+        alice = await ready(world, kept.silo())
+        for number in range(30):
+            shown = kept.silo()
+            moving = asyncio.create_task(alice.show(shown))
+            for _ in range(number % 7):
+                await asyncio.sleep(0)
+            listening = asyncio.create_task(alice.receive())
+            await moving
+            assert await world.event() == SiloJoined("alice")
+            await world.give("alice", train_order(f"n{number}", "b" * 64))
+            assert (await listening).nonce == f"n{number}"
 
 
 @in_loop

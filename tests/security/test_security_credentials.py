@@ -234,7 +234,7 @@ def test_a_replacement_that_was_cut_short_leaves_a_pair_that_fits(folder, monkey
     monkeypatch.setattr("gptfl_dist.security.credentials.write_file", write)
     if written == 3:  # before the last step, the renaming
         named = iter([folder / "key.pem.next"])
-        monkeypatch.setattr("gptfl_dist.security.credentials._next", lambda _: next(named, None) or killed())
+        monkeypatch.setattr("gptfl_dist.security.credentials.next_of", lambda _: next(named, None) or killed())
     with pytest.raises(Killed):
         replace_credentials(new, *(folder / f"{name}.pem" for name in ("authority", "certificate", "key")))
     monkeypatch.undo()

@@ -40,7 +40,7 @@ class Office:
         self.authority = self.vault.open(timedelta(days=1))
         self.port = free_port()
         shown = self.authority.issue_coordinator(["localhost", "127.0.0.1"])
-        self.desk = Desk(self.authority, self.registry, lambda: shown, approval, "localhost:8443", self.note)
+        self.desk = Desk(lambda: self.authority, self.registry, lambda: shown, approval, "localhost:8443", self.note)
         self.noted = []
         self._stack = ExitStack()
 
@@ -99,7 +99,8 @@ def test_an_invitation_brings_a_certificate_for_the_key_that_was_made_here(offic
     assert office.noted == [("silo enrolled", "alice", issued.serial)]
 
 
-def test_the_port_is_open_only_while_somebody_is_invited(office):
+def test_the_port_is_open_only_while_somebody_is_invited(office, monkeypatch):
+    monkeypatch.setattr(registry_module, "_ASKED_AGAIN", timedelta(seconds=-2))
     with office:
         assert not listens(office.port)
         invitation = office.invite()
@@ -123,6 +124,37 @@ def test_a_token_works_once_and_again_only_for_the_key_that_used_it(office):
         with pytest.raises(IdentityError, match="not known, or was used"):
             enrol(invitation, new_key())
         assert enrol(other, new_key())
+
+
+def test_an_answer_that_was_lost_can_be_asked_for_again_though_nobody_else_is_invited(office):
+    invitation, key = office.invite(), new_key()
+    with office:
+        enrol(invitation, key)
+        time.sleep(0.3)  # several looks whether the port is needed
+        assert enrol(invitation, key)
+
+
+@pytest.mark.parametrize("by_serial", [False, True])
+def test_a_revoked_silo_does_not_come_back_by_the_line_that_it_used(office, by_serial):
+    invitation, key = office.invite(), new_key()
+    office.invite("bob")  # keeps the port open
+    with office:
+        enrol(invitation, key)
+        (issued,) = office.registry.certificates()
+        silo, serial = (None, issued.serial) if by_serial else ("alice", None)
+        office.registry.revoke(silo=silo, serial=serial, reason="stolen")
+        with pytest.raises(IdentityError, match="not known, or was used"):
+            enrol(invitation, key)
+        assert enrol(office.invite(), new_key())
+
+
+def test_a_new_invitation_ends_what_the_last_one_was_good_for(office):
+    invitation, key = office.invite(), new_key()
+    with office:
+        enrol(invitation, key)
+        office.invite()
+        with pytest.raises(IdentityError, match="not known, or was used"):
+            enrol(invitation, key)
 
 
 def test_a_token_is_for_one_name_and_the_last_invitation_counts(office):
@@ -192,7 +224,7 @@ def test_an_authority_that_is_real_but_shown_by_somebody_else_is_not_believed(of
     """The root is public: who passes it on and shows a certificate of another authority gets no token either."""
     invitation = office.invite()
     stranger = Authority.new("fed", valid=HOUR).issue_coordinator(["localhost"])
-    office.desk = Desk(office.authority, office.registry, lambda: stranger, False, "localhost:1", office.note)
+    office.desk = Desk(lambda: office.authority, office.registry, lambda: stranger, False, "localhost:1", office.note)
     with office, pytest.raises(IdentityError, match="not one to trust"):
         enrol(invitation, new_key())
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import stat
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
 from gptfl_dist.errors import IdentityError, ProtocolError, StorageError
+from gptfl_dist.files import write_file
 from gptfl_dist.security.authority import Credentials, make_root, new_key
 from gptfl_dist.security.identity import Identity
 from gptfl_dist.security.session import Session
@@ -85,16 +85,52 @@ def test_a_rotation_cuts_nobody_off(vault):
     assert len(vault.roots()) == 1
 
 
-def test_rotating_twice_keeps_the_last_two_roots(vault):
-    fingerprints = [vault.roots()[0].fingerprint(hashes.SHA256())]
-    for _ in range(2):
+def test_a_second_rotation_waits_for_the_end_of_the_first(vault):
+    vault.rotate()
+    with pytest.raises(IdentityError, match="the one before it is still trusted") as error:
         vault.rotate()
-        fingerprints.append(vault.roots()[0].fingerprint(hashes.SHA256()))
-    assert [root.fingerprint(hashes.SHA256()) for root in vault.roots()] == fingerprints[:0:-1]
-    assert all(one != other for one, other in pairwise(fingerprints))
+    assert "--finish" in error.value.hint
+    vault.drop_old_root()
+    with pytest.raises(IdentityError, match="no root was replaced"):
+        vault.drop_old_root()
+    vault.rotate()
 
 
-def signed(request: bytes, ca: bool = True) -> tuple[bytes, bytes]:
+@pytest.mark.parametrize("written", range(4))
+def test_a_rotation_that_was_cut_short_leaves_an_authority_that_works(vault, monkeypatch, written):
+    silo = vault.open(DAY).issue_silo("alice")
+    left = [None] * written
+
+    class Killed(BaseException):
+        pass
+
+    def write(path, content):
+        if not left:
+            raise Killed
+        left.pop()
+        write_file(path, content)
+
+    monkeypatch.setattr("gptfl_dist.security.credentials.write_file", write)
+    monkeypatch.setattr("gptfl_dist.security.vault.write_file", write)
+    with pytest.raises(Killed):
+        vault.rotate()
+    monkeypatch.undo()
+    assert meet(vault.open(DAY).issue_coordinator(["localhost"]), silo)
+    vault.rotate()
+    assert meet(vault.open(DAY).issue_coordinator(["localhost"]), silo)
+    vault.drop_old_root()
+    last = vault.open(DAY)
+    assert meet(last.issue_coordinator(["localhost"]), last.issue_silo("alice"))
+
+
+@pytest.mark.parametrize("name", ["root.key", "issuing.key"])
+def test_keys_that_others_may_read_are_not_used(vault, name):
+    (vault.folder / name).chmod(0o644)
+    with pytest.raises(IdentityError, match="others may read"):
+        vault.rotate() if name == "root.key" else vault.open(DAY)
+
+
+def signed(request: bytes, ca: bool | None = True) -> tuple[bytes, bytes]:
     """(certificate, root) of an authority of an institution's own for a request."""
     key = new_key()
     root = x509.load_pem_x509_certificate(make_root("hospital", key))
@@ -107,9 +143,10 @@ def signed(request: bytes, ca: bool = True) -> tuple[bytes, bytes]:
         .serial_number(x509.random_serial_number())
         .not_valid_before(datetime.now(UTC) - DAY)
         .not_valid_after(datetime.now(UTC) + DAY)
-        .add_extension(x509.BasicConstraints(ca=ca, path_length=0 if ca else None), critical=True)
-        .sign(key, hashes.SHA256())
     )
+    if ca is not None:
+        certificate = certificate.add_extension(x509.BasicConstraints(ca=ca, path_length=0 if ca else None), True)
+    certificate = certificate.sign(key, hashes.SHA256())
     return tuple(each.public_bytes(serialization.Encoding.PEM) for each in (certificate, root))
 
 
@@ -129,6 +166,7 @@ def test_an_institutions_own_authority_can_stand_above(tmp_path):
     ("certificate", "said"),
     [
         (lambda request: signed(request, ca=False)[0], "may not sign certificates"),
+        (lambda request: signed(request, ca=None)[0], "may not sign certificates"),
         (lambda request: signed(request)[0], "was not issued by"),  # by another root than the one beside it
         (lambda request: make_root("fed", new_key()), "is no certificate for"),
     ],

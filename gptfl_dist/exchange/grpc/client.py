@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
@@ -53,6 +53,7 @@ _FINAL = {
 }
 """Status codes after which trying again is of no use."""
 
+_Work: TypeAlias = "grpc.aio.StreamStreamCall[pb.FromSilo, pb.ToSilo]"
 _T = TypeVar("_T")
 
 
@@ -76,7 +77,7 @@ class GrpcSiloExchange:
         self._keepalive = keepalive
         self._instance = secrets.token_hex(8)
         self._channel: grpc.aio.Channel | None = None
-        self._call: grpc.aio.StreamStreamCall[pb.FromSilo, pb.ToSilo] | None = None
+        self._call: _Work | None = None
         self._packed = False  # whether chunks are
         self._partial = _Partial()
         self._writing = asyncio.Lock()  # a stream takes one write at a time
@@ -93,14 +94,13 @@ class GrpcSiloExchange:
             return self._welcome
 
     async def _dial(self) -> Welcome:
-        self._shown = self._credentials
+        """Opens a connection, and takes it into use once the coordinator has said welcome."""
+        shown = self._credentials
         # The coordinator would hang up without a word.
-        check_dates(self._credentials.certificate, "this silo's certificate")
-        self._channel = grpc.aio.secure_channel(
+        check_dates(shown.certificate, "this silo's certificate")
+        channel = grpc.aio.secure_channel(
             self._address,
-            grpc.ssl_channel_credentials(
-                self._credentials.authority, self._credentials.key, self._credentials.certificate
-            ),
+            grpc.ssl_channel_credentials(shown.authority, shown.key, shown.certificate),
             options=[
                 ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
                 ("grpc.max_send_message_length", UPLOAD_CHUNK + frames.MAX_OVERHEAD),
@@ -112,10 +112,21 @@ class GrpcSiloExchange:
                 ("grpc.enable_http_proxy", int(not is_loopback(self._address))),
             ],
         )
-        work: grpc.aio.StreamStreamMultiCallable[pb.FromSilo, pb.ToSilo] = self._channel.stream_stream(
+        try:
+            call, welcome = await self._greet(channel)
+        except BaseException:
+            await channel.close()
+            raise
+        self._channel, self._call, self._shown = channel, call, shown
+        self._packed = welcome.plan.compression.lossless == "zstd"
+        return welcome
+
+    async def _greet(self, channel: grpc.aio.Channel) -> tuple[_Work, Welcome]:
+        """Opens the stream of a connection; returns it with the coordinator's first word."""
+        work: grpc.aio.StreamStreamMultiCallable[pb.FromSilo, pb.ToSilo] = channel.stream_stream(
             f"/{SERVICE}/Work", pb.FromSilo.SerializeToString, pb.ToSilo.FromString
         )
-        self._call = work()
+        call = work()
         hello = pb.Hello(
             oldest_version=PROTOCOL_VERSION,
             newest_version=PROTOCOL_VERSION,
@@ -123,8 +134,8 @@ class GrpcSiloExchange:
             instance=self._instance,
         )
         try:
-            await self._say(pb.FromSilo(hello=hello))
-            message = await _read(self._call)
+            await _write(call, pb.FromSilo(hello=hello))
+            message = await _read(call)
         except Disconnected as broken:
             raise await self._why(broken) from None
         if message.WhichOneof("message") != "welcome":
@@ -135,9 +146,7 @@ class GrpcSiloExchange:
                 f"{PROTOCOL_VERSION}",
                 hint="install matching releases",
             )
-        welcome = convert.welcome_from_message(message.welcome)
-        self._packed = welcome.plan.compression.lossless == "zstd"
-        return welcome
+        return call, convert.welcome_from_message(message.welcome)
 
     async def ready(self) -> None:
         await self._say(pb.FromSilo(ready=pb.Ready()))
@@ -279,15 +288,17 @@ class GrpcSiloExchange:
         async with self._idle:
             await self._idle.wait_for(lambda: not self._transfers)
         async with self._moving:
-            old, self._channel = self._channel, None
+            old = self._channel
             if old is None:
                 return
-            with suppress(Disconnected, GptflError):
-                if await self._dial() == self._welcome:
+            try:
+                moved = await self._dial() == self._welcome  # else the coordinator has another run
+                if moved:
                     await self.ready()
-                    await old.close()
-                    return
-            await self.close()
+            except (Disconnected, GptflError):
+                moved = False
+            if not moved:
+                await self.close()
             await old.close()
 
     @asynccontextmanager
@@ -332,11 +343,7 @@ class GrpcSiloExchange:
         if call is None:
             raise Disconnected("not connected")
         async with self._writing:
-            try:
-                await _guard(lambda: call.write(message))
-            except asyncio.InvalidStateError:
-                await _read(call)  # the call is over, and only reading tells why
-                raise Disconnected("the stream is closed") from None
+            await _write(call, message)
 
     async def _next(self) -> pb.ToSilo:
         while (call := self._call) is not None:
@@ -349,7 +356,15 @@ class GrpcSiloExchange:
         raise Disconnected("not connected")
 
 
-async def _read(call: grpc.aio.StreamStreamCall[pb.FromSilo, pb.ToSilo]) -> pb.ToSilo:
+async def _write(call: _Work, message: pb.FromSilo) -> None:
+    try:
+        await _guard(lambda: call.write(message))
+    except asyncio.InvalidStateError:
+        await _read(call)  # the call is over, and only reading tells why
+        raise Disconnected("the stream is closed") from None
+
+
+async def _read(call: _Work) -> pb.ToSilo:
     message = await _guard(call.read)
     if not isinstance(message, pb.ToSilo):  # grpc.aio.EOF
         raise Disconnected("the coordinator closed the stream")

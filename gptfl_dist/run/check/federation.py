@@ -77,6 +77,8 @@ def check_federation(checks: Checklist, path: Path, file: FederationFile) -> Non
     checks.run("silo files", lambda: _silo_entries(file))
     checks.run("credentials", lambda: _coordinator_credentials(file))
     checks.run("exchange.listen", lambda: _listen(file.exchange.listen))
+    if file.enrolment is not None:
+        checks.run("enrolment.listen", partial(_listen, file.enrolment.listen))
     checks.run("MPI", _mpi)
 
 
@@ -410,12 +412,12 @@ def _silo_credentials(file: FederationFile, entry: SiloEntry, silo_path: Path) -
 def _coordinator_credentials(file: FederationFile) -> str:
     exchange = file.exchange
     if file.enrolment is not None:
-        kept_authority(file, file.enrolment)
         if port_of(exchange.listen) == 0:
             raise ConfigError(
                 f"exchange.listen is {exchange.listen}, and silos that are invited must know the port",
                 hint="set exchange.listen to 0.0.0.0:8443, say",
             )
+        kept_authority(file, file.enrolment)
         return f"{file.enrolment.authority} makes them, for {', '.join(file.enrolment.hosts)}"
     if exchange.authority is None or exchange.certificate is None or exchange.key is None:
         if file.collective.trust == "tls":
