@@ -36,7 +36,7 @@ def test_the_certificates_are_named_where_gptfl_credentials_puts_them(folder: Pa
     for name in ("federation.yaml", "silo-1.yaml"):
         text = (folder / name).read_text()
         for key in ("authority", "certificate", "key"):
-            assert text.count(f"# {key}: ") + text.count(f"#   {key}: ") == 1
+            assert text.count(f"# {key}: credentials/") + text.count(f"#   {key}: credentials/") == 1
             text = text.replace(f"  # {key}: ", f"  {key}: ").replace(f"#   {key}: ", f"  {key}: ")
         text = text.replace("# coordinator:", "coordinator:").replace("#   address:", "  address:")
         (folder / name).write_text(text)
