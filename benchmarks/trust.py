@@ -57,7 +57,7 @@ def measured(folder: Path, parameters: int, times: int) -> dict[str, float]:
     registry, log = Registry(vault.folder), AuditLog(folder, durable=False)
     registry.create()
     authority = vault.open(timedelta(days=7))
-    trust = KeptTrust(authority, registry, ("localhost",), log.append)
+    trust = KeptTrust(vault, timedelta(days=7), registry, ("localhost",), log.append)
     key = new_key()
     certificate, roots = certify(authority, registry, "silo-1", make_request(SILO, key), log.append, "silo enrolled")
     own, other = trust.credentials(), Credentials(roots, certificate, key_bytes(key))
