@@ -159,7 +159,7 @@ def test_a_paused_run_stays_paused_over_a_kill_and_comes_to_the_same_end(
 def test_an_abort_ends_coordinator_and_silos_and_leaves_the_models(
     gptfl: Commands, federation: Callable[..., Federation]
 ) -> None:
-    mine = federation(epochs=40)
+    mine = federation(epochs=100)
     sides = Sides(mine, gptfl)
     coordinator, silos = sides.coordinator(), [sides.silo(name) for name in mine.silos]
     wait_for(lambda: len(mine.owed(2)) == 2, LONG)
