@@ -91,7 +91,8 @@ def test_a_killed_coordinator_goes_on_in_its_round_and_silos_come_back(sides: Si
     _finish(again, *silos)
     assert sides.federation.result() == undisturbed.result()
     for name in sides.federation.silos:
-        assert _log(sides, name).count("round 1 of fedavg_random: update delivered") == 1
+        # Once, and where the next order overtakes the receipt not even that.
+        assert _log(sides, name).count("round 1 of fedavg_random: update delivered") <= 1
         assert "connected again" in _log(sides, name)
 
 
