@@ -44,7 +44,7 @@ def main() -> int:
 
 def find() -> tuple[Path, str, dict[str, Any]] | None:
     """The process, its role, and the parameters of its command."""
-    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # a group has them
     for process in PROC.glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_text().split("\0")[:-1]

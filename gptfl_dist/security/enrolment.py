@@ -156,7 +156,7 @@ class _Server(ThreadingHTTPServer):
             self.finish_request(secured, client_address)
         except OSError as error:  # ssl.SSLError among them: who speaks no TLS 1.3 is not answered
             _log.debug("enrolment: %s hung up: %s", client_address[0], error)
-        except Exception:
+        except Exception:  # a fault of ours in one request is logged, and ends neither the port nor the coordinator
             self.handle_error(secured, client_address)
         finally:
             end.cancel()
