@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import time
 from datetime import timedelta
@@ -60,6 +61,18 @@ async def ready(world, credentials, name="alice", port=0):
     return silo
 
 
+@contextlib.asynccontextmanager
+async def called_on(folder, kept):
+    """Alice behind a proxy, with the order to which she has the update `u` and its header."""
+    digest = write_weights(folder / "u", LARGE, [bytes(LARGE.nbytes)])
+    async with World(folder, LARGE, trust=kept.trust) as world, TcpProxy(world.server.port) as proxy:
+        alice = await ready(world, kept.silo(), port=proxy.port)
+        order = train_order("n1", "b" * 64)
+        await world.give("alice", order)
+        await alice.receive()
+        yield world, proxy, alice, header_of(order, LARGE, digest)
+
+
 @in_loop
 async def test_a_certificate_that_the_registry_does_not_hold_is_refused(tmp_path):
     kept = Kept(tmp_path)
@@ -100,15 +113,10 @@ async def test_a_revoked_silo_is_cut_off_within_a_second_though_it_says_nothing(
 @in_loop
 async def test_what_a_revoked_silo_was_sending_is_refused(tmp_path):
     kept = Kept(tmp_path)
-    digest = write_weights(tmp_path / "u", LARGE, [bytes(LARGE.nbytes)])
-    async with World(tmp_path, LARGE, trust=kept.trust) as world, TcpProxy(world.server.port) as proxy:
-        alice = await ready(world, kept.silo(), port=proxy.port)
-        order = train_order("n1", "b" * 64)
-        await world.give("alice", order)
-        await alice.receive()
+    async with called_on(tmp_path, kept) as (world, proxy, alice, header):
         proxy.delay = 0.05  # a piece: the upload takes many seconds
         with WeightsFile(tmp_path / "u") as update:
-            sending = asyncio.create_task(alice.upload(header_of(order, LARGE, digest), update))
+            sending = asyncio.create_task(alice.upload(header, update))
             while world.server.traffic.up < 1 << 20:
                 await asyncio.sleep(0.01)
             kept.revoke()
@@ -141,18 +149,13 @@ async def test_an_expired_certificate_ends_its_streams_at_the_next_message(tmp_p
 @in_loop
 async def test_a_renewed_silo_moves_to_a_new_connection_and_a_transfer_is_not_cut(tmp_path):
     kept = Kept(tmp_path)
-    digest = write_weights(tmp_path / "u", LARGE, [bytes(LARGE.nbytes)])
-    async with World(tmp_path, LARGE, trust=kept.trust) as world, TcpProxy(world.server.port) as proxy:
-        alice = await ready(world, kept.silo(), port=proxy.port)
-        order = train_order("n1", "b" * 64)
-        await world.give("alice", order)
-        await alice.receive()
+    async with called_on(tmp_path, kept) as (world, proxy, alice, header):
         key = new_key()
         certificate, roots = await alice.renew(make_request(ALICE, key))
         assert kept.noted == [("silo enrolled", "alice"), ("certificate renewed", "alice")]
         proxy.delay = 0.003
         with WeightsFile(tmp_path / "u") as update:
-            sending = asyncio.create_task(alice.upload(header_of(order, LARGE, digest), update))
+            sending = asyncio.create_task(alice.upload(header, update))
             while world.server.traffic.up < 1 << 20:
                 await asyncio.sleep(0.01)
             showing = asyncio.create_task(alice.show(Credentials(roots, certificate, key_bytes(key))))
