@@ -11,7 +11,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,11 +42,15 @@ class Busy(Exception):
     """This update arrived whole and is being checked; asked again in a moment, the answer will be there."""
 
 
+class Overtaken(Exception):
+    """What is followed will not count as it was read: the upload began anew, or it is followed no more."""
+
+
 class Spool:
     """A file that takes one encoded update in order. `read_into` makes it a flat buffer for the aggregation.
 
     What the update is checked by is taken as it arrives, for to read all of it again costs more: its digest, and where
-    the codec leaves updates as they are, its norm.
+    the codec leaves updates as they are, its norm. `arrived` tells threads of every change.
     """
 
     def __init__(self, path: Path, layout: Layout, codec: Codec) -> None:
@@ -55,6 +59,8 @@ class Spool:
         self._layout = layout
         self._codec = codec
         self._writer = 0
+        self.arrived = threading.Condition()
+        self.uploads = 0  # how often the first byte was the next
         self.restart()
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -76,7 +82,10 @@ class Spool:
 
     def restart(self) -> None:
         """The next byte is the first again."""
-        self.received = 0
+        with self.arrived:
+            self.received = 0
+            self.uploads += 1
+            self.arrived.notify_all()
         self._hasher = blake3()
         self._norm = RunningNorm(self._layout) if self._codec.name == "none" else None
 
@@ -90,7 +99,9 @@ class Spool:
             write_at(self._fd, offset, data)
         except OSError as error:
             raise storage_error(error, self.path) from None
-        self.received += len(data)
+        with self.arrived:
+            self.received += len(data)
+            self.arrived.notify_all()
         self._hasher.update(data)
         if self._norm is not None:
             self._norm.add(data)
@@ -111,7 +122,11 @@ class Spool:
 
     def decoded(self) -> FlatReader:
         """A reader of the update."""
-        return self._codec.decoded(self._layout, self)
+        return self.decode(self)
+
+    def decode(self, encoded: FlatReader) -> FlatReader:
+        """A reader of the update that `encoded` reads as it was sent."""
+        return self._codec.decoded(self._layout, encoded)
 
     def digest(self) -> str:
         """BLAKE3 of the whole file, in hex."""
@@ -131,6 +146,39 @@ class Spool:
         self._fd = -1  # whoever reads on, or writes, meets an error and not another file
 
 
+class Followed:
+    """Reads an update that still arrives, from a thread: what is not there yet is waited for."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+        self._upload = spool.uploads
+        self._stopped = False
+
+    @property
+    def intact(self) -> bool:
+        """Whether all that was read is of the upload that the spool holds."""
+        return self._spool.uploads == self._upload
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """As a spool does. Raises Overtaken."""
+        end = offset + len(buffer)
+        with self._spool.arrived:
+            self._spool.arrived.wait_for(lambda: self._stopped or not self.intact or self._spool.received >= end)
+        if self._stopped or not self.intact:
+            raise Overtaken
+        self._spool.read_into(offset, buffer)
+
+    def decoded(self) -> FlatReader:
+        """A reader of the update."""
+        return self._spool.decode(self)
+
+    def stop(self) -> None:
+        """Whoever waits, or reads on, meets Overtaken."""
+        with self._spool.arrived:
+            self._stopped = True
+            self._spool.arrived.notify_all()
+
+
 @dataclass
 class _Expected:
     """An order that was given to a silo, and how far its answer has come."""
@@ -147,6 +195,8 @@ class Inbox:
     """`max_samples` holds the registered maximum of each silo; `commit(silo, order, report, digest)` makes it count.
     `durable`: a committed update is there after a power cut too.
 
+    `announced` is called when an update is about to arrive.
+
     `digest` is "" for an answer without an update. Updates arrive encoded by `codec`; they are checked and read
     decoded. `max_norm` bounds the Euclidean norm of an update; None does not. `finish` may run in a thread beside all
     other calls: what it checks cannot be overwritten meanwhile, and an order that is withdrawn meanwhile is not
@@ -160,6 +210,7 @@ class Inbox:
     max_norm: float | None = None
     durable: bool = False
     codec: Codec = field(default=Codec("none"))
+    announced: Callable[[], None] = lambda: None
     _expected: dict[str, _Expected] = field(default_factory=dict)
     _spools: dict[str, Spool] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # around every change of what is expected
@@ -240,7 +291,8 @@ class Inbox:
                 expected.header = header
                 spool.restart()
             expected.signed = signed  # a signature is another each time; any of them will do
-            return spool.received, False
+        self.announced()
+        return spool.received, False
 
     def signed(self, silo: str) -> Signed | None:
         """What shows that the silo delivers what is being committed, where the wire has that."""
@@ -299,6 +351,16 @@ class Inbox:
             if not expected.committed:
                 self.commit(silo, expected.order, report, "")
                 expected.committed = True
+
+    def arriving(self, silos: Iterable[str]) -> dict[str, tuple[Followed, int]] | None:
+        """The updates of these silos with their samples, to be read while they arrive; None if one is yet to come."""
+        found = {}
+        for silo in silos:
+            expected = self._expected.get(silo)
+            if expected is None or expected.header is None:
+                return None
+            found[silo] = Followed(self._spools[silo]), expected.header.report.samples
+        return found
 
     def updates(self, silos: tuple[str, ...]) -> dict[str, FlatReader]:
         """Readers of committed updates, decoded."""

@@ -14,9 +14,6 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 
-from gptfl_dist.aggregation.mean import weighted_mean
-from gptfl_dist.aggregation.server import stepping
-from gptfl_dist.aggregation.shares import shares
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.plan import Plan
 from gptfl_dist.errors import FederationError, RunAborted, StorageError
@@ -53,11 +50,11 @@ from gptfl_dist.run.arm import (
 )
 from gptfl_dist.run.evaluation import Evaluator
 from gptfl_dist.run.handout import HandOut
+from gptfl_dist.run.next_weights import NextWeights
 from gptfl_dist.run.presence import Presence
 from gptfl_dist.run.requests import aborted
-from gptfl_dist.run.threads import to_its_end
 from gptfl_dist.run.watcher import Watcher
-from gptfl_dist.weights import Codec, FlatReader, Layout, WeightsFile
+from gptfl_dist.weights import Codec, Layout, WeightsFile
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +86,9 @@ class Federator:
             commit=self._commit,
             max_norm=file.federation.max_update_norm,
             durable=ledger.durable,
+            announced=lambda: self._next.begin(),
         )
+        self._next = NextWeights(file, layout, ledger, self._inbox)
         self.exchange = make_exchange(self._inbox)
         self._reducing = self.exchange if isinstance(self.exchange, Reducing) else None
         self._presence = Presence(self._silos, watcher)
@@ -187,6 +186,7 @@ class Federator:
                     await self._do(arm, machine.Recall(silo, round_, error.message))
             raise
         finally:
+            await self._next.stop()
             self._note_spent(arm)
             arm.close()
         best = best_round(self.record(plan.name))
@@ -264,6 +264,7 @@ class Federator:
             arm.begin_counting(self.exchange.traffic)
             arm.hold(WeightsFile(ledger.weights_path(arm.base)))
             await self._publish(arm)
+            self._next.open(arm)
         elif isinstance(command, machine.Enlist):
             nonces = _nonces(command.silos)
             arm.cohort += command.silos
@@ -284,7 +285,7 @@ class Federator:
         elif isinstance(command, machine.Aggregate):
             counted = {silo: arm.orders[silo].round for silo in command.silos}
             reduced = None if self._reducing is None else await self._reducing.reduce(command.silos)
-            digest = await to_its_end(self._aggregate, arm, counted, reduced)
+            digest = await self._next.make(counted, reduced)
             self._note_spent(arm)
             arm.stop_counting(self.exchange.traffic)
             ledger.close_round(plan.name, command.round, digest, counted)
@@ -309,33 +310,6 @@ class Federator:
         spent = arm.spent(self.exchange.traffic)
         if spent is not None:
             self.ledger.note_spent(arm.plan.name, arm.round, *spent)
-
-    def _aggregate(self, arm: ArmRun, counted: Mapping[str, int], reduced: FlatReader | None) -> str:
-        """The next weights, from the updates whose orders' rounds these are. Returns their digest.
-
-        `reduced` is the sum of these updates, each times its samples, where they are not here.
-        """
-        rounds = {r.round: r for r in self.record(arm.plan.name).rounds}
-        samples = {
-            order.silo: order.samples
-            for given in set(counted.values())
-            for order in rounds[given].orders
-            if counted.get(order.silo) == given and order.samples is not None
-        }
-        staleness = {silo: arm.round - given for silo, given in counted.items()}
-        weights = shares(samples, staleness, self.file.federation.staleness)
-        updates: Mapping[str, FlatReader]
-        if reduced is not None:
-            updates, weights = {"": reduced}, {"": 1 / sum(samples.values())}
-        else:
-            updates = self._inbox.updates(tuple(counted))
-        old = self.ledger.state_path(arm.base) if arm.round > 1 else None
-        new, durable = self.ledger.incoming_state, self.ledger.durable
-        with stepping(self.file.strategy, self.layout, old, new, durable=durable) as optimizer:
-            blocks = weighted_mean(self.layout, arm.weights, updates, weights, optimizer.step)
-            digest = self.ledger.add_weights(self.layout, blocks)
-        self.ledger.keep_state(digest)
-        return digest
 
     def _commit(self, silo: str, order: Order, report: Report, digest: str) -> None:
         signed = self._inbox.signed(silo)
