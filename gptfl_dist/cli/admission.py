@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptfl_dist.cli.options import FederationPath, Format, FormatOption
-from gptfl_dist.errors import ConfigError
+from gptfl_dist.cli.options import FederationPath, Format, FormatOption, InvitedRole, OperatorPath, RoleOption
+from gptfl_dist.security.identity import called
 
 if TYPE_CHECKING:
+    from gptfl_dist.run.admission import OperatorListed, SiloListed
     from gptfl_dist.run.check import Finding
 
 authority = typer.Typer(
@@ -102,22 +103,29 @@ def rotate(
 
 
 def invite(
-    file: FederationPath,
-    silo: Annotated[str, typer.Argument(metavar="SILO", help="its name in the federation file", show_default=False)],
+    file: OperatorPath,
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="a silo's name in the federation file, or any", show_default=False)
+    ],
+    role: RoleOption = InvitedRole.silo,
     days: Annotated[float, typer.Option(min=0.001, max=30, help="how long the invitation holds")] = 3,
     format_: FormatOption = Format.text,
 ) -> None:
-    """Invite a silo: prints the one line that its operator needs. It lets one side in, once.
+    """Invite a silo, an operator or an observer: prints the one line that they need. It lets one side in, once.
 
     \b
     gptfl invite federation.yaml hospital-a
+    gptfl invite federation.yaml anna --role operator     may pause, abort, revoke, invite silos ... from afar
+    gptfl invite federation.yaml ben --role observer      may look
+    gptfl invite operator.yaml hospital-a                 from afar; operators are invited here alone
 
-    Send it by a way that nobody else reads. A new invitation makes the silo's last one void. It is answered by a
+    Send it by a way that nobody else reads. A new invitation makes the last one of that name void. It is answered by a
     coordinator at work: gptfl coordinator.
     """
-    from gptfl_dist.run import admission
+    from gptfl_dist.exchange.base import Wish
+    from gptfl_dist.run.afar import do
 
-    made = admission.invite(file, silo, timedelta(days=days))
+    made = do(file, "invite", Wish(role=role.value, name=name, seconds=timedelta(days=days).total_seconds()))
     typer.echo(json.dumps(asdict(made)) if format_ is Format.json else f"gptfl join {made.line}")
 
 
@@ -129,14 +137,14 @@ def join(
     ] = None,
     format_: FormatOption = Format.text,
 ) -> None:
-    """Join a federation by an invitation: makes a key, which stays here, a certificate and the silo file.
+    """Join a federation by an invitation: makes a key, which stays here, a certificate and the silo or operator file.
 
     \b
     gptfl join gptfl://coordinator.example.org:8444/mnist/hospital-a/... --data /srv/scans
     gptfl silo silo.yaml
 
     Interrupted, the same command goes on. Where the pre-flight finds a fault, the silo is enrolled all the same, and
-    the exit code is that of gptfl check.
+    the exit code is that of gptfl check. An operator's or observer's line leaves operator.yaml in place of silo.yaml.
     """
     from gptfl_dist.run.joining import join as join_by
 
@@ -146,14 +154,16 @@ def join(
     joined = join_by(text, folder, data, lambda told: typer.echo(told, err=True))
     if format_ is Format.json:
         findings = [finding.as_dict() for finding in joined.findings]
-        typer.echo(json.dumps({"silo": joined.silo, "file": str(joined.file), "findings": findings}))
+        told = {"role": joined.role, "name": joined.name, "file": str(joined.file), "findings": findings}
+        typer.echo(json.dumps(told))
         _end_as(joined.findings)
         return
-    typer.echo(f"enrolled as {joined.silo}; {joined.file} {'was written' if joined.written else 'was left as it is'}")
+    who = called(joined.role, joined.name)
+    typer.echo(f"enrolled as {who}; {joined.file} {'was written' if joined.written else 'was left as it is'}")
     for finding in joined.findings:
         typer.echo(finding.line())
     _end_as(joined.findings)
-    typer.echo(f"next: gptfl silo {joined.file}")
+    typer.echo(f"next: gptfl {'silo' if joined.role == 'silo' else 'status'} {joined.file}")
 
 
 def _end_as(findings: list[Finding]) -> None:
@@ -163,80 +173,110 @@ def _end_as(findings: list[Finding]) -> None:
         raise typer.Exit(failed.exit_code)
 
 
-def requests(file: FederationPath, format_: FormatOption = Format.text) -> None:
+def requests(file: OperatorPath, format_: FormatOption = Format.text) -> None:
     """Who asks to enrol and waits for gptfl approve, where enrolment.approval is true."""
-    from gptfl_dist.run import admission
+    from gptfl_dist.run.afar import do
 
-    found = admission.requests(file)
+    found = do(file, "requests")
     if format_ is Format.json:
         typer.echo(json.dumps([asdict(each) for each in found]))
         return
     for each in found:
-        typer.echo(f"{each.silo}  key {each.key}  asked at {each.asked}")
+        typer.echo(f"{called(each.role, each.name)}  key {each.key}  asked at {each.asked}")
     typer.echo("compare each key with the one that gptfl join shows, then: gptfl approve" if found else "nobody asks")
 
 
 def approve(
-    file: FederationPath,
-    silo: Annotated[str, typer.Argument(metavar="SILO", show_default=False)],
-    key: Annotated[str, typer.Argument(metavar="KEY", help="the key that the silo told you", show_default=False)],
+    file: OperatorPath,
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)],
+    key: Annotated[str, typer.Argument(metavar="KEY", help="the key that the other side told you", show_default=False)],
+    role: RoleOption = InvitedRole.silo,
     format_: FormatOption = Format.text,
 ) -> None:
-    """Let in a silo that asks to enrol.
+    """Let in who asks to enrol.
 
     \b
     gptfl approve federation.yaml hospital-a "1b5c 94a0 ..."
     """
-    from gptfl_dist.run import admission
+    from gptfl_dist.exchange.base import Wish
+    from gptfl_dist.run.afar import do
 
-    admission.approve(file, silo, key)
-    _print(format_, {"silo": silo, "approved": True}, f"{silo} may enrol: its gptfl join goes on by itself")
+    do(file, "approve", Wish(role=role.value, name=name, key=key))
+    told = {"role": role.value, "name": name, "approved": True}
+    _print(format_, told, f"{called(role.value, name)} may enrol: its gptfl join goes on by itself")
 
 
 def revoke(
-    file: FederationPath,
-    silo: Annotated[str | None, typer.Argument(metavar="[SILO]", show_default=False)] = None,
-    serial: Annotated[str | None, typer.Option(help="one certificate alone; gptfl silos shows them")] = None,
+    file: OperatorPath,
+    name: Annotated[str, typer.Argument(metavar="[NAME]", show_default=False)] = "",
+    role: RoleOption = InvitedRole.silo,
+    serial: Annotated[
+        str, typer.Option(show_default=False, help="one certificate alone; gptfl silos shows them, and gptfl operators")
+    ] = "",
     reason: Annotated[str, typer.Option(metavar="TEXT", help="kept, and shown by gptfl silos")] = "",
     format_: FormatOption = Format.text,
 ) -> None:
-    """Revoke a silo's certificates: it is cut off within a second, and what it was sending is refused.
+    """Revoke somebody's certificates: they are cut off within a second, and what a silo was sending is refused.
 
     \b
     gptfl revoke federation.yaml hospital-a --reason "laptop stolen"
+    gptfl revoke federation.yaml anna --role operator
     gptfl revoke federation.yaml --serial 3f2a...
     gptfl invite federation.yaml hospital-a      lets it in again, with a new key
     """
-    from gptfl_dist.run import admission
+    from gptfl_dist.exchange.base import Wish
+    from gptfl_dist.run.afar import do
 
-    if (silo is None) == (serial is None):
-        raise ConfigError("give a silo or --serial", hint="gptfl silos shows both")
-    met = admission.revoke(file, silo=silo, serial=serial, reason=reason)
-    lines = [f"revoked: certificate {each.serial} of {each.silo}" for each in met] or ["the invitation is void"]
+    met = do(file, "revoke", Wish(role=role.value, name=name, serial=serial, reason=reason))
+    revoked = [f"revoked: certificate {each.serial} of {called(each.role, each.name)}" for each in met]
+    lines = revoked or ["the invitation is void"]
     _print(format_, [asdict(each) for each in met], "\n".join(lines))
 
 
-def silos(file: FederationPath, format_: FormatOption = Format.text) -> None:
+def operators(file: OperatorPath, format_: FormatOption = Format.text) -> None:
+    """Every operator and observer: whether they are invited, enrolled, revoked, or about to expire.
+
+    \b
+    gptfl operators federation.yaml
+    """
+    from gptfl_dist.run.afar import do
+
+    found = do(file, "operators")
+    if format_ is Format.json:
+        typer.echo(json.dumps([asdict(each) for each in found]))
+        return
+    for each in found:
+        typer.echo(f"{called(each.role, each.name)}  {', '.join(_standing(each))}")
+    if not found:
+        typer.echo("nobody is invited: gptfl invite --role operator, or --role observer")
+
+
+def silos(file: OperatorPath, format_: FormatOption = Format.text) -> None:
     """Every silo: whether it is invited, enrolled, connected, behind, revoked, or about to expire.
 
     \b
     gptfl silos federation.yaml
     """
-    from gptfl_dist.run import admission
+    from gptfl_dist.run.afar import do
 
-    found = admission.list_silos(file)
+    found = do(file, "silos")
     if format_ is Format.json:
         typer.echo(json.dumps([asdict(each) for each in found]))
         return
     wide = max(len(each.silo) for each in found)
     for each in found:
-        since = "at" if each.standing == "revoked" else "until"
-        parts = [f"{each.standing} {since} {each.until}" if each.until else each.standing]
-        parts += [f"({each.reason})"] if each.reason else []
-        parts += [f"certificate {each.serial}"] if each.serial else []
+        parts = _standing(each)
         parts += [] if each.connected is None else ["connected" if each.connected else "not connected"]
         parts += [f"{each.behind} rounds behind"] if each.behind else []
         typer.echo(f"{each.silo:{wide}}  {', '.join(parts)}")
+
+
+def _standing(each: OperatorListed | SiloListed) -> list[str]:
+    """How somebody stands with the authority, in words."""
+    since = "at" if each.standing == "revoked" else "until"
+    parts = [f"{each.standing} {since} {each.until}" if each.until else each.standing]
+    parts += [f"({each.reason})"] if each.reason else []
+    return parts + ([f"certificate {each.serial}"] if each.serial else [])
 
 
 def _print(format_: Format, told: object, text: str) -> None:

@@ -288,7 +288,7 @@ def credentials(
 def check(
     file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)], format_: FormatOption = Format.text
 ) -> None:
-    """The pre-flight of a federation file or a silo file: everything that would fail, said before it does."""
+    """The pre-flight of a federation, silo or operator file: everything that would fail, said before it does."""
     from gptfl_dist.run.check import check_file
 
     findings = check_file(file)
@@ -305,6 +305,7 @@ def check(
 class Kind(StrEnum):
     federation = "federation"
     silo = "silo"
+    operator = "operator"
 
 
 @app.command()
@@ -328,15 +329,16 @@ def init(kind: Annotated[Kind, typer.Argument()] = Kind.federation, format_: For
 @app.command()
 def schema(kind: Annotated[Kind, typer.Argument()] = Kind.federation, format_: FormatOption = Format.text) -> None:
     """Print the JSON schema of a file, for editors that complete and check YAML. It is JSON in either format."""
-    from gptfl_dist.config.schema import federation_schema, silo_schema
+    from gptfl_dist.config.schema import federation_schema, operator_schema, silo_schema
 
-    indent = None if format_ is Format.json else 2
-    typer.echo(json.dumps(federation_schema() if kind is Kind.federation else silo_schema(), indent=indent))
+    schemas = {Kind.federation: federation_schema, Kind.silo: silo_schema, Kind.operator: operator_schema}
+    typer.echo(json.dumps(schemas[kind](), indent=None if format_ is Format.json else 2))
 
 
 app.add_typer(admission.authority, name="authority")
 for _command in (
     *(admission.invite, admission.join, admission.requests, admission.approve, admission.revoke, admission.silos),
+    *(admission.operators, operate.health),
     *(operate.status, operate.metrics, operate.pause, operate.resume, operate.abort, operate.export),
 ):
     app.command()(_command)

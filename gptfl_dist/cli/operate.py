@@ -7,11 +7,11 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from gptfl_dist.cli.options import FederationPath, Format, FormatOption, RunPath
+from gptfl_dist.cli.options import FederationPath, Format, FormatOption, RunPath, StandingPath
 from gptfl_dist.errors import ConfigError
 
 _WATCH_EVERY = 2.0  # seconds
@@ -20,7 +20,7 @@ _CLEAR = "\x1b[H\x1b[2J"
 
 
 def status(
-    path: RunPath,
+    path: StandingPath,
     watch: Annotated[bool, typer.Option("--watch", help="show it anew every two seconds, until the run ends")] = False,
     format_: FormatOption = Format.text,
 ) -> None:
@@ -30,15 +30,16 @@ def status(
     gptfl status federation.yaml
     gptfl status federation.yaml --watch
     gptfl status runs/demo --format json
+    gptfl status operator.yaml        from afar, of a coordinator at work
 
-    Beside a coordinator at work, which is not disturbed, or after its end, on the same machine. The exit code is 0
-    whatever the state.
+    Beside a coordinator at work, which is not disturbed, or on its machine after its end. The exit code is 0 whatever
+    the state.
     """
     from gptfl_dist.observe.status import status_lines
-    from gptfl_dist.run.status import status_of
+    from gptfl_dist.run.afar import do
 
     while True:
-        found = status_of(path)
+        found = do(path, "status")
         if format_ is Format.json:
             typer.echo(json.dumps(asdict(found)))
         else:
@@ -73,11 +74,11 @@ def metrics(
         serve_metrics(path, listen, lambda told: typer.echo(told, err=True))
 
 
-def pause(path: RunPath, format_: FormatOption = Format.text) -> None:
+def pause(path: StandingPath, format_: FormatOption = Format.text) -> None:
     """Let a run finish the round in progress and begin no other. Silos stay connected, and nobody times out.
 
     \b
-    gptfl pause federation.yaml
+    gptfl pause federation.yaml      or operator.yaml, from afar
     gptfl resume federation.yaml     ends it
 
     It holds over restarts of the coordinator. Where none is at work, it holds from the next start on.
@@ -85,7 +86,7 @@ def pause(path: RunPath, format_: FormatOption = Format.text) -> None:
     _ask(path, "pause", "", format_)
 
 
-def resume(path: RunPath, format_: FormatOption = Format.text) -> None:
+def resume(path: StandingPath, format_: FormatOption = Format.text) -> None:
     """Let a paused run go on.
 
     \b
@@ -97,7 +98,7 @@ def resume(path: RunPath, format_: FormatOption = Format.text) -> None:
 
 
 def abort(
-    path: RunPath,
+    path: StandingPath,
     reason: Annotated[str, typer.Option(metavar="TEXT", help="told to the silos' operators as well")] = "",
     format_: FormatOption = Format.text,
 ) -> None:
@@ -115,14 +116,52 @@ def abort(
 
 
 def _ask(path: Path, what: Literal["pause", "resume", "abort"], reason: str, format_: Format) -> None:
-    from gptfl_dist.run.operate import ask
+    from gptfl_dist.exchange.base import Wish
+    from gptfl_dist.run.afar import do
 
-    asked = ask(path, what, reason)
+    asked = do(path, what, Wish(reason=reason))
     if format_ is Format.json:
         told = {"asked": what, "run_folder": str(asked.run_folder), "at_work": asked.at_work, "told": asked.told}
         typer.echo(json.dumps(told))
     else:
         typer.echo(asked.told)
+
+
+def health(
+    context: typer.Context,
+    path: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FEDERATION_FILE|SILO_FILE|OPERATOR_FILE", show_default="whichever coordinator or silo runs here"
+        ),
+    ] = None,
+    alive: Annotated[
+        bool, typer.Option("--alive", help="a coordinator that still prepares the model is well too")
+    ] = False,
+    format_: FormatOption = Format.text,
+) -> None:
+    """Whether a coordinator takes silos now, or a silo is connected: exit code 0, else 1. For probes.
+
+    \b
+    gptfl health federation.yaml             on the coordinator's machine; needs no certificate
+    gptfl health federation.yaml --alive     at work, whatever the stage
+    gptfl health silo.yaml                   on the silo's machine
+    gptfl health operator.yaml               from afar, by the health service of gRPC
+    gptfl health                             in a container: of what runs there
+    """
+    from gptfl_dist.run.health import health_of
+
+    assert context.parent is not None
+    commands: dict[str, Any] = context.parent.command.commands  # type: ignore[attr-defined]  # a group has them
+
+    def parse(name: str, words: list[str]) -> dict[str, Any]:
+        parameters: dict[str, Any] = commands[name].make_context(name, words).params
+        return parameters
+
+    found = health_of(path, parse, alive=alive)
+    typer.echo(json.dumps(asdict(found)) if format_ is Format.json else found.why)
+    if not found.well:
+        raise typer.Exit(1)
 
 
 def export(

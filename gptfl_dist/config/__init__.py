@@ -1,4 +1,4 @@
-"""The federation file and the silo file: their types, how they are loaded, and their JSON schemas.
+"""The federation, silo and operator files: their types, how they are loaded, and their JSON schemas.
 
 Light on purpose (pydantic and PyYAML): the command line imports it before anything that needs a model.
 """
@@ -14,6 +14,7 @@ from gptfl_dist.config.federation import (
     FederationFile,
     Filter,
     Generator,
+    Limits,
     Model,
     Pretraining,
     Prompts,
@@ -23,9 +24,10 @@ from gptfl_dist.config.federation import (
     Training,
     Tuning,
 )
-from gptfl_dist.config.load import load_federation, load_silo, to_yaml
+from gptfl_dist.config.load import load_federation, load_operator, load_silo, to_yaml
+from gptfl_dist.config.operator import OperatorFile
 from gptfl_dist.config.plan import LocalTraining, Plan
-from gptfl_dist.config.schema import federation_schema, silo_schema
+from gptfl_dist.config.schema import federation_schema, operator_schema, silo_schema
 from gptfl_dist.config.silo import Code, Coordinator, Data, Policy, SiloFile
 
 __all__ = [
@@ -39,9 +41,11 @@ __all__ = [
     "FederationFile",
     "Filter",
     "Generator",
+    "Limits",
     "LocalTraining",
     "Model",
     "Name",
+    "OperatorFile",
     "Plan",
     "Policy",
     "Pretraining",
@@ -55,7 +59,9 @@ __all__ = [
     "Tuning",
     "federation_schema",
     "load_federation",
+    "load_operator",
     "load_silo",
+    "operator_schema",
     "silo_schema",
     "to_yaml",
 ]

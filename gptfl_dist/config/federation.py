@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from gptfl_dist.config.base import Address, Name, Section
-from gptfl_dist.config.units import Duration, Size
+from gptfl_dist.config.units import Duration, Rate, Size
 
 _FILLED_IN = ("templates", "styles")
 
@@ -303,6 +303,15 @@ class Strategy(Section):
         return 0.9 if self.optimizer in ("adam", "yogi") else 0.0
 
 
+class Limits(Section):
+    """What one silo may ask of the coordinator, as one operator may. Who goes beyond is slowed or refused, alone."""
+
+    rate: Annotated[Rate, Field(ge=4096)] = 2**30
+    calls: PositiveInt = 100
+    connections: Annotated[int, Field(ge=2)] = 4
+    transfers: Annotated[int, Field(ge=2)] = 4
+
+
 class Exchange(Section):
     """The wire. `listen` is where the coordinator takes silos over gRPC; port 0 takes any free port."""
 
@@ -312,6 +321,7 @@ class Exchange(Section):
     key: Path | None = None
     chunk: Size = 2**20
     keepalive: Duration = 30.0
+    limits: Limits = Limits()
 
     @model_validator(mode="after")
     def _all_or_none(self) -> Self:

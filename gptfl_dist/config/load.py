@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from gptfl_dist.config.base import Section
 from gptfl_dist.config.document import (
     HINT,
+    OPERATOR_HINT,
     SILO_HINT,
     Document,
     Keys,
@@ -28,6 +29,7 @@ from gptfl_dist.config.document import (
     read_document,
 )
 from gptfl_dist.config.federation import FederationFile
+from gptfl_dist.config.operator import OperatorFile
 from gptfl_dist.config.silo import SiloFile
 from gptfl_dist.errors import ConfigError
 
@@ -51,10 +53,15 @@ _EXPECTED = {
 }
 
 
+File = FederationFile | SiloFile | OperatorFile
+
+_KINDS: dict[type[File], str] = {FederationFile: "federation", SiloFile: "silo", OperatorFile: "operator"}
+_HINTS: dict[type[Section], str] = {SiloFile: SILO_HINT, OperatorFile: OPERATOR_HINT}
 _TAKEN_BY = {
     "federation": "`gptfl run`, `gptfl coordinator`, `gptfl generate`, `gptfl pretrain`, `gptfl credentials` and "
     "`gptfl check`",
     "silo": "`gptfl silo` and `gptfl check`, and for `file` of an entry under silos in the federation file",
+    "operator": "`gptfl status`, `gptfl silos`, `gptfl pause` and the like, which ask the coordinator over the network",
 }
 
 
@@ -68,39 +75,50 @@ def load_silo(path: Path) -> SiloFile:
     return _load(path, SiloFile)
 
 
-def kind_of(value: object) -> type[FederationFile] | type[SiloFile] | None:
-    """The kind of file that more of the keys of these settings belong to; None where no key belongs to one alone."""
+def load_operator(path: Path) -> OperatorFile:
+    """The operator file at `path`, its paths resolved against its folder. Raises ConfigError."""
+    return _load(path, OperatorFile)
+
+
+def kind_of(value: object) -> type[File] | None:
+    """The kind of file that most of the keys of these settings belong to; None where no key belongs to one alone."""
     keys = set(value) if isinstance(value, dict) else set()
-    federation, silo = set(FederationFile.model_fields), set(SiloFile.model_fields)
-    of_federation, of_silo = len(keys & (federation - silo)), len(keys & (silo - federation))
-    if of_federation == of_silo == 0:
-        return None
-    return FederationFile if of_federation >= of_silo else SiloFile
+    own = {}
+    for kind in _KINDS:
+        others = set().union(*(other.model_fields for other in _KINDS if other is not kind))
+        own[kind] = len(keys & (set(kind.model_fields) - others))
+    found = max(_KINDS, key=lambda kind: own[kind])
+    return found if own[found] else None
 
 
-def to_yaml(file: FederationFile | SiloFile) -> str:
+def to_yaml(file: File) -> str:
     """The text of a file that loads back equal (relative paths: when it is written into the same folder)."""
     return dump_yaml(file.model_dump(mode="json"))
 
 
 def _load(path: Path, kind: type[_S]) -> _S:
-    document = read_document(path, hint=SILO_HINT if kind is SiloFile else HINT)
+    document = read_document(path, hint=_HINTS.get(kind, HINT))
     try:
         # Through JSON, because strict validation takes a path written as text only from there; strict, because a
         # quoted "3" is no number and the text yes is no truth value.
         file = kind.model_validate_json(json.dumps(document.value, allow_nan=False), strict=True)
     except ValidationError as error:
-        if (found := kind_of(document.value)) not in (None, kind):
-            wrong, right = ("federation", "silo") if found is FederationFile else ("silo", "federation")
+        found = kind_of(document.value)
+        if found is not None and found is not kind:
+            right = next(name for each, name in _KINDS.items() if each is kind)
             raise ConfigError(
-                f"{path} looks like a {wrong} file, expected a {right} file",
-                hint=f"{wrong} files are for {_TAKEN_BY[wrong]}",
+                f"{path} looks like {_with_article(_KINDS[found])} file, expected {_with_article(right)} file",
+                hint=f"{_KINDS[found]} files are for {_TAKEN_BY[_KINDS[found]]}",
             ) from None
         _report(document, kind, error)
         raise document.error() from None
     if document.problems:
         raise document.error()
     return _resolved(file, path.absolute().parent)
+
+
+def _with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def _resolved(section: _S, folder: Path) -> _S:

@@ -1,4 +1,4 @@
-"""JSON schemas of the two files, for editors that complete and check YAML as it is typed."""
+"""JSON schemas of the files, for editors that complete and check YAML as it is typed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from gptfl_dist.config.base import Section
 from gptfl_dist.config.federation import FederationFile
+from gptfl_dist.config.operator import OperatorFile
 from gptfl_dist.config.silo import SiloFile
 
 
@@ -17,6 +18,11 @@ def federation_schema() -> dict[str, Any]:
 def silo_schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of the silo file."""
     return _schema(SiloFile)
+
+
+def operator_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of the operator file."""
+    return _schema(OperatorFile)
 
 
 def _schema(file: type[Section]) -> dict[str, Any]:

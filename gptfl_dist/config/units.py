@@ -1,7 +1,7 @@
-"""Durations and sizes as people write them: "30s", "10m", "1.5h", "64MiB", "2GB".
+"""Durations, sizes and rates as people write them: "30s", "10m", "1.5h", "64MiB", "2GB", "50MB/s".
 
-`Duration` is a float of seconds and `Size` an int of bytes once validated; a bare number is refused, because a
-reader of the file could not tell its unit.
+`Duration` is a float of seconds, `Size` an int of bytes and `Rate` one of bytes a second once validated; a bare number
+is refused, because a reader of the file could not tell its unit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTES |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-_QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
+_RATES = {f"{unit}/s": size for unit, size in _BYTES.items()}
+_QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+(?:/s)?)\s*")
 
 
 def _parse(value: object, units: dict[str, float] | dict[str, int], example: str) -> float:
@@ -39,6 +40,11 @@ def parse_size(value: object) -> int:
     return int(_parse(value, _BYTES, '"64MiB"'))
 
 
+def parse_rate(value: object) -> int:
+    """Bytes a second of a text such as "50MB/s". Raises ValueError."""
+    return int(_parse(value, _RATES, '"50MB/s"'))
+
+
 def format_duration(seconds: float) -> str:
     """The text that `parse_duration` reads back, in seconds."""
     return f"{Decimal(repr(float(seconds))):f}s"
@@ -47,6 +53,11 @@ def format_duration(seconds: float) -> str:
 def format_size(size: int) -> str:
     """The text that `parse_size` reads back, in bytes."""
     return f"{size}B"
+
+
+def format_rate(rate: int) -> str:
+    """The text that `parse_rate` reads back, in bytes a second."""
+    return f"{rate}B/s"
 
 
 Duration = Annotated[
@@ -61,5 +72,13 @@ Size = Annotated[
     PlainSerializer(format_size),
     WithJsonSchema(
         {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*([kMGT]?B|[KMGT]iB)\s*$", "examples": ["64MiB", "2GB"]}
+    ),
+]
+Rate = Annotated[
+    int,
+    BeforeValidator(parse_rate),
+    PlainSerializer(format_rate),
+    WithJsonSchema(
+        {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*([kMGT]?B|[KMGT]iB)/s\s*$", "examples": ["50MB/s", "1GiB/s"]}
     ),
 ]

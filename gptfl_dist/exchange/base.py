@@ -92,6 +92,33 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
+class Wish:
+    """What an operator from afar asks an action to be done with; each action reads what it needs.
+
+    `file` is what the operator calls its own file; `key` a fingerprint, `request` a certificate request, PEM.
+    """
+
+    file: str = ""
+    role: str = ""
+    name: str = ""
+    serial: str = ""
+    reason: str = ""
+    key: str = ""
+    seconds: float = 0.0
+    request: str = ""
+
+    def told(self) -> dict[str, str]:
+        """What of it an audit log is to tell."""
+        return {
+            "role": self.role,
+            "name": self.name,
+            "serial_asked": self.serial,
+            "reason": self.reason,
+            "key": self.key,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class SiloConnected:
     """A silo is there. It takes orders once it has joined."""
 

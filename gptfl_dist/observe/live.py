@@ -25,13 +25,15 @@ _EVERY = 1.0  # seconds between two writes, at least
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where an arm stands: the state of its round, who is connected, and the seconds until the state's deadline."""
+    """Where an arm stands: the state of its round, who is connected, who may not come back as their certificate was
+    revoked, and the seconds until the state's deadline."""
 
     arm: str
     rounds: int
     round: int
     state: str
     connected: frozenset[str]
+    revoked: frozenset[str]
     seconds_left: float | None
 
 
@@ -41,6 +43,7 @@ class LiveSilo:
     silo's words what its training waits for."""
 
     connected: bool = False
+    revoked: bool = False
     seen: str | None = None
     done: int | None = None
     total: int | None = None
@@ -49,7 +52,8 @@ class LiveSilo:
 
 @dataclass(slots=True)
 class Live:
-    """The file's content. `life` names the coordinator as the lock does; `since` is when `state` began.
+    """The file's content. `life` names the coordinator as the lock does; `since` is when `state` began; `serving` is
+    whether silos are taken.
 
     Times are in UTC, ISO 8601.
     """
@@ -58,6 +62,7 @@ class Live:
     pid: int
     started: str
     stage: str = ""
+    serving: bool = False
     arm: str | None = None
     rounds: int | None = None
     round: int | None = None
@@ -85,6 +90,11 @@ class LiveFile:
         self._live.stage = name
         self._changed()
 
+    def serves(self, yes: bool) -> None:
+        """Silos are taken from now on, or no more."""
+        self._live.serving = yes
+        self._changed()
+
     def stands(self, standing: Standing) -> None:
         live = self._live
         if (live.arm, live.round, live.state) != (standing.arm, standing.round, standing.state):
@@ -93,8 +103,9 @@ class LiveFile:
         live.state = standing.state
         left = standing.seconds_left
         live.deadline = None if left is None else now(left)
-        for name in standing.connected | live.silos.keys():
+        for name in standing.connected | standing.revoked | live.silos.keys():
             self._silo(name).connected = name in standing.connected
+            self._silo(name).revoked = name in standing.revoked
         self._changed()
 
     def heard(self, silo: str) -> None:

@@ -36,9 +36,11 @@ class _Run(Collector):
             "gptfl_run_state", "1 for the state that the run is in", "state",
             {state: float(state == found.state) for state in get_args(State)},
         )  # fmt: skip
-        missing = [silo.name for silo in found.silos if silo.connected is False]
+        missing = [silo.name for silo in found.silos if silo.connected is False and not silo.revoked]
         yield _gauge("gptfl_silos", "silos of the federation", len(found.silos))
         yield _gauge("gptfl_silos_missing", "silos that are not connected to a coordinator at work", len(missing))
+        revoked = [silo.name for silo in found.silos if silo.revoked]
+        yield _gauge("gptfl_silos_revoked", "silos that a coordinator at work lets in no more", len(revoked))
         connected = {silo.name: float(silo.connected) for silo in found.silos if silo.connected is not None}
         yield _of_each("gptfl_silo_connected", "whether a silo is connected", "silo", connected)
         behind = {silo.name: float(silo.behind) for silo in found.silos}

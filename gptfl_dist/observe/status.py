@@ -18,7 +18,7 @@ Work = Literal["delivered", "training", "awaited", "failed", "refused", "recalle
 class SiloStatus:
     """One silo. `connected` is None where no coordinator is at work; `behind` counts the rounds in which it was called
     on and did not deliver since it last did; `progress` is the share of its training that is done; `refused` counts
-    its refused updates."""
+    its refused updates; `revoked` is whether its certificate was, and it has no other."""
 
     name: str
     connected: bool | None
@@ -28,6 +28,7 @@ class SiloStatus:
     behind: int
     seen: str | None
     refused: int = 0
+    revoked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,8 @@ def _round_line(now: RoundStatus) -> str:
 
 
 def _silo(silo: SiloStatus, at: str) -> list[str]:
-    connection = UNKNOWN if silo.connected is None else "connected" if silo.connected else "missing"
+    away = "revoked" if silo.revoked else "missing"
+    connection = UNKNOWN if silo.connected is None else "connected" if silo.connected else away
     work = str(silo.work)
     if silo.progress is not None:
         work += f" {100 * silo.progress:.0f} %"

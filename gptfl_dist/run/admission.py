@@ -8,15 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import get_args
 
-from gptfl_dist.config.base import port_of
+from pydantic import TypeAdapter, ValidationError
+
+from gptfl_dist.config.base import Name, port_of
 from gptfl_dist.config.federation import Enrolment, FederationFile
 from gptfl_dist.config.load import load_federation
 from gptfl_dist.errors import ConfigError, GptflError
 from gptfl_dist.run.folder import PRIVATE, make_folder
 from gptfl_dist.run.status import status_of
 from gptfl_dist.security.audit_log import AuditLog
-from gptfl_dist.security.identity import Identity
+from gptfl_dist.security.identity import Identity, Role, called
+from gptfl_dist.security.identity import Invited as InvitedRole
 from gptfl_dist.security.invitation import InvitationLine, root_fingerprint
 from gptfl_dist.security.registry import Invitation, Issued, Registry, serial_text
 from gptfl_dist.security.trust import RENEW_AT
@@ -38,7 +42,8 @@ class AuthorityShown:
 class Invited:
     """An invitation that was made: the line for the other side, and until when it holds."""
 
-    silo: str
+    role: Role
+    name: str
     line: str
     expires: str
 
@@ -57,6 +62,18 @@ class SiloListed:
     reason: str | None
     connected: bool | None
     behind: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorListed:
+    """An operator or observer, and how they stand with the authority, as in `SiloListed`."""
+
+    role: Role
+    name: str
+    standing: str
+    until: str | None
+    serial: str | None
+    reason: str | None
 
 
 def init_authority(path: Path, *, external: bool) -> Path:
@@ -95,21 +112,21 @@ def show_authority(path: Path) -> AuthorityShown:
 def rotate_authority(path: Path, *, finish: bool) -> AuthorityShown:
     """Replaces the root; `finish` ends the time in which the old one is trusted as well.
 
-    Raises ConfigError for `finish` where a silo would be cut off, as its certificate hangs on the old root.
+    Raises ConfigError for `finish` where somebody would be cut off, as their certificate hangs on the old root.
     """
     file, enrolment = _settings(path)
     vault = Vault(enrolment.authority, file.name)
     if finish:
         now, issuer = datetime.now(UTC), serial_text(vault.issuing().serial_number)
         late = [
-            silo
-            for silo, issued in _latest(Registry(enrolment.authority)).items()
+            called(*who)
+            for who, issued in _latest(Registry(enrolment.authority)).items()
             if not issued.revoked and datetime.fromisoformat(issued.expires) > now and issued.issuer != issuer
         ]
         if late:
             raise ConfigError(
                 f"{', '.join(sorted(late))} still show certificates of the old root",
-                hint="they renew them by themselves while they are connected; wait, or revoke them",
+                hint="silos renew them while they are connected, operators as they use a command; wait, or revoke them",
             )
         vault.drop_old_root()
     else:
@@ -119,21 +136,21 @@ def rotate_authority(path: Path, *, finish: bool) -> AuthorityShown:
     return show_authority(path)
 
 
-def invite(path: Path, silo: str, valid: timedelta) -> Invited:
-    """Invites a silo of the federation file at `path`."""
+def invite(path: Path, role: str, name: str, valid: timedelta) -> Invited:
+    """Invites a silo of the federation file at `path`, or an operator or observer of any name."""
     file, enrolment = _settings(path)
-    if silo not in {entry.name for entry in file.silos}:
+    who = _identity(file, role, name)
+    if who.role == "silo" and name not in {entry.name for entry in file.silos}:
         raise ConfigError(
-            f"{path} has no silo {silo}", hint=f"add it under silos; there are {', '.join(s.name for s in file.silos)}"
+            f"{path} has no silo {name}", hint=f"add it under silos; there are {', '.join(s.name for s in file.silos)}"
         )
     vault, registry = Vault(enrolment.authority, file.name), Registry(enrolment.authority)
     fingerprint = root_fingerprint(vault.roots()[0])
-    token = registry.invite(silo, valid)
+    token = registry.invite(who, valid)
     expires = (datetime.now(UTC) + valid).isoformat(timespec="seconds")
-    _note(file, "silo invited", silo=silo, until=expires)
+    _note(file, f"{who.role} invited", who, until=expires)
     address = f"{enrolment.hosts[0]}:{port_of(enrolment.listen)}"
-    line = InvitationLine(address, Identity(file.name, "silo", silo), token, fingerprint)
-    return Invited(silo, str(line), expires)
+    return Invited(who.role, name, str(InvitationLine(address, who, token, fingerprint)), expires)
 
 
 def requests(path: Path) -> list[Invitation]:
@@ -143,21 +160,26 @@ def requests(path: Path) -> list[Invitation]:
     return [each for each in asked if each.key is not None and each.approved is None and each.used is None]
 
 
-def approve(path: Path, silo: str, key: str) -> None:
+def approve(path: Path, role: str, name: str, key: str) -> None:
     """Agrees to one of `requests`."""
     file, enrolment = _settings(path)
-    Registry(enrolment.authority).approve(silo, " ".join(key.split()))
-    _note(file, "enrolment approved", silo=silo, key=key)
+    who = _identity(file, role, name)
+    Registry(enrolment.authority).approve(who, " ".join(key.split()))
+    _note(file, "enrolment approved", who, key=key)
 
 
-def revoke(path: Path, *, silo: str | None, serial: str | None, reason: str) -> list[Issued]:
-    """Revokes the certificates of a silo, or one; returns those that it met."""
+def revoke(path: Path, *, role: str, name: str, serial: str, reason: str) -> list[Issued]:
+    """Revokes the certificates of somebody, or the one with this serial number; returns those that it met."""
     file, enrolment = _settings(path)
-    met = Registry(enrolment.authority).revoke(silo=silo, serial=serial, reason=reason)
+    if bool(name) == bool(serial):
+        raise ConfigError("give a name or --serial", hint="gptfl silos and gptfl operators show both")
+    which = _identity(file, role, name) if name else serial
+    met = Registry(enrolment.authority).revoke(which, reason)
     for issued in met:
-        _note(file, "certificate revoked", silo=issued.silo, serial=issued.serial, reason=reason)
-    if not met and silo is not None:
-        _note(file, "invitation revoked", silo=silo, reason=reason)
+        whose = Identity(file.name, issued.role, issued.name)
+        _note(file, "certificate revoked", whose, serial=issued.serial, reason=reason)
+    if not met and isinstance(which, Identity):
+        _note(file, "invitation revoked", which, reason=reason)
     return met
 
 
@@ -165,18 +187,32 @@ def list_silos(path: Path) -> list[SiloListed]:
     """Every silo of the federation file at `path`, and every other that has a certificate."""
     file, enrolment = _settings(path)
     registry = Registry(enrolment.authority)
-    latest = _latest(registry)
-    invited = {each.silo: each for each in registry.invitations() if each.used is None}
+    latest, invited = _latest(registry), _invited(registry)
     try:
         run = {silo.name: (silo.connected, silo.behind) for silo in status_of(path).silos}
     except GptflError:  # a run that cannot be read is no reason to tell nothing
         run = {}
     listed = []
-    for silo in sorted({entry.name for entry in file.silos} | set(latest)):
-        standing, until, reason = _standing(latest.get(silo), invited.get(silo))
-        serial = latest[silo].serial if silo in latest else None
+    for silo in sorted({entry.name for entry in file.silos} | {name for role, name in latest if role == "silo"}):
+        issued = latest.get(("silo", silo))
+        standing, until, reason = _standing(issued, invited.get(("silo", silo)))
+        serial = None if issued is None else issued.serial
         connected, behind = run.get(silo, (None, None))
         listed.append(SiloListed(silo, standing, until, serial, reason, connected, behind))
+    return listed
+
+
+def list_operators(path: Path) -> list[OperatorListed]:
+    """Every operator and observer who was invited by the federation file at `path`."""
+    registry = Registry(_settings(path)[1].authority)
+    latest, invited = _latest(registry), _invited(registry)
+    listed = []
+    for role, name in sorted(latest.keys() | invited.keys()):
+        if role != "silo":
+            issued = latest.get((role, name))
+            standing, until, reason = _standing(issued, invited.get((role, name)))
+            serial = None if issued is None else issued.serial
+            listed.append(OperatorListed(role, name, standing, until, serial, reason))
     return listed
 
 
@@ -197,18 +233,34 @@ def _standing(issued: Issued | None, invitation: Invitation | None) -> tuple[str
     return ("revoked", issued.revoked, issued.reason) if issued.revoked else ("expired", issued.expires, None)
 
 
-def _latest(registry: Registry) -> dict[str, Issued]:
-    """The newest certificate of each silo."""
-    latest: dict[str, Issued] = {}
+def _latest(registry: Registry) -> dict[tuple[Role, str], Issued]:
+    """The newest certificate of each, by role and name."""
+    latest: dict[tuple[Role, str], Issued] = {}
     for issued in registry.certificates():
-        latest.setdefault(issued.silo, issued)
+        latest.setdefault((issued.role, issued.name), issued)
     return latest
 
 
-def _note(file: FederationFile, event: str, **fields: str) -> None:
-    """Notes what an operator did in the audit log of the run."""
+def _invited(registry: Registry) -> dict[tuple[Role, str], Invitation]:
+    """The invitations that nobody used, by role and name."""
+    return {(each.role, each.name): each for each in registry.invitations() if each.used is None}
+
+
+def _identity(file: FederationFile, role: str, name: str) -> Identity:
+    """Somebody of the federation, by what a command was given. Raises ConfigError."""
+    known = next((each for each in get_args(InvitedRole) if each == role), None)
+    if known is None:
+        raise ConfigError(f"--role is {role}", hint=f"give {', '.join(get_args(InvitedRole))}")
+    try:
+        return Identity(file.name, known, TypeAdapter(Name).validate_python(name))
+    except ValidationError:
+        raise ConfigError(f"{name!r} is no name", hint="give letters, digits, '.', '_' and '-', at most 63") from None
+
+
+def _note(file: FederationFile, event: str, who: Identity | None = None, **fields: str) -> None:
+    """Notes what an operator did, and to whom, in the audit log of the run."""
     make_folder(file.run_folder, PRIVATE)
-    AuditLog(file.run_folder).append(event, **fields)
+    AuditLog(file.run_folder).append(event, **({} if who is None else {who.role: who.name}), **fields)
 
 
 def _settings(path: Path) -> tuple[FederationFile, Enrolment]:

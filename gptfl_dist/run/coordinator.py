@@ -241,6 +241,7 @@ async def _federate(
             goodbye = Goodbye(False, "the coordinator stopped before the end; it may come back")
             try:
                 await federator.start()
+                live.serves(True)
                 with watcher.table:
                     await opened(federator.exchange, federator.fail)
                     await run_arms(federator)
@@ -249,6 +250,7 @@ async def _federate(
                 goodbye = Goodbye(True, error.message)
                 raise
             finally:
+                live.serves(False)
                 await federator.stop(goodbye)
             live.stage("report")
             tested = await evaluator.test(file.run_folder / "models" / f"{federated_arms(file)[-1]}.safetensors")

@@ -370,6 +370,7 @@ class Federator:
                 round=arm.machine.round,
                 state=arm.machine.state,
                 connected=frozenset(self._presence.connected),
+                revoked=frozenset(self._presence.barred),
                 seconds_left=arm.seconds_left if arm.machine.state in ("gather", "train", "evaluate") else None,
             )
         )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gptfl_dist.config.base import port_of
 from gptfl_dist.config.federation import Enrolment as EnrolmentSettings
@@ -19,6 +21,7 @@ from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.launch.start import open_trainer
 from gptfl_dist.observe.logs import configure
 from gptfl_dist.observe.summary import Summary
+from gptfl_dist.run.actions import answer_of
 from gptfl_dist.run.addresses import try_listening
 from gptfl_dist.run.coordinator import coordinate
 from gptfl_dist.run.credentials import coordinator_trust, credential_files, silo_credentials
@@ -29,7 +32,10 @@ from gptfl_dist.security.audit_log import AuditLog
 from gptfl_dist.security.authority import Authority
 from gptfl_dist.security.enrolment import Desk, Enrolment
 from gptfl_dist.security.registry import Registry
-from gptfl_dist.security.trust import KeptTrust
+from gptfl_dist.security.trust import KeptTrust, Trust
+
+if TYPE_CHECKING:
+    from gptfl_dist.exchange.grpc.port import Port
 
 _KEEPALIVE = 30.0  # seconds; a silent connection through a firewall is kept open by it
 
@@ -39,30 +45,46 @@ async def run_coordinator(path: Path, say: Callable[[str], None]) -> Summary:
     federation = load_federation(path)
     settings, enrolment = federation.exchange, federation.enrolment
     trust = coordinator_trust(path, federation)
-    try_listening(settings.listen)  # gRPC would find out only after hours of synthesis
+    try_listening(settings.listen)  # gRPC would not say why it cannot
+    port = _port(path, federation, trust)
 
     def make_exchange(file: FederationFile, inbox: Inbox) -> CoordinatorExchange:
         from gptfl_dist.exchange.grpc.server import GrpcCoordinatorExchange
 
-        return GrpcCoordinatorExchange(
-            listen=settings.listen,
-            trust=trust,
-            federation=file.name,
-            silos=tuple(sorted(entry.name for entry in file.silos)),
-            inbox=inbox,
-            chunk=settings.chunk,
-            keepalive=settings.keepalive,
-        )
+        return GrpcCoordinatorExchange(port=port, inbox=inbox, chunk=settings.chunk)
 
     async def opened(exchange: CoordinatorExchange, fail: Callable[[BaseException], None]) -> None:
         say(f"taking silos at {settings.listen}, gRPC with mutual TLS")
 
-    with ExitStack() as stack:
+    async with AsyncExitStack() as stack:
         stack.callback(trust.close)
+        stack.push_async_callback(port.close)
+        await port.open()
+        say(f"answering operators at {settings.listen}, gRPC with mutual TLS")
         if enrolment is not None and isinstance(trust, KeptTrust):
             stack.enter_context(Enrolment(enrolment.listen, _desk(federation, enrolment, trust)))
             say(f"enrolling invited silos at {enrolment.listen}, while there are invitations")
         return await coordinate(path, make_exchange=make_exchange, opened=opened, say=say)
+
+
+def _port(path: Path, file: FederationFile, trust: Trust) -> Port:
+    """The coordinator's port, with what answers operators behind it."""
+    from gptfl_dist.exchange.grpc.health import OPERATOR
+    from gptfl_dist.exchange.grpc.operators import OperatorService
+    from gptfl_dist.exchange.grpc.port import Port
+
+    make_folder(file.run_folder, PRIVATE)
+    port = Port(
+        listen=file.exchange.listen,
+        trust=trust,
+        federation=file.name,
+        silos=tuple(sorted(entry.name for entry in file.silos)),
+        limits=file.exchange.limits,
+        keepalive=file.exchange.keepalive,
+        note=AuditLog(file.run_folder).append,
+    )
+    port.serve(OPERATOR, OperatorService(port.callers, trust, partial(answer_of, path)).methods)
+    return port
 
 
 def _desk(file: FederationFile, enrolment: EnrolmentSettings, trust: KeptTrust) -> Desk:

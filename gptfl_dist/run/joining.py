@@ -1,4 +1,4 @@
-"""A silo's first steps: from an invitation to its certificate, its silo file and the pre-flight."""
+"""The first steps of who was invited: from an invitation to a certificate, a file of their own and the pre-flight."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from gptfl_dist.errors import ConfigError, ConnectionFailed
 from gptfl_dist.files import write_file
 from gptfl_dist.run.check import Finding, check_file
+from gptfl_dist.security.identity import Identity, Role
 from gptfl_dist.security.invitation import InvitationLine
 from gptfl_dist.security.join import Enrolled, enrol, own_key
 from gptfl_dist.security.request import fingerprint_of
@@ -24,9 +25,10 @@ _TRIES, _PAUSE = 4, 1.0  # to reach the coordinator, and the seconds between the
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """What a silo has now. `written` is False where its silo file was there already."""
+    """What somebody has now. `written` is False where their file was there already."""
 
-    silo: str
+    role: Role
+    name: str
     file: Path
     written: bool
     findings: list[Finding]
@@ -35,11 +37,14 @@ class Joined:
 def join(line: str, folder: Path, data: Path | None, say: Callable[[str], None]) -> Joined:
     """Enrols by an invitation. What was done before an interruption is not done again: the same call goes on."""
     invitation = InvitationLine.parse(line)
-    home, file = folder / CREDENTIALS, folder / "silo.yaml"
+    who = invitation.who
+    if data is not None and who.role != "silo":
+        raise ConfigError(f"--data is for a silo, and this invitation is for the {who.role} {who.name}")
+    home, file = folder / CREDENTIALS, folder / ("silo.yaml" if who.role == "silo" else "operator.yaml")
     if (home / "certificate.pem").exists():
         raise ConfigError(
             f"{home}: there is a certificate already",
-            hint="to enrol again, as after a revocation, move that folder away first; the silo file may stay",
+            hint="to enrol again, as after a revocation, move that folder away first; the file beside it may stay",
         )
     key = own_key(home / "key.pem")
     enrolled = _enrolled(invitation, key)
@@ -49,9 +54,9 @@ def join(line: str, folder: Path, data: Path | None, say: Callable[[str], None])
     # The certificate last: before it is there, the same call does all of this again.
     written = not file.exists()
     if written:
-        write_file(file, _silo_file(invitation.silo.name, enrolled.address, data))
+        write_file(file, _file_of(who, enrolled.address, data))
     enrolled.credentials.save(home)
-    return Joined(invitation.silo.name, file, written, check_file(file))
+    return Joined(who.role, who.name, file, written, check_file(file))
 
 
 def _enrolled(invitation: InvitationLine, key: ec.EllipticCurvePrivateKey) -> Enrolled | None:
@@ -85,12 +90,13 @@ def _approved(invitation: InvitationLine, key: ec.EllipticCurvePrivateKey, say: 
             return enrolled
 
 
-def _silo_file(name: str, address: str, data: Path | None) -> str:
+def _file_of(who: Identity, address: str, data: Path | None) -> str:
     files = {each: f"{CREDENTIALS}/{each}.pem" for each in ("authority", "certificate", "key")}
-    sections = {
-        "name": name,
-        "coordinator": {"address": address, **files},
-        "data": {"path": "data" if data is None else str(data.absolute())},
-    }
-    text = yaml.safe_dump(sections, sort_keys=False)
-    return f"# This silo's own file; `gptfl init silo` prints all that may stand in it, with its defaults.\n{text}"
+    sections: dict[str, object] = {"name": who.name, "coordinator": {"address": address, **files}}
+    if who.role == "silo":
+        told = "This silo's own file; `gptfl init silo` prints all that may stand in it, with its defaults."
+        sections["data"] = {"path": "data" if data is None else str(data.absolute())}
+    else:
+        told = f"The file of an {who.role}; gptfl status and the like take it, see `gptfl init operator`."
+        sections = {"role": who.role, **sections}
+    return f"# {told}\n{yaml.safe_dump(sections, sort_keys=False)}"

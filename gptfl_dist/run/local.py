@@ -25,6 +25,7 @@ from gptfl_dist.observe.summary import Summary
 from gptfl_dist.run.coordinator import coordinate, silo_files
 from gptfl_dist.run.folder import PRIVATE, make_folder
 from gptfl_dist.run.silo import require_data
+from gptfl_dist.security.audit_log import AuditLog
 from gptfl_dist.security.authority import Authority
 from gptfl_dist.security.trust import FixedTrust
 
@@ -49,17 +50,19 @@ async def run_locally(path: Path, say: Callable[[str], None]) -> Summary:
         watchers: list[asyncio.Task[None]] = []
 
         def make_exchange(file: FederationFile, inbox: Inbox) -> CoordinatorExchange:
+            from gptfl_dist.exchange.grpc.port import Port
             from gptfl_dist.exchange.grpc.server import GrpcCoordinatorExchange
 
-            return GrpcCoordinatorExchange(
+            port = Port(
                 listen=f"{_HOST}:0",
                 trust=FixedTrust(authority.issue_coordinator([_HOST, "localhost"])),
                 federation=file.name,
                 silos=tuple(files),
-                inbox=inbox,
-                chunk=file.exchange.chunk,
+                limits=file.exchange.limits,
                 keepalive=file.exchange.keepalive,
+                note=AuditLog(file.run_folder).append,
             )
+            return GrpcCoordinatorExchange(port=port, inbox=inbox, chunk=file.exchange.chunk)
 
         async def start_silos(exchange: CoordinatorExchange, fail: Callable[[BaseException], None]) -> None:
             from gptfl_dist.exchange.grpc.server import GrpcCoordinatorExchange

@@ -55,6 +55,6 @@ def _expiries(path: Path) -> dict[str, datetime]:
         return {}
     newest: dict[str, datetime] = {}
     for issued in Registry(enrolment.authority).certificates():
-        if issued.revoked is None:
-            newest.setdefault(issued.silo, datetime.fromisoformat(issued.expires))
+        if issued.revoked is None and issued.role == "silo":
+            newest.setdefault(issued.name, datetime.fromisoformat(issued.expires))
     return newest

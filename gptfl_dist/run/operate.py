@@ -24,8 +24,8 @@ class Asked:
     told: str
 
 
-def ask(path: Path, what: Literal["pause", "resume", "abort"], reason: str = "") -> Asked:
-    """Asks it of the run whose federation file, or run folder, is at `path`.
+def ask(path: Path, what: Literal["pause", "resume", "abort"], reason: str = "", *, file: str = "") -> Asked:
+    """Asks it of the run whose federation file, or run folder, is at `path`; `file` is what who asks calls it.
 
     Raises ConfigError where there is no run, or one that has ended for good; StorageError where it cannot be noted.
     """
@@ -45,7 +45,7 @@ def ask(path: Path, what: Literal["pause", "resume", "abort"], reason: str = "")
         told = (
             "it finishes the round in progress and begins no other" if working else "it pauses once it is started again"
         )
-        return Asked(folder, working, f"{_who(working)}: {told}; gptfl resume {path} lets it go on")
+        return Asked(folder, working, f"{_who(working)}: {told}; gptfl resume {file or path} lets it go on")
     if what == "resume":
         requests.ask_to_resume(folder)
         if not before.paused:

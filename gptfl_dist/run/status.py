@@ -42,8 +42,11 @@ class _Found:
     stopped: dict[str, str | None]
 
 
-def status_of(path: Path) -> Status:
-    """How the run stands whose federation file, or run folder, is at `path`. Raises ConfigError, StorageError."""
+def status_of(path: Path, *, file: str = "") -> Status:
+    """How the run stands whose federation file, or run folder, is at `path`; `file` is what who asks calls it.
+
+    Raises ConfigError, StorageError.
+    """
     folder = run_folder_of(path)
     for _ in range(_TRIES):
         life = at_work(folder)
@@ -54,8 +57,10 @@ def status_of(path: Path) -> Status:
         if path.is_dir():
             raise ConfigError(f"{path}: no run was started here", hint="name a run folder, or a federation file")
         next_ = [f"gptfl check {path}, then gptfl run {path}"]
-        return Status(load_federation(path).name, str(folder), "not started", now(), next=next_)
-    return _Telling(path, folder, found, live, life).status()
+        settings = load_federation(path)
+        silos = [SiloStatus(entry.name, None, "idle", "", None, 0, None) for entry in settings.silos]
+        return Status(settings.name, str(folder), "not started", now(), silos=silos, next=next_)
+    return _Telling(file or str(path), path.is_dir(), folder, found, live, life).status()
 
 
 def _find(ledger: LedgerReader) -> _Found:
@@ -76,8 +81,11 @@ def _find(ledger: LedgerReader) -> _Found:
 class _Telling:
     """One status in the making."""
 
-    def __init__(self, path: Path, folder: Path, found: _Found, live: Live | None, life: str | None) -> None:
+    def __init__(
+        self, path: str, is_folder: bool, folder: Path, found: _Found, live: Live | None, life: str | None
+    ) -> None:
         self._path = path
+        self._is_folder = is_folder
         self._folder = folder
         self._found = found
         self._live = live
@@ -158,7 +166,17 @@ class _Telling:
         elif work == "awaited" and self._at_work is not None:
             reason = known.note
         connected = known.connected if self._at_work is not None else None
-        return SiloStatus(name, connected, work, reason, progress, self._behind(name), known.seen, self._refused(name))
+        return SiloStatus(
+            name=name,
+            connected=connected,
+            work=work,
+            reason=reason,
+            progress=progress,
+            behind=self._behind(name),
+            seen=known.seen,
+            refused=self._refused(name),
+            revoked=self._at_work is not None and known.revoked,
+        )
 
     def _work(self, name: str) -> tuple[Work, str]:
         given = [] if self._open is None else list(self._open.orders)
@@ -213,7 +231,7 @@ class _Telling:
 
     def _next(self, state: State, round_: RoundStatus | None, silos: list[SiloStatus]) -> list[str]:
         path, folder = self._path, self._folder
-        file = "FEDERATION_FILE" if path.is_dir() else path
+        file = "FEDERATION_FILE" if self._is_folder else path
         if state == "finished":
             return [f"read {folder / 'report.html'}", f"gptfl export {file} --out MODEL.safetensors"]
         if state == "aborted":
@@ -237,6 +255,8 @@ class _Telling:
 
     def _step(self, silo: SiloStatus, round_: RoundStatus | None) -> list[str]:
         waited_for = round_ is not None and (round_.state == "gather" or silo.work in ("awaited", "training"))
+        if silo.revoked:
+            return [f"{silo.name} was revoked: gptfl invite lets it in again, with a new key"]
         if silo.connected is False and waited_for:
             since = "never connected" if silo.seen is None else f"last heard {ago(silo.seen, self._at)} ago"
             return [f"{silo.name} is missing ({since}): does gptfl silo run there? Its agent.jsonl says what it meets"]

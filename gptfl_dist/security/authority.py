@@ -1,8 +1,8 @@
 """The authority of one federation: ECDSA P-256, short-lived certificates, one URI in each.
 
-A root, which all sides trust, signs an issuing certificate; the issuing key signs those of the coordinator and the
-silos. So the root's key is needed only to replace the issuing one, and may lie elsewhere in the meantime. A side shows
-its own certificate with the issuing one behind it.
+A root, which all sides trust, signs an issuing certificate; the issuing key signs those of the coordinator and of all
+who dial it. So the root's key is needed only to replace the issuing one, and may lie elsewhere in the meantime. A side
+shows its own certificate with the issuing one behind it.
 
 `gptfl run` makes an authority for the run and forgets its keys, `gptfl credentials` makes one and hands out a folder a
 side, `gptfl authority` keeps one in a folder (`security/vault.py`).
@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from gptfl_dist.files import write_file
-from gptfl_dist.security.identity import Identity
+from gptfl_dist.security.identity import Identity, Invited
 
 SKEW = timedelta(minutes=5)
 """How far the clocks of two institutions may differ: certificates hold from so long ago."""
@@ -89,13 +89,17 @@ class Authority:
         return self._with_key(self._sign(key.public_key(), identity, names, ExtendedKeyUsageOID.SERVER_AUTH), key)
 
     def issue_silo(self, name: str) -> Credentials:
-        """Credentials of a silo, its key included. They can dial only."""
-        key = new_key()
-        return self._with_key(self.sign_silo(name, key.public_key()), key)
+        """Credentials of a silo, its key included."""
+        return self.issue("silo", name)
 
-    def sign_silo(self, name: str, public_key: ec.EllipticCurvePublicKey) -> bytes:
-        """The certificate of a silo for a key of its own, with its chain, PEM."""
-        return self._sign(public_key, Identity(self.federation, "silo", name), [], ExtendedKeyUsageOID.CLIENT_AUTH)
+    def issue(self, role: Invited, name: str) -> Credentials:
+        """Credentials of somebody who dials, the key included. They can dial only."""
+        key = new_key()
+        return self._with_key(self.sign(role, name, key.public_key()), key)
+
+    def sign(self, role: Invited, name: str, public_key: ec.EllipticCurvePublicKey) -> bytes:
+        """The certificate of somebody who dials for a key of their own, with its chain, PEM."""
+        return self._sign(public_key, Identity(self.federation, role, name), [], ExtendedKeyUsageOID.CLIENT_AUTH)
 
     def _sign(
         self,

@@ -1,8 +1,9 @@
-"""Where invited silos get their first certificate: a port of its own, since the other one asks everybody for theirs.
+"""Where whoever is invited gets a first certificate: a port of its own, since the other asks everybody for theirs.
 
-HTTP over TLS 1.3, two requests. `GET /v1/authority` answers with the root certificate, which the silo compares with
-the fingerprint of its invitation before it says anything. `POST /v1/enrol` takes the token and a certificate request
-and answers with the certificate, or with 202 while the operator has yet to approve. The port is open only while there
+HTTP over TLS 1.3, two requests. `GET /v1/authority` answers with the root certificate, which the other side
+compares with the fingerprint of its invitation before it says anything. `POST /v1/enrol` takes the token, the identity
+that it is for and a certificate request, and answers with the certificate, or with 202 while the operator has yet to
+approve. The port is open only while there
 are invitations that nobody used.
 
 Whoever can reach the port can talk to it, so a connection gets little: a few seconds, a few kilobytes, one of a few
@@ -28,10 +29,10 @@ from gptfl_dist.config.base import host_of, port_of
 from gptfl_dist.errors import GptflError, IdentityError, LaunchError
 from gptfl_dist.security.authority import Authority, Credentials
 from gptfl_dist.security.credentials import serving_context
-from gptfl_dist.security.identity import Identity
+from gptfl_dist.security.identity import Identity, called
 from gptfl_dist.security.registry import Registry
-from gptfl_dist.security.request import LONGEST, fingerprint_of, key_in
-from gptfl_dist.security.trust import certify
+from gptfl_dist.security.request import LONGEST, fingerprint_of
+from gptfl_dist.security.trust import certify, requested_key
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ _LOOK_EVERY = 1.0  # seconds between two looks whether there are invitations
 
 @dataclass(frozen=True)
 class Desk:
-    """What enrols silos: the authority, its registry, and the address that silos are to dial afterwards."""
+    """What enrols: the authority, its registry, and the address that is to be dialled afterwards."""
 
     authority: Callable[[], Authority]
     registry: Registry
@@ -57,15 +58,16 @@ class Desk:
     address: str
     note: Callable[..., None]  # called with an event and its fields
 
-    def enrol(self, silo: str, token: str, request: bytes) -> dict[str, str] | None:
-        """The answer to a silo, None where it has to wait for approval. Raises IdentityError."""
+    def enrol(self, who: Identity, token: str, request: bytes) -> dict[str, str] | None:
+        """The answer to who enrols, None where they have to wait for approval. Raises IdentityError."""
         authority = self.authority()
-        key = fingerprint_of(key_in(request, Identity(authority.federation, "silo", silo)))
-        if not self.registry.redeem(token, silo, key, approval=self.approval):
-            _log.info("%s asks to enrol with the key %s: gptfl approve lets it in", silo, key)
+        key = fingerprint_of(requested_key(authority.federation, who, request))
+        name = called(who.role, who.name)
+        if not self.registry.redeem(token, who, key, approval=self.approval):
+            _log.info("%s asks to enrol with the key %s: gptfl approve lets it in", name, key)
             return None
-        certificate, roots = certify(authority, self.registry, silo, request, self.note, "silo enrolled")
-        _log.info("%s enrolled with the key %s", silo, key)
+        certificate, roots = certify(authority, self.registry, who, request, self.note, f"{who.role} enrolled")
+        _log.info("%s enrolled with the key %s", name, key)
         return {"certificate": certificate.decode(), "authority": roots.decode(), "address": self.address}
 
 
@@ -203,8 +205,8 @@ class _Request(BaseHTTPRequestHandler):
         else:
             self._answer(202 if answer is None else 200, answer or {})
 
-    def _asked(self) -> tuple[str, str, bytes]:
-        """The silo's name, the token and the certificate request. Raises IdentityError."""
+    def _asked(self) -> tuple[Identity, str, bytes]:
+        """As `asked_in`."""
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > _LONGEST_BODY:
             raise IdentityError(f"a request of {length[:20] or 'unknown'} bytes, expected at most {_LONGEST_BODY}")
@@ -222,16 +224,16 @@ class _Request(BaseHTTPRequestHandler):
         _log.debug("enrolment: %s: %s", self.client_address[0], format % args)
 
 
-def asked_in(body: bytes) -> tuple[str, str, bytes]:
-    """The silo's name, the token and the certificate request in a body. Raises IdentityError."""
+def asked_in(body: bytes) -> tuple[Identity, str, bytes]:
+    """Who wants to be whom, the token and the certificate request in a body. Raises IdentityError."""
     try:
         asked = json.loads(body)
-        silo, token, request = asked["silo"], asked["token"], asked["request"].encode()
+        uri, token, request = asked["identity"], asked["token"], asked["request"].encode()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise IdentityError("the request cannot be read") from None
-    if not isinstance(silo, str) or not isinstance(token, str):
+    if not isinstance(uri, str) or not isinstance(token, str):
         raise IdentityError("the request cannot be read")
-    return silo, token, request
+    return Identity.from_uri(uri), token, request
 
 
 class _Guesses:

@@ -41,7 +41,7 @@ class Unreachable(ConnectionFailed):
 
 async def shake_hands(address: str, credentials: Credentials) -> None:
     """Raises Unreachable where trying again may help, ConnectionFailed or IdentityError where it does not."""
-    own = identity_in(credentials.certificate, "this silo's certificate")
+    own = identity_in(credentials.certificate, "this side's certificate")
     host = host_of(address)
     writer = None
     try:
@@ -70,7 +70,7 @@ async def shake_hands(address: str, credentials: Credentials) -> None:
             writer.transport.abort()
     if not first:
         raise Unreachable(
-            f"{address} hangs up after the TLS handshake: it is stopping, or does not take this silo's certificate",
+            f"{address} hangs up after the TLS handshake: it is stopping, or does not take this side's certificate",
             hint="if this lasts, ask the coordinator's operator for a matching set of files",
         )
     uris = [str(value) for kind, value in peer.get("subjectAltName", ()) if kind == "URI"]
@@ -150,7 +150,7 @@ async def _first_word(reader: asyncio.StreamReader, address: str) -> bytes:
         return await reader.read(1)
     except ssl.SSLError as error:
         raise IdentityError(
-            f"{address} does not take this silo's certificate: {error.reason or error}",
+            f"{address} does not take this side's certificate: {error.reason or error}",
             hint="ask the coordinator's operator for a matching set of files",
         ) from None
     except ConnectionError:

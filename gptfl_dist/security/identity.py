@@ -1,14 +1,14 @@
 """Who a peer is: read from its certificate alone, never from what it says.
 
-A certificate of a federation carries exactly one URI among its alternative names:
-`gptfl://FEDERATION/coordinator` or `gptfl://FEDERATION/silo/NAME`.
+A certificate of a federation carries exactly one URI among its alternative names: `gptfl://FEDERATION/coordinator`, or
+`gptfl://FEDERATION/ROLE/NAME` of a silo, an operator or an observer. What each may do: `security/authorisation.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 from urllib.parse import quote, unquote, urlsplit
 
 from cryptography import x509
@@ -16,12 +16,15 @@ from cryptography.hazmat.primitives import hashes
 
 from gptfl_dist.errors import IdentityError
 
-Role = Literal["coordinator", "silo"]
+Invited = Literal["silo", "operator", "observer"]
+"""The roles that there may be many of, each under a name. They dial; only the coordinator serves."""
+
+Role = Literal["coordinator", "silo", "operator", "observer"]
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A role in a federation; `name` is the silo's, or "coordinator"."""
+    """A role in a federation; `name` is the silo's, operator's or observer's, or "coordinator"."""
 
     federation: str
     role: Role
@@ -30,7 +33,7 @@ class Identity:
     @property
     def uri(self) -> str:
         """The URI that stands in the certificate."""
-        path = "coordinator" if self.role == "coordinator" else f"silo/{quote(self.name, safe='')}"
+        path = "coordinator" if self.role == "coordinator" else f"{self.role}/{quote(self.name, safe='')}"
         return f"gptfl://{quote(self.federation, safe='')}/{path}"
 
     @classmethod
@@ -45,12 +48,17 @@ class Identity:
         identity: Self | None = None
         if parts.path == "/coordinator":
             identity = cls(unquote(parts.netloc), "coordinator", "coordinator")
-        elif len(steps) == 3 and steps[1] == "silo":
-            identity = cls(unquote(parts.netloc), "silo", unquote(steps[2]))
-        # Only the one spelling that `uri` gives is taken, so that no two texts mean the same silo.
+        elif len(steps) == 3 and (role := next((each for each in get_args(Invited) if each == steps[1]), None)):
+            identity = cls(unquote(parts.netloc), role, unquote(steps[2]))
+        # Only the one spelling that `uri` gives is taken, so that no two texts mean the same peer.
         if identity is None or not identity.federation or not identity.name or identity.uri != uri:
-            raise IdentityError(f"the certificate names {uri!r}, expected gptfl://FEDERATION/silo/NAME")
+            raise IdentityError(f"the certificate names {uri!r}, expected gptfl://FEDERATION/ROLE/NAME")
         return identity
+
+
+def called(role: Role, name: str) -> str:
+    """What people call somebody: a silo by its name alone, others with their role before it."""
+    return name if role in ("silo", "coordinator") else f"{role} {name}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""A silo's way into a federation: from an invitation to a certificate of its own.
+"""The way into a federation of a silo, an operator or an observer: from an invitation to a certificate of their own.
 
-The silo makes its key, which never leaves it. It asks for the root certificate, over a connection that it has no way to
-trust yet, and compares it with the fingerprint in its invitation; over a second one, which that root vouches for, it
+This side makes its key, which never leaves it. It asks for the root certificate, over a connection that it has no way
+to trust yet, and compares it with the fingerprint in its invitation; over a second one, which that root vouches for, it
 sends the token and a certificate request.
 """
 
@@ -33,7 +33,7 @@ _LONGEST_ANSWER = 256 << 10
 
 
 class Enrolled(NamedTuple):
-    """A silo's credentials, and the address at which it is to dial the coordinator."""
+    """The credentials of who enrolled, and the address at which to dial the coordinator."""
 
     credentials: Credentials
     address: str
@@ -63,9 +63,9 @@ def enrol(invitation: InvitationLine, key: ec.EllipticCurvePrivateKey) -> Enroll
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.load_verify_locations(cadata=root.decode())
     asked = {
-        "silo": invitation.silo.name,
+        "identity": invitation.who.uri,
         "token": invitation.token,
-        "request": make_request(invitation.silo, key).decode(),
+        "request": make_request(invitation.who, key).decode(),
     }
     status, answer = _ask(invitation, context, "POST", ENROL, json.dumps(asked))
     if status == 202:
@@ -74,7 +74,7 @@ def enrol(invitation: InvitationLine, key: ec.EllipticCurvePrivateKey) -> Enroll
         raise IdentityError(f"the coordinator refuses: {_text(answer, 'error')}", hint=_text(answer, "hint"))
     certificate, authority = (_text(answer, name).encode() for name in ("certificate", "authority"))
     made = x509.load_pem_x509_certificate(certificate)
-    if made.public_key() != key.public_key() or identity_in(certificate, "the new certificate") != invitation.silo:
+    if made.public_key() != key.public_key() or identity_in(certificate, "the new certificate") != invitation.who:
         raise ProtocolError("the coordinator made a certificate for somebody else")
     return Enrolled(Credentials(authority, certificate, key_bytes(key)), _text(answer, "address"))
 
@@ -140,7 +140,7 @@ def _require_coordinator(connection: http.client.HTTPSConnection, invitation: In
     """A silo's certificate cannot serve; still the one that answers must be the coordinator's own."""
     assert isinstance(connection.sock, ssl.SSLSocket)
     shown = ssl.DER_cert_to_PEM_cert(connection.sock.getpeercert(binary_form=True) or b"").encode()
-    expected = Identity(invitation.silo.federation, "coordinator", "coordinator")
+    expected = Identity(invitation.who.federation, "coordinator", "coordinator")
     found = identity_in(shown, f"the certificate of {invitation.address}")
     if found != expected:
         raise IdentityError(f"{invitation.address} is {found.uri}, expected {expected.uri}")

@@ -15,23 +15,34 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from gptfl_dist.errors import IdentityError, StorageError
+from gptfl_dist.security.identity import Identity, Invited, called
 
 FILE_NAME = "registry.sqlite"
 _PATIENCE = 10.0  # seconds that a writer waits for another
 
-_COLUMNS = "serial, silo, issued, expires, key, issuer, revoked, reason"
+_COLUMNS = "serial, role, name, issued, expires, key, issuer, revoked, reason"
 _ASKED_AGAIN = timedelta(minutes=10)  # for so long the port stays open after a token was used: its answer may be lost
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS invitations(
-    token TEXT PRIMARY KEY, silo TEXT NOT NULL, expires TEXT NOT NULL,
-    key TEXT, asked TEXT, approved TEXT, used TEXT);
+    token TEXT PRIMARY KEY, name TEXT NOT NULL, expires TEXT NOT NULL,
+    key TEXT, asked TEXT, approved TEXT, used TEXT, role TEXT NOT NULL DEFAULT 'silo');
 CREATE TABLE IF NOT EXISTS certificates(
-    serial TEXT PRIMARY KEY, silo TEXT NOT NULL, issued TEXT NOT NULL, expires TEXT NOT NULL, key TEXT NOT NULL,
-    issuer TEXT NOT NULL, revoked TEXT, reason TEXT);
+    serial TEXT PRIMARY KEY, name TEXT NOT NULL, issued TEXT NOT NULL, expires TEXT NOT NULL, key TEXT NOT NULL,
+    issuer TEXT NOT NULL, revoked TEXT, reason TEXT, role TEXT NOT NULL DEFAULT 'silo');
 """
+
+_OF_SILOS_ALONE = "SELECT 1 FROM pragma_table_info('certificates') WHERE name = 'silo'"
+_WITH_ROLES = """
+ALTER TABLE invitations RENAME COLUMN silo TO name;
+ALTER TABLE certificates RENAME COLUMN silo TO name;
+ALTER TABLE invitations ADD COLUMN role TEXT NOT NULL DEFAULT 'silo';
+ALTER TABLE certificates ADD COLUMN role TEXT NOT NULL DEFAULT 'silo';
+"""
+"""Of a registry that was made when silos alone had certificates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +51,8 @@ class Issued:
     the issuing certificate."""
 
     serial: str
-    silo: str
+    role: Invited
+    name: str
     issued: str
     expires: str
     key: str
@@ -53,7 +65,8 @@ class Issued:
 class Invitation:
     """`key` is the fingerprint of who used the token, `asked` when, `approved` when the operator agreed to it."""
 
-    silo: str
+    role: Invited
+    name: str
     expires: str
     key: str | None
     asked: str | None
@@ -72,61 +85,63 @@ class Registry:
         with self._open() as database:
             database.executescript(_SCHEMA)
 
-    def invite(self, silo: str, valid: timedelta) -> str:
-        """A new token for a silo, good once within `valid`. Older ones are void from now on, used or not."""
+    def invite(self, who: Identity, valid: timedelta) -> str:
+        """A new token for somebody, good once within `valid`. Older ones are void from now on, used or not."""
         token = secrets.token_urlsafe(24)
         with self._open() as database:
-            database.execute("DELETE FROM invitations WHERE silo = ?", (silo,))
+            database.execute("DELETE FROM invitations WHERE role = ? AND name = ?", (who.role, who.name))
             database.execute(
-                "INSERT INTO invitations(token, silo, expires) VALUES (?, ?, ?)",
-                (_hashed(token), silo, _text(_now() + valid)),
+                "INSERT INTO invitations(token, role, name, expires) VALUES (?, ?, ?, ?)",
+                (_hashed(token), who.role, who.name, _text(_now() + valid)),
             )
         return token
 
-    def redeem(self, token: str, silo: str, key: str, *, approval: bool) -> bool:
+    def redeem(self, token: str, who: Identity, key: str, *, approval: bool) -> bool:
         """Binds a token to the key with this fingerprint; False where the operator has yet to approve of it.
 
-        The same key may ask again, for its answer may have been lost. Raises IdentityError where the token is none,
-        another silo's, another key's or too old: one sentence for the first three, which tells a guesser nothing.
+        The same key may ask again, for its answer may have been lost. Raises IdentityError where the token is none, for
+        another name or role, another key's or too old: one sentence for the first three, which tells a guesser nothing.
         """
         with self._open() as database:
             row = database.execute(
-                "SELECT silo, expires, key, approved FROM invitations WHERE token = ?", (_hashed(token),)
+                "SELECT role, name, expires, key, approved FROM invitations WHERE token = ?", (_hashed(token),)
             ).fetchone()
-            if row is None or row[0] != silo or row[2] not in (None, key):
+            if row is None or row[:2] != (who.role, who.name) or row[3] not in (None, key):
                 raise IdentityError(
                     "the invitation is not known, or was used", hint="ask the coordinator's operator for a new one"
                 )
-            if row[1] < _text(_now()):
+            if row[2] < _text(_now()):
                 raise IdentityError(
-                    f"the invitation expired at {row[1]}", hint="ask the coordinator's operator for a new one"
+                    f"the invitation expired at {row[2]}", hint="ask the coordinator's operator for a new one"
                 )
-            if row[2] is None:
+            if row[3] is None:
                 database.execute(
                     "UPDATE invitations SET key = ?, asked = ? WHERE token = ?", (key, _text(_now()), _hashed(token))
                 )
-            if approval and row[3] is None:
+            if approval and row[4] is None:
                 return False
             database.execute("UPDATE invitations SET used = ? WHERE token = ?", (_text(_now()), _hashed(token)))
             return True
 
-    def approve(self, silo: str, key: str) -> None:
-        """Agrees to what asks under a silo's name with the key of this fingerprint. Raises IdentityError."""
+    def approve(self, who: Identity, key: str) -> None:
+        """Agrees to what asks under somebody's name with the key of this fingerprint. Raises IdentityError."""
         with self._open() as database:
             done = database.execute(
-                "UPDATE invitations SET approved = ? WHERE silo = ? AND replace(key, ' ', '') = ? AND used IS NULL",
-                (_text(_now()), silo, "".join(key.split()).lower()),
+                "UPDATE invitations SET approved = ? "
+                "WHERE role = ? AND name = ? AND replace(key, ' ', '') = ? AND used IS NULL",
+                (_text(_now()), who.role, who.name, "".join(key.split()).lower()),
             )
             if not done.rowcount:
                 raise IdentityError(
-                    f"nobody asks to be {silo} with the key {key}", hint="gptfl requests shows who waits, with its key"
+                    f"nobody asks to be {called(who.role, who.name)} with the key {key}",
+                    hint="gptfl requests shows who waits, with its key",
                 )
 
     def invitations(self) -> list[Invitation]:
-        """Those that hold still, or were used, by silo."""
+        """Those that hold still, or were used, by name."""
         with self._open() as database:
             rows = database.execute(
-                "SELECT silo, expires, key, asked, approved, used FROM invitations ORDER BY silo, expires"
+                "SELECT role, name, expires, key, asked, approved, used FROM invitations ORDER BY name, role, expires"
             )
             return [Invitation(*row) for row in rows]
 
@@ -139,36 +154,42 @@ class Registry:
             )
             return found.fetchone() is not None
 
-    def add(self, *, serial: int, silo: str, expires: datetime, key: str, issuer: int) -> None:
+    def add(self, *, serial: int, who: Identity, expires: datetime, key: str, issuer: int) -> None:
         """Notes a certificate, before it is handed out."""
         with self._open() as database:
             database.execute(
-                "INSERT INTO certificates(serial, silo, issued, expires, key, issuer) VALUES (?, ?, ?, ?, ?, ?)",
-                (serial_text(serial), silo, _text(_now()), _text(expires), key, serial_text(issuer)),
+                "INSERT INTO certificates(serial, role, name, issued, expires, key, issuer) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (serial_text(serial), who.role, who.name, _text(_now()), _text(expires), key, serial_text(issuer)),
             )
 
     def certificates(self) -> list[Issued]:
-        """All that were made, by silo, the newest of each first."""
+        """All that were made, by name, the newest of each first."""
         with self._open() as database:
-            rows = database.execute(f"SELECT {_COLUMNS} FROM certificates ORDER BY silo, issued DESC, rowid DESC")
+            order = "name, role, issued DESC, rowid DESC"
+            rows = database.execute(f"SELECT {_COLUMNS} FROM certificates ORDER BY {order}")
             return [Issued(*row) for row in rows]
 
-    def revoke(self, *, silo: str | None, serial: str | None, reason: str) -> list[Issued]:
-        """Revokes all certificates of a silo, or one; returns those that it met.
+    def revoke(self, which: Identity | str, reason: str) -> list[Issued]:
+        """Revokes all certificates of somebody, or the one with this serial number; returns those that it met.
 
-        The silo's invitation is void then, used or not: by a used one its key could come back. Raises IdentityError
-        where there is nothing to revoke.
+        Their invitation is void then, used or not: by a used one their key could come back. Raises IdentityError where
+        there is nothing to revoke.
         """
-        column, value = ("silo", silo) if silo is not None else ("serial", serial)
+        if isinstance(which, Identity):
+            told, named = called(which.role, which.name), {(str(which.role), which.name)}
+        else:
+            told, named = which, set()
         with self._open() as database:
-            rows = database.execute(f"SELECT {_COLUMNS} FROM certificates WHERE {column} = ?", (value,)).fetchall()
-            met = [issued for row in rows if (issued := Issued(*row)).revoked is None]
+            rows = database.execute(f"SELECT {_COLUMNS} FROM certificates WHERE revoked IS NULL").fetchall()
+            met = [each for each in map(_issued, rows) if (each.role, each.name) in named or each.serial == which]
             invited = 0
-            for name in {issued.silo for issued in met} if silo is None else {silo}:
-                invited += database.execute("DELETE FROM invitations WHERE silo = ?", (name,)).rowcount
+            for someone in named | {(each.role, each.name) for each in met}:
+                invited += database.execute("DELETE FROM invitations WHERE role = ? AND name = ?", someone).rowcount
             if not met and not invited:
                 raise IdentityError(
-                    f"there is no certificate to revoke of {silo or serial}", hint="gptfl silos shows what there is"
+                    f"there is no certificate to revoke of {told}",
+                    hint="gptfl silos and gptfl operators show what there is",
                 )
             for issued in met:
                 database.execute(
@@ -188,6 +209,9 @@ class Registry:
                 database.execute("PRAGMA synchronous=FULL")
                 database.execute("BEGIN IMMEDIATE")
                 try:
+                    if database.execute(_OF_SILOS_ALONE).fetchone():
+                        for statement in filter(None, map(str.strip, _WITH_ROLES.split(";"))):
+                            database.execute(statement)
                     yield database
                 except BaseException:
                     database.rollback()
@@ -198,6 +222,10 @@ class Registry:
                 hint = "make it with gptfl authority init, or bring it back from a backup"
                 raise IdentityError(f"{self.path.parent}: there is no authority", hint=hint) from None
             raise StorageError(f"{self.path}: {error}", hint="ask as the user who made the authority") from None
+
+
+def _issued(row: tuple[Any, ...]) -> Issued:
+    return Issued(*row)
 
 
 def serial_text(serial: int) -> str:

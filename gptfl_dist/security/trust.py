@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from gptfl_dist.errors import GptflError, IdentityError, StorageError
 from gptfl_dist.files import stamp_of
@@ -40,15 +41,15 @@ class Trust(Protocol):
         """The coordinator's own, as they are to be shown now. Called from any thread."""
 
     def refusal(self, serial: int) -> str:
-        """Why the certificate of a silo does not count any more, or ""."""
+        """Why a certificate does not count any more, or ""."""
 
     def barred(self) -> dict[str, str]:
         """The silos that can show no certificate that counts because theirs was revoked, each with the reason."""
 
-    def renew(self, silo: str, request: bytes) -> tuple[bytes, bytes]:
-        """A new certificate for a silo that showed a valid one, with its chain, and the roots to trust, as PEM.
+    def renew(self, who: Identity, request: bytes) -> tuple[bytes, bytes]:
+        """A new certificate for somebody who showed a valid one, with its chain, and the roots to trust, as PEM.
 
-        Raises IdentityError where the request is not one for this silo, or none can be made.
+        Raises IdentityError where the request is not one for this identity, or none can be made.
         """
 
 
@@ -70,7 +71,7 @@ class FixedTrust:
     def close(self) -> None:
         """Nothing is held."""
 
-    def renew(self, silo: str, request: bytes) -> tuple[bytes, bytes]:
+    def renew(self, who: Identity, request: bytes) -> tuple[bytes, bytes]:
         raise IdentityError("this coordinator makes no certificates", hint="ask its operator for a new set of files")
 
 
@@ -113,6 +114,7 @@ class KeptTrust:
         self._hosts = hosts
         self._lock = threading.Lock()
         self._own = self._authority.issue_coordinator(hosts)
+        registry.is_open()  # brings the file up to date, where an earlier release made it
         self._seen = sqlite3.connect(f"{registry.path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
         self._version = -1
         self._looked = 0.0
@@ -147,8 +149,8 @@ class KeptTrust:
         self._look()
         return self._barred
 
-    def renew(self, silo: str, request: bytes) -> tuple[bytes, bytes]:
-        return certify(self.authority(), self._registry, silo, request, self._note, "certificate renewed")
+    def renew(self, who: Identity, request: bytes) -> tuple[bytes, bytes]:
+        return certify(self.authority(), self._registry, who, request, self._note, "certificate renewed")
 
     def close(self) -> None:
         self._seen.close()
@@ -160,11 +162,13 @@ class KeptTrust:
         try:
             (version,) = self._seen.execute("PRAGMA data_version").fetchone()
             if version != self._version:
-                rows = self._seen.execute("SELECT silo, serial, revoked, reason FROM certificates ORDER BY rowid")
+                rows = self._seen.execute("SELECT role, name, serial, revoked, reason FROM certificates ORDER BY rowid")
                 latest = {}
-                for silo, serial, revoked, reason in rows.fetchall():
+                for role, name, serial, revoked, reason in rows.fetchall():
                     self._standing[serial] = revoked
-                    latest[silo] = revoked and f"its certificate was revoked at {revoked}{reason and f' ({reason})'}"
+                    if role == "silo":
+                        why = revoked and f"its certificate was revoked at {revoked}{reason and f' ({reason})'}"
+                        latest[name] = why
                 self._barred = {silo: why for silo, why in latest.items() if why}
                 self._version = version
         except sqlite3.Error as error:
@@ -172,20 +176,29 @@ class KeptTrust:
 
 
 def certify(
-    authority: Authority, registry: Registry, silo: str, request: bytes, note: Callable[..., None], event: str
+    authority: Authority, registry: Registry, who: Identity, request: bytes, note: Callable[..., None], event: str
 ) -> tuple[bytes, bytes]:
-    """Makes the certificate that a silo requests, and returns it with its chain, and the roots, as PEM.
+    """Makes the certificate that somebody requests, and returns it with its chain, and the roots, as PEM.
 
     It stands in the registry, and is noted as this event, before it is handed out. Raises IdentityError where the
     request is for anything else.
     """
-    key = key_in(request, Identity(authority.federation, "silo", silo))
-    chain = authority.sign_silo(silo, key)
+    key = requested_key(authority.federation, who, request)
+    assert who.role != "coordinator"
+    chain = authority.sign(who.role, who.name, key)
     made = x509.load_pem_x509_certificate(chain)
     fingerprint, expires = fingerprint_of(key), made.not_valid_after_utc
-    registry.add(serial=made.serial_number, silo=silo, expires=expires, key=fingerprint, issuer=authority.issuer)
-    note(event, silo=silo, serial=serial_text(made.serial_number), key=fingerprint, until=expires.isoformat())
+    registry.add(serial=made.serial_number, who=who, expires=expires, key=fingerprint, issuer=authority.issuer)
+    fields = {who.role: who.name, "serial": serial_text(made.serial_number), "key": fingerprint}
+    note(event, **fields, until=expires.isoformat())
     return chain, authority.roots
+
+
+def requested_key(federation: str, who: Identity, request: bytes) -> ec.EllipticCurvePublicKey:
+    """The key for which somebody of this federation requests a certificate. Raises IdentityError."""
+    if who.role == "coordinator" or who.federation != federation:
+        raise IdentityError(f"nobody is given a certificate of {who.uri} here")
+    return key_in(request, who)
 
 
 def due(certificate: bytes) -> datetime:

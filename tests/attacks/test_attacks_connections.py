@@ -23,7 +23,7 @@ from gptfl_dist.exchange.grpc import client as client_module
 from gptfl_dist.exchange.grpc import convert
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
 from gptfl_dist.exchange.grpc.client import GrpcSiloExchange
-from gptfl_dist.exchange.grpc.server import SERVICE
+from gptfl_dist.exchange.grpc.health import EXCHANGE
 from gptfl_dist.security.authority import Authority, Credentials
 
 OTHER = Authority.new("other", valid=timedelta(days=1))
@@ -106,10 +106,10 @@ async def test_every_method_asks_who_calls(tmp_path):
 
         async with grpc.aio.secure_channel(f"{HOST}:{world.server.port}", secrets) as channel:
             for call in (
-                channel.stream_stream(f"/{SERVICE}/Work")(nothing()).read(),
-                channel.unary_unary(f"/{SERVICE}/OpenUpload")(b""),
-                channel.unary_stream(f"/{SERVICE}/Download")(b"").read(),
-                channel.stream_unary(f"/{SERVICE}/Upload")(nothing()),
+                channel.stream_stream(f"/{EXCHANGE}/Work")(nothing()).read(),
+                channel.unary_unary(f"/{EXCHANGE}/OpenUpload")(b""),
+                channel.unary_stream(f"/{EXCHANGE}/Download")(b"").read(),
+                channel.stream_unary(f"/{EXCHANGE}/Upload")(nothing()),
             ):
                 with pytest.raises(grpc.aio.AioRpcError) as error:
                     await call
@@ -154,11 +154,11 @@ async def test_nobody_gets_in_without_a_certificate(tmp_path):
         secrets = grpc.ssl_channel_credentials(AUTHORITY.roots)
         async with grpc.aio.secure_channel(f"{HOST}:{world.server.port}", secrets) as channel:
             with pytest.raises(grpc.aio.AioRpcError) as error:
-                await channel.unary_unary(f"/{SERVICE}/OpenUpload")(b"")
+                await channel.unary_unary(f"/{EXCHANGE}/OpenUpload")(b"")
             assert error.value.code() == grpc.StatusCode.UNAVAILABLE
         async with grpc.aio.insecure_channel(f"{HOST}:{world.server.port}") as channel:
             with pytest.raises(grpc.aio.AioRpcError) as error:
-                await channel.unary_unary(f"/{SERVICE}/OpenUpload")(b"")
+                await channel.unary_unary(f"/{EXCHANGE}/OpenUpload")(b"")
             assert error.value.code() == grpc.StatusCode.UNAVAILABLE
         await world.joined()
 
@@ -328,7 +328,7 @@ async def test_a_certificate_that_is_refused_aloud_ends_the_silo(tmp_path):
         error = await refusal(listener.getsockname()[1], credentials)
         await serving
     assert type(error) is IdentityError
-    assert "does not take this silo's certificate: " in error.message
+    assert "does not take this side's certificate: " in error.message
 
 
 @pytest.mark.parametrize("version", [0, 2, 7])
@@ -382,7 +382,7 @@ async def impostor(*words: pb.ToSilo, chunks: tuple[bytes, ...] = ()):
         "Work": grpc.stream_stream_rpc_method_handler(work),
         "Download": grpc.unary_stream_rpc_method_handler(download),
     }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(EXCHANGE, methods),))
     secrets = grpc.ssl_server_credentials([(COORDINATOR.key, COORDINATOR.certificate)])
     port = server.add_secure_port(f"{HOST}:0", secrets)
     await server.start()

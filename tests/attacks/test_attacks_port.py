@@ -12,7 +12,7 @@ import pytest
 from exchange_world import HOST, SILOS, World, in_loop, train_order
 
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
-from gptfl_dist.exchange.grpc.server import SERVICE
+from gptfl_dist.exchange.grpc.health import EXCHANGE
 
 
 def channel_of(port, name="alice"):
@@ -43,7 +43,7 @@ async def test_a_thousand_connections_that_say_nothing_or_half_a_word_keep_no_si
 @in_loop
 async def test_headers_without_end_are_refused_and_the_port_goes_on(tmp_path):
     async with World(tmp_path) as world, channel_of(world.server.port) as channel:
-        call = channel.unary_unary(f"/{SERVICE}/OpenUpload")
+        call = channel.unary_unary(f"/{EXCHANGE}/OpenUpload")
         for value in ("x" * (1 << 20), "x" * (16 << 20)):
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await call(b"", metadata=(("gptfl-nonce", value),))
@@ -54,7 +54,7 @@ async def test_headers_without_end_are_refused_and_the_port_goes_on(tmp_path):
 @in_loop
 async def test_a_control_message_above_the_limit_is_refused(tmp_path):
     async with World(tmp_path) as world, channel_of(world.server.port) as channel:
-        work = channel.stream_stream(f"/{SERVICE}/Work")()
+        work = channel.stream_stream(f"/{EXCHANGE}/Work")()
         hello = pb.Hello(oldest_version=1, newest_version=1, release="x" * (40 << 20), instance="i")
         await work.write(pb.FromSilo(hello=hello).SerializeToString())
         with pytest.raises(grpc.aio.AioRpcError) as error:

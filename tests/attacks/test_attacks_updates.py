@@ -16,6 +16,7 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
+from exchange_world import port_of
 from federated import ARM, LAYOUT, SAMPLES, START, STEPS, World, answered, flat, in_loop, mean_step
 
 from gptfl_dist.config.silo import Data, SiloFile
@@ -24,7 +25,8 @@ from gptfl_dist.exchange.grpc import convert
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
 from gptfl_dist.exchange.grpc.client import GrpcSiloExchange
 from gptfl_dist.exchange.grpc.frames import encode_chunk
-from gptfl_dist.exchange.grpc.server import NONCE, SERVICE, GrpcCoordinatorExchange
+from gptfl_dist.exchange.grpc.health import EXCHANGE
+from gptfl_dist.exchange.grpc.server import NONCE, GrpcCoordinatorExchange
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.run.arms import run_arms
@@ -89,7 +91,7 @@ class Intruder:
 
     async def announce(self, header: UpdateHeader, signature: bytes) -> str:
         """Announces an update with this signature; why it is refused, or ""."""
-        answer = await self.exchange._open_channel.unary_unary(f"/{SERVICE}/OpenUpload")(
+        answer = await self.exchange._open_channel.unary_unary(f"/{EXCHANGE}/OpenUpload")(
             convert.header_to_message(header, signature).SerializeToString()
         )
         return pb.UploadOffset.FromString(answer).refused
@@ -98,7 +100,7 @@ class Intruder:
         """Announces as it should, then sends these frames; what it is told."""
         channel = self.exchange._open_channel
         assert not await self.announce(header, self.signature(header))
-        method = channel.stream_unary(f"/{SERVICE}/Upload", response_deserializer=pb.Receipt.FromString)
+        method = channel.stream_unary(f"/{EXCHANGE}/Upload", response_deserializer=pb.Receipt.FromString)
         receipt = await method(frames, metadata=((NONCE, header.report.nonce),))
         assert not receipt.committed
         return str(receipt.reason)
@@ -212,7 +214,7 @@ async def _replay(intruder: Intruder, order: Order) -> str:
     again = await intruder.upload(intruder.earlier)
     assert not again.committed
     with pytest.raises(grpc.aio.AioRpcError) as unknown:  # a chunk of an update that was never announced
-        await intruder.exchange._open_channel.unary_unary(f"/{SERVICE}/OpenUpload")(b"\xff\xff")
+        await intruder.exchange._open_channel.unary_unary(f"/{EXCHANGE}/OpenUpload")(b"\xff\xff")
     assert unknown.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert (await intruder.honest(order)).committed
     return again.reason
@@ -234,18 +236,8 @@ async def _attacked(folder: Path, attack: Attack) -> AsyncIterator[tuple[World, 
 
     def make_exchange(inbox: Inbox) -> GrpcCoordinatorExchange:
         credentials = _AUTHORITY.issue_coordinator([_HOST])
-        silos = tuple(world.trainers)
-        made.append(
-            GrpcCoordinatorExchange(
-                listen=f"{_HOST}:0",
-                trust=FixedTrust(credentials),
-                federation="fed",
-                silos=silos,
-                inbox=inbox,
-                chunk=1 << 20,
-                keepalive=30.0,
-            )
-        )
+        port = port_of(FixedTrust(credentials), silos=tuple(world.trainers))
+        made.append(GrpcCoordinatorExchange(port=port, inbox=inbox, chunk=1 << 20))
         return made[0]
 
     async with World(folder, rounds=_ROUNDS, quorum=2) as world:

@@ -11,10 +11,12 @@ from typing import Any, Self
 
 import numpy as np
 
-from gptfl_dist.config.federation import Model, Task
+from gptfl_dist.config.federation import Limits, Model, Task
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.exchange.base import ExchangeEvent, Goodbye, SiloConnected, SiloJoined, UpdateHeader, Welcome
+from gptfl_dist.exchange.grpc.callers import Note
 from gptfl_dist.exchange.grpc.client import GrpcSiloExchange
+from gptfl_dist.exchange.grpc.port import Port
 from gptfl_dist.exchange.grpc.server import GrpcCoordinatorExchange
 from gptfl_dist.exchange.inbox import Inbox, Spool
 from gptfl_dist.federation.orders import Order, Report
@@ -30,6 +32,7 @@ TRAINING = LocalTraining(
 AUTHORITY = Authority.new("fed", valid=timedelta(days=1))
 COORDINATOR = AUTHORITY.issue_coordinator([HOST])
 SILOS = {name: AUTHORITY.issue_silo(name) for name in ("alice", "bob")}
+LIMITS = Limits()
 SMALL = Layout.of([("b", (7,), "F16"), ("w", (1000,), "F32")])
 LARGE = Layout.of([("w", (2 << 20,), "F32")])  # 8 MiB
 
@@ -69,12 +72,22 @@ def header_of(order: Order, layout: Layout, digest: str, **metrics: float) -> Up
     return UpdateHeader(Report(order.nonce, 10, metrics), order.base, layout.digest, digest, layout.nbytes)
 
 
+def port_of(
+    trust: Trust, *, listen: str = f"{HOST}:0", silos: tuple[str, ...] = tuple(SILOS), keepalive: float = 30.0,
+    limits: Limits = LIMITS, note: Note = lambda event, **fields: None,
+) -> Port:  # fmt: skip
+    """A port of the federation, not open yet."""
+    return Port(
+        listen=listen, trust=trust, federation="fed", silos=silos, limits=limits, keepalive=keepalive, note=note
+    )
+
+
 class World:
     """A coordinator that listens; `async with` opens and closes it and every silo made by `silo`."""
 
     def __init__(
         self, folder: Path, layout: Layout = SMALL, *, chunk: int = 1 << 20, credentials: Credentials = COORDINATOR,
-        plan: Plan = PLAN, keepalive: float = 30.0, trust: Trust | None = None,
+        plan: Plan = PLAN, keepalive: float = 30.0, trust: Trust | None = None, limits: Limits = LIMITS,
     ) -> None:  # fmt: skip
         self.layout = layout
         self.plan = plan
@@ -83,15 +96,14 @@ class World:
         self.inbox = Inbox(
             folder / "spools", layout, dict.fromkeys(SILOS, 1000), lambda *commit: self.commits.append(commit)
         )
-        self.server = GrpcCoordinatorExchange(
-            listen=f"{HOST}:0",
-            trust=trust or FixedTrust(credentials),
-            federation="fed",
-            silos=tuple(SILOS),
-            inbox=self.inbox,
-            chunk=chunk,
+        self.audited: list[tuple[str, dict[str, str]]] = []
+        self.port = port_of(
+            trust or FixedTrust(credentials),
             keepalive=keepalive,
+            limits=limits,
+            note=lambda event, **fields: self.audited.append((event, fields)),
         )
+        self.server = GrpcCoordinatorExchange(port=self.port, inbox=self.inbox, chunk=chunk)
         self._keepalive = keepalive
         self._silos: list[GrpcSiloExchange] = []
 

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import time
 from datetime import timedelta
+from typing import get_args
 
 import pytest
 from exchange_world import HOST, World, dial, header_of, in_loop, train_order
@@ -14,7 +15,7 @@ from exchange_world import HOST, World, dial, header_of, in_loop, train_order
 from gptfl_dist.errors import IdentityError
 from gptfl_dist.exchange.base import Answered, Disconnected, OrderFailed, Receipt, SiloBarred, SiloJoined, SiloLeft
 from gptfl_dist.security.authority import Credentials, key_bytes, new_key
-from gptfl_dist.security.identity import Identity
+from gptfl_dist.security.identity import Identity, Role
 from gptfl_dist.security.registry import Registry
 from gptfl_dist.security.request import make_request
 from gptfl_dist.security.trust import KeptTrust, certify
@@ -38,19 +39,19 @@ class Kept:
         self.noted = []
         self.trust = KeptTrust(vault, valid, self.registry, (HOST, "localhost"), self.note)
 
-    def silo(self, name="alice", valid=None):
+    def silo(self, name="alice", valid=None, role="silo"):
         key = new_key()
         authority = copy.copy(self.authority)
         authority._valid = valid or authority._valid
-        request = make_request(Identity("fed", "silo", name), key)
-        certificate, roots = certify(authority, self.registry, name, request, self.note, "silo enrolled")
+        who = Identity("fed", role, name)
+        certificate, roots = certify(authority, self.registry, who, make_request(who, key), self.note, "enrolled")
         return Credentials(roots, certificate, key_bytes(key))
 
     def note(self, event, **fields):
-        self.noted.append((event, fields["silo"]))
+        self.noted.append((event, *(name for role, name in fields.items() if role in get_args(Role))))
 
     def revoke(self, silo="alice"):
-        self.registry.revoke(silo=silo, serial=None, reason="a test")
+        self.registry.revoke(Identity("fed", "silo", silo), "a test")
 
 
 async def ready(world, credentials, name="alice", port=0):
@@ -152,7 +153,7 @@ async def test_a_renewed_silo_moves_to_a_new_connection_and_a_transfer_is_not_cu
     async with called_on(tmp_path, kept) as (world, proxy, alice, header):
         key = new_key()
         certificate, roots = await alice.renew(make_request(ALICE, key))
-        assert kept.noted == [("silo enrolled", "alice"), ("certificate renewed", "alice")]
+        assert kept.noted == [("enrolled", "alice"), ("certificate renewed", "alice")]
         proxy.delay = 0.003
         with WeightsFile(tmp_path / "u") as update:
             sending = asyncio.create_task(alice.upload(header, update))

@@ -23,11 +23,13 @@ from exchange_world import (
     World,
     header_of,
     in_loop,
+    port_of,
     random_weights,
     train_order,
     whole,
 )
 
+from gptfl_dist.config.federation import Limits
 from gptfl_dist.errors import LaunchError, ProtocolError
 from gptfl_dist.exchange.base import (
     Answered,
@@ -44,7 +46,8 @@ from gptfl_dist.exchange.base import (
 from gptfl_dist.exchange.grpc import convert
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
 from gptfl_dist.exchange.grpc.frames import encode_chunk
-from gptfl_dist.exchange.grpc.server import NONCE, SERVICE, GrpcCoordinatorExchange
+from gptfl_dist.exchange.grpc.health import EXCHANGE
+from gptfl_dist.exchange.grpc.server import NONCE, GrpcCoordinatorExchange
 from gptfl_dist.exchange.inbox import Spool
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.security.handshake import is_loopback
@@ -72,7 +75,7 @@ def raw_channel(port: int, name: str = "alice") -> grpc.aio.Channel:
 
 async def raw_work(channel: grpc.aio.Channel, instance: str = "x") -> grpc.aio.StreamStreamCall:
     """A Work stream that was welcomed."""
-    call = channel.stream_stream(f"/{SERVICE}/Work")()
+    call = channel.stream_stream(f"/{EXCHANGE}/Work")()
     hello = pb.Hello(oldest_version=1, newest_version=1, instance=instance)
     await call.write(pb.FromSilo(hello=hello).SerializeToString())
     assert pb.ToSilo.FromString(await call.read()).WhichOneof("message") == "welcome"
@@ -437,10 +440,8 @@ async def test_nothing_but_disconnected_comes_of_a_wire_that_is_closed(tmp_path)
 @in_loop
 async def test_a_port_in_use_is_a_launch_error(tmp_path):
     async with World(tmp_path) as world:
-        second = GrpcCoordinatorExchange(
-            listen=f"{HOST}:{world.server.port}", trust=FixedTrust(COORDINATOR), federation="fed", silos=tuple(SILOS),
-            inbox=world.inbox, chunk=1 << 20, keepalive=30.0,
-        )  # fmt: skip
+        port = port_of(FixedTrust(COORDINATOR), listen=f"{HOST}:{world.server.port}")
+        second = GrpcCoordinatorExchange(port=port, inbox=world.inbox, chunk=1 << 20)
         with pytest.raises(LaunchError, match=f"cannot listen on {HOST}:{world.server.port}"):
             await second.open(Welcome("run-2", PLAN, SMALL))
         await second.close(Goodbye(False, "never opened"))
@@ -459,19 +460,19 @@ async def test_garbage_is_refused_and_the_coordinator_serves_on(tmp_path):
                     yield frame
 
             for call in (
-                channel.unary_unary(f"/{SERVICE}/OpenUpload")(junk),
-                channel.unary_stream(f"/{SERVICE}/Download")(junk).read(),
-                channel.stream_stream(f"/{SERVICE}/Work")(chunks(junk)).read(),
-                channel.stream_stream(f"/{SERVICE}/Work")(chunks()).read(),
-                channel.stream_stream(f"/{SERVICE}/Work")(chunks(pb.FromSilo().SerializeToString())).read(),
+                channel.unary_unary(f"/{EXCHANGE}/OpenUpload")(junk),
+                channel.unary_stream(f"/{EXCHANGE}/Download")(junk).read(),
+                channel.stream_stream(f"/{EXCHANGE}/Work")(chunks(junk)).read(),
+                channel.stream_stream(f"/{EXCHANGE}/Work")(chunks()).read(),
+                channel.stream_stream(f"/{EXCHANGE}/Work")(chunks(pb.FromSilo().SerializeToString())).read(),
             ):
                 with pytest.raises(grpc.aio.AioRpcError) as error:
                     await call
                 assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
             with pytest.raises(grpc.aio.AioRpcError) as error:
-                await channel.unary_unary(f"/{SERVICE}/NoSuchMethod")(b"")
+                await channel.unary_unary(f"/{EXCHANGE}/NoSuchMethod")(b"")
             assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED
-            upload = channel.stream_unary(f"/{SERVICE}/Upload", response_deserializer=pb.Receipt.FromString)
+            upload = channel.stream_unary(f"/{EXCHANGE}/Upload", response_deserializer=pb.Receipt.FromString)
             for metadata in ((), ((NONCE, "n2"),), ((NONCE, "n" * 5000),)):
                 receipt = await upload(chunks(junk), metadata=metadata)
                 assert receipt.reason == "no such update was announced"
@@ -503,8 +504,8 @@ async def test_a_broken_or_endless_upload_message_is_refused(tmp_path):
                     for frame in frames:
                         yield frame
 
-                await channel.unary_unary(f"/{SERVICE}/OpenUpload")(announcement.SerializeToString())
-                method = channel.stream_unary(f"/{SERVICE}/Upload", response_deserializer=pb.Receipt.FromString)
+                await channel.unary_unary(f"/{EXCHANGE}/OpenUpload")(announcement.SerializeToString())
+                method = channel.stream_unary(f"/{EXCHANGE}/Upload", response_deserializer=pb.Receipt.FromString)
                 return await method(chunks(), metadata=((NONCE, "n1"),))
 
             # A message above the limit, and an upload that ends early, end the call and not the order.
@@ -524,7 +525,7 @@ async def test_a_broken_or_endless_upload_message_is_refused(tmp_path):
 
 @in_loop
 async def test_a_silo_that_talks_without_end_fills_no_queue(tmp_path):
-    async with World(tmp_path) as world:
+    async with World(tmp_path, limits=Limits(calls=10_000)) as world:
         await world.give("alice", train_order("n1", "00" * 32))
         async with raw_channel(world.server.port) as channel:
             work = await raw_work(channel)
@@ -539,7 +540,7 @@ async def test_a_silo_that_talks_without_end_fills_no_queue(tmp_path):
                 ):
                     await work.write(message.SerializeToString())
             await work.write(pb.FromSilo(failure=pb.Failure(nonce="n1", reason="x" * 10_000)).SerializeToString())
-            opened = channel.unary_unary(f"/{SERVICE}/OpenUpload")
+            opened = channel.unary_unary(f"/{EXCHANGE}/OpenUpload")
             for _ in range(20):
                 await opened(pb.UpdateHeader(report=pb.Report(nonce="n1")).SerializeToString())
             while not (events := await world.settled()):

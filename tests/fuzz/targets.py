@@ -227,15 +227,16 @@ def _certificate_request(data: bytes) -> None:
 
 
 def _enrolment(data: bytes) -> None:
-    silo, token, request = asked_in(data)
-    assert isinstance(silo, str)
+    who, token, request = asked_in(data)
+    assert Identity.from_uri(who.uri) == who
     assert isinstance(token, str)
-    key_in(request, Identity("fed", "silo", "silo-1"))
+    key_in(request, who)
 
 
 def _enrolments() -> list[bytes]:
-    request = make_request(Identity("fed", "silo", "silo-1"), new_key())
-    return [json.dumps({"silo": "silo-1", "token": "t" * 32, "request": request.decode()}).encode()]
+    who = Identity("fed", "silo", "silo-1")
+    request = make_request(who, new_key())
+    return [json.dumps({"identity": who.uri, "token": "t" * 32, "request": request.decode()}).encode()]
 
 
 def _invitation(data: bytes) -> None:

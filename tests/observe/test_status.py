@@ -86,7 +86,7 @@ def test_the_live_file_is_written_at_most_once_a_second_and_at_the_end(tmp_path:
         file = LiveFile(tmp_path, "first")
         assert read_live(tmp_path) is not None  # at once: an earlier coordinator's connections are not this one's
         file.stage("federate")
-        file.stands(Standing("gptfl", 9, 1, "train", frozenset({"a"}), 60.0))
+        file.stands(Standing("gptfl", 9, 1, "train", frozenset({"a"}), frozenset({"b"}), 60.0))
         for done in range(1, 100):
             file.progress("a", done, 100)
             file.heard("a")
@@ -101,7 +101,7 @@ def test_the_live_file_is_written_at_most_once_a_second_and_at_the_end(tmp_path:
         assert (now.silos["a"].connected, now.silos["a"].done, now.silos["a"].total) == (True, 99, 100)
         assert now.deadline is not None
         file.done("a")
-        file.stands(Standing("gptfl", 9, 1, "aggregate", frozenset(), None))
+        file.stands(Standing("gptfl", 9, 1, "aggregate", frozenset(), frozenset(), None))
         file.close()
 
     clock.run(live())

@@ -158,7 +158,7 @@ def test_an_operator_approves_of_a_key_and_the_silo_waits_for_it(invited: Callab
     joining = world.join("silo-1", world.invitation("silo-1"))
     wait_for(lambda: "tell the coordinator's operator your key" in joining.stderr)
     (asks,) = world.tell("requests")
-    assert asks["silo"] == "silo-1"
+    assert (asks["role"], asks["name"]) == ("silo", "silo-1")
     assert asks["key"] in joining.stderr
     assert world.standings()["silo-1"] == "asks"
     os.kill(joining.process.pid, signal.SIGINT)
@@ -173,7 +173,7 @@ def test_an_operator_approves_of_a_key_and_the_silo_waits_for_it(invited: Callab
     [
         (("invite", "FILE", "nobody"), 2, "has no silo nobody"),
         (("revoke", "FILE", "silo-1"), 6, "there is no certificate to revoke of silo-1"),
-        (("revoke", "FILE"), 2, "give a silo or --serial"),
+        (("revoke", "FILE"), 2, "give a name or --serial"),
         (("approve", "FILE", "silo-1", "abcd"), 6, "nobody asks to be silo-1"),
         (("authority", "init", "FILE"), 10, "there is an authority already"),
         (("authority", "install", "FILE", "/nowhere", "/nowhere"), 6, "/nowhere"),

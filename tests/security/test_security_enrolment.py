@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import socket
+import sqlite3
 import ssl
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from datetime import timedelta
+from typing import get_args
 
 import pytest
+from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from support import free_port, wait_for
 
 from gptfl_dist.errors import ConfigError, ConnectionFailed, IdentityError
@@ -18,7 +23,7 @@ from gptfl_dist.security import enrolment as enrolment_module
 from gptfl_dist.security import registry as registry_module
 from gptfl_dist.security.authority import Authority, new_key
 from gptfl_dist.security.enrolment import Desk, Enrolment
-from gptfl_dist.security.identity import Identity
+from gptfl_dist.security.identity import Identity, Invited
 from gptfl_dist.security.invitation import InvitationLine, root_fingerprint
 from gptfl_dist.security.join import enrol, own_key
 from gptfl_dist.security.registry import Registry
@@ -45,12 +50,12 @@ class Office:
         self._stack = ExitStack()
 
     def note(self, event, **fields):
-        self.noted.append((event, fields["silo"], fields["serial"]))
+        self.noted.append((event, fields))
 
-    def invite(self, silo="alice", valid=HOUR):
-        token = self.registry.invite(silo, valid)
+    def invite(self, name="alice", valid=HOUR, role="silo"):
+        who = Identity("fed", role, name)
         fingerprint = root_fingerprint(self.vault.roots()[0])
-        return InvitationLine(f"localhost:{self.port}", Identity("fed", "silo", silo), token, fingerprint)
+        return InvitationLine(f"localhost:{self.port}", who, self.registry.invite(who, valid), fingerprint)
 
     def __enter__(self):
         self._stack.enter_context(Enrolment(f"127.0.0.1:{self.port}", self.desk))
@@ -87,16 +92,64 @@ def listens(port):
         return line.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_an_invitation_brings_a_certificate_for_the_key_that_was_made_here(office):
-    invitation = office.invite()
+@pytest.mark.parametrize("role", get_args(Invited))
+def test_an_invitation_brings_a_certificate_for_the_key_that_was_made_here(office, role):
+    invitation = office.invite(role=role)
     with office:
         key = new_key()
         enrolled = enrol(InvitationLine.parse(str(invitation)), key)
     assert enrolled.address == "localhost:8443"
     assert enrolled.credentials.authority == office.authority.roots
     (issued,) = office.registry.certificates()
-    assert (issued.silo, issued.key) == ("alice", fingerprint_of(key.public_key()))
-    assert office.noted == [("silo enrolled", "alice", issued.serial)]
+    assert (issued.role, issued.name, issued.key) == (role, "alice", fingerprint_of(key.public_key()))
+    ((event, fields),) = office.noted
+    assert event == f"{role} enrolled"
+    assert (fields[role], fields["serial"]) == ("alice", issued.serial)
+    shown = x509.load_pem_x509_certificate(enrolled.credentials.certificate).extensions
+    names = shown.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert [name.value for name in names] == [f"gptfl://fed/{role}/alice"]
+    usage = shown.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert list(usage) == [ExtendedKeyUsageOID.CLIENT_AUTH]
+
+
+def test_a_token_is_for_one_role(office):
+    """Whoever was invited as an observer, or as a silo, does not become an operator by it."""
+    invitation = office.invite(role="observer")
+    with office:
+        for role in ("operator", "silo"):
+            with pytest.raises(IdentityError, match="not known, or was used"):
+                enrol(replace(invitation, who=Identity("fed", role, "alice")), new_key())
+        assert enrol(invitation, new_key())
+
+
+def test_nobody_enrols_as_the_coordinator_or_in_another_federation(office):
+    invitation = office.invite()
+    with office:
+        for who in (Identity("fed", "coordinator", "coordinator"), Identity("other", "silo", "alice")):
+            request = make_request(who, new_key()).decode()
+            asked = {"identity": who.uri, "token": invitation.token, "request": request}
+            status, answer = office.post(json.dumps(asked).encode())
+            assert (status, answer["error"]) == (403, f"nobody is given a certificate of {who.uri} here")
+        assert enrol(invitation, new_key())
+
+
+def test_a_registry_from_when_there_were_silos_alone_is_read_on(tmp_path):
+    (tmp_path / "registry.sqlite").touch(0o600)
+    with closing(sqlite3.connect(tmp_path / "registry.sqlite")) as old:
+        old.executescript(
+            "CREATE TABLE invitations(token TEXT PRIMARY KEY, silo TEXT NOT NULL, expires TEXT NOT NULL,"
+            " key TEXT, asked TEXT, approved TEXT, used TEXT);"
+            "CREATE TABLE certificates(serial TEXT PRIMARY KEY, silo TEXT NOT NULL, issued TEXT NOT NULL,"
+            " expires TEXT NOT NULL, key TEXT NOT NULL, issuer TEXT NOT NULL, revoked TEXT, reason TEXT);"
+            "INSERT INTO certificates VALUES ('1f', 'alice', '2026-01-01', '2026-02-01', 'k', '1', NULL, NULL);"
+        )
+    registry = Registry(tmp_path)
+    (issued,) = registry.certificates()
+    assert (issued.serial, issued.role, issued.name) == ("1f", "silo", "alice")
+    registry.invite(Identity("fed", "operator", "alice"), HOUR)
+    assert [(each.role, each.name) for each in registry.invitations()] == [("operator", "alice")]
+    assert registry.revoke(ALICE, "lost")[0].serial == "1f"
+    assert registry.is_open()  # the operator's invitation is another's
 
 
 def test_the_port_is_open_only_while_somebody_is_invited(office, monkeypatch):
@@ -141,8 +194,7 @@ def test_a_revoked_silo_does_not_come_back_by_the_line_that_it_used(office, by_s
     with office:
         enrol(invitation, key)
         (issued,) = office.registry.certificates()
-        silo, serial = (None, issued.serial) if by_serial else ("alice", None)
-        office.registry.revoke(silo=silo, serial=serial, reason="stolen")
+        office.registry.revoke(issued.serial if by_serial else ALICE, "stolen")
         with pytest.raises(IdentityError, match="not known, or was used"):
             enrol(invitation, key)
         assert enrol(office.invite(), new_key())
@@ -181,7 +233,7 @@ def test_a_request_for_another_name_does_not_use_the_token_up(office):
     invitation = office.invite()
     with office:
         asked = {
-            "silo": "alice", "token": invitation.token,
+            "identity": ALICE.uri, "token": invitation.token,
             "request": make_request(Identity("fed", "silo", "bob"), new_key()).decode(),
         }  # fmt: skip
         status, answer = office.post(json.dumps(asked).encode())
@@ -242,15 +294,17 @@ def test_the_operator_may_have_to_agree(tmp_path, monkeypatch):
         with pytest.raises(IdentityError, match="not known, or was used"):
             enrol(invitation, new_key())  # somebody else with the same line
         with pytest.raises(IdentityError, match="nobody asks to be alice with the key"):
-            office.registry.approve("alice", fingerprint_of(new_key().public_key()))
-        office.registry.approve("alice", asks.key)
+            office.registry.approve(ALICE, fingerprint_of(new_key().public_key()))
+        office.registry.approve(ALICE, asks.key)
         assert enrol(invitation, key) is not None
 
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b"[" * 16000, b'{"silo": "alice"}', b'{"silo": 1, "token": "x", "request": ""}',
-     b'{"silo": "alice", "token": "x", "request": 5}', b'{"silo": "alice", "token": [], "request": ""}', b"\xff\xfe"],
+    [b"", b"{", b"[]", b"[" * 16000, b'{"identity": "gptfl://fed/silo/a"}',
+     b'{"identity": 1, "token": "x", "request": ""}',
+     b'{"identity": "gptfl://fed/silo/a", "token": "x", "request": 5}',
+     b'{"identity": "gptfl://fed/silo/a", "token": [], "request": ""}', b"\xff\xfe"],
 )  # fmt: skip
 def test_what_cannot_be_read_is_refused(office, body):
     office.invite()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gptfl_dist.errors import IdentityError
-from gptfl_dist.security.identity import Identity, peer_identity
+from gptfl_dist.security.identity import Identity, Invited, peer_identity
 
 names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40)
 TLS13 = {"ssl_tls_version": [b"TLSv1.3"]}
@@ -15,7 +17,8 @@ TLS13 = {"ssl_tls_version": [b"TLSv1.3"]}
 
 @given(names, names)
 def test_an_identity_is_read_back(federation, name):
-    for identity in (Identity(federation, "silo", name), Identity(federation, "coordinator", "coordinator")):
+    dialling = [Identity(federation, role, name) for role in get_args(Invited)]
+    for identity in (*dialling, Identity(federation, "coordinator", "coordinator")):
         assert identity.uri.isascii()
         assert Identity.from_uri(identity.uri) == identity
         assert peer_identity({**TLS13, "peer_uri": [identity.uri.encode()]}) == identity
@@ -48,6 +51,12 @@ def test_what_is_accepted_is_the_one_spelling(uri):
         "gptfl://fed/silo/ali ce",
         "gptfl://fed/silo/alice\n",
         "https://fed/silo/alice",
+        "gptfl://fed/operator",
+        "gptfl://fed/operator/",
+        "gptfl://fed/Operator/alice",
+        "gptfl://fed/operator/silo/alice",
+        "gptfl://fed/coordinator/alice",
+        "gptfl://fed/auditor/alice",
         "gptfl://[fed/silo/alice",
         "",
     ],

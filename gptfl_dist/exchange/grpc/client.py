@@ -29,8 +29,10 @@ from gptfl_dist.exchange.base import (
 from gptfl_dist.exchange.buffers import keep_buffers
 from gptfl_dist.exchange.grpc import convert, frames
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
+from gptfl_dist.exchange.grpc.health import EXCHANGE
 from gptfl_dist.exchange.grpc.options import WIDEST, line_options
-from gptfl_dist.exchange.grpc.server import NONCE, SERVICE, UPLOAD_CHUNK
+from gptfl_dist.exchange.grpc.port import UPLOAD_CHUNK
+from gptfl_dist.exchange.grpc.server import NONCE
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.files import storage_error, write_at
 from gptfl_dist.security.authority import Credentials
@@ -98,20 +100,7 @@ class GrpcSiloExchange:
         shown = self._credentials
         # The coordinator would hang up without a word.
         check_dates(shown.certificate, "this silo's certificate")
-        channel = grpc.aio.secure_channel(
-            self._address,
-            grpc.ssl_channel_credentials(shown.authority, shown.key, shown.certificate),
-            options=[
-                ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
-                ("grpc.max_send_message_length", UPLOAD_CHUNK + frames.MAX_OVERHEAD),
-                ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.max_pings_without_data", 0),
-                ("grpc.enable_retries", 0),
-                *line_options(self._keepalive, WIDEST),
-                # A proxy of the environment leads out, and would take this machine's own address for its own.
-                ("grpc.enable_http_proxy", int(not is_loopback(self._address))),
-            ],
-        )
+        channel = channel_to(self._address, shown, self._keepalive)
         try:
             call, welcome = await self._greet(channel)
         except BaseException:
@@ -124,7 +113,7 @@ class GrpcSiloExchange:
     async def _greet(self, channel: grpc.aio.Channel) -> tuple[_Work, Welcome]:
         """Opens the stream of a connection; returns it with the coordinator's first word."""
         work: grpc.aio.StreamStreamMultiCallable[pb.FromSilo, pb.ToSilo] = channel.stream_stream(
-            f"/{SERVICE}/Work", pb.FromSilo.SerializeToString, pb.ToSilo.FromString
+            f"/{EXCHANGE}/Work", pb.FromSilo.SerializeToString, pb.ToSilo.FromString
         )
         call = work()
         hello = pb.Hello(
@@ -137,7 +126,7 @@ class GrpcSiloExchange:
             await _write(call, pb.FromSilo(hello=hello))
             message = await _read(call)
         except Disconnected as broken:
-            raise await self._why(broken) from None
+            raise await reason_of(broken, self._address, self._credentials) from None
         if message.WhichOneof("message") != "welcome":
             raise ProtocolError("the coordinator's first message is no welcome", hint="install matching releases")
         if message.welcome.version != PROTOCOL_VERSION:
@@ -212,11 +201,11 @@ class GrpcSiloExchange:
     async def _upload(self, header: UpdateHeader, update: WeightsFile) -> Receipt:
         channel = self._open_channel
         announce: grpc.aio.UnaryUnaryMultiCallable[pb.UpdateHeader, pb.UploadOffset] = channel.unary_unary(
-            f"/{SERVICE}/OpenUpload", pb.UpdateHeader.SerializeToString, pb.UploadOffset.FromString
+            f"/{EXCHANGE}/OpenUpload", pb.UpdateHeader.SerializeToString, pb.UploadOffset.FromString
         )
         assert self._welcome is not None
         signature = sign(header.statement(self._own, self._welcome.run), self._shown.key)
-        answer = await _guard(lambda: announce(convert.header_to_message(header, signature)))
+        answer = await guard(lambda: announce(convert.header_to_message(header, signature)))
         if answer.refused:
             return Receipt(False, convert.legible(answer.refused))
         if answer.committed:
@@ -241,10 +230,10 @@ class GrpcSiloExchange:
                 yield frame
 
         send: grpc.aio.StreamUnaryMultiCallable[bytes, pb.Receipt] = channel.stream_unary(
-            f"/{SERVICE}/Upload", response_deserializer=pb.Receipt.FromString
+            f"/{EXCHANGE}/Upload", response_deserializer=pb.Receipt.FromString
         )
         try:
-            receipt = await _guard(lambda: send(chunks(), metadata=((NONCE, header.report.nonce),)))
+            receipt = await guard(lambda: send(chunks(), metadata=((NONCE, header.report.nonce),)))
         except Disconnected:
             if unreadable:
                 raise unreadable[0] from None
@@ -271,9 +260,9 @@ class GrpcSiloExchange:
         Raises Disconnected, or IdentityError where the coordinator makes none.
         """
         ask: grpc.aio.UnaryUnaryMultiCallable[pb.RenewRequest, pb.Renewed] = self._open_channel.unary_unary(
-            f"/{SERVICE}/Renew", pb.RenewRequest.SerializeToString, pb.Renewed.FromString
+            f"/{EXCHANGE}/Renew", pb.RenewRequest.SerializeToString, pb.Renewed.FromString
         )
-        answer = await _guard(lambda: ask(pb.RenewRequest(request=request)))
+        answer = await guard(lambda: ask(pb.RenewRequest(request=request)))
         if answer.refused:
             raise IdentityError(f"the coordinator refuses: {convert.legible(answer.refused)}")
         return answer.certificate, answer.authority
@@ -316,16 +305,6 @@ class GrpcSiloExchange:
         if channel is not None:
             await channel.close()
 
-    async def _why(self, broken: Disconnected) -> Exception:
-        """What keeps a connection from coming about, in better words than gRPC's where a handshake finds them."""
-        try:
-            await shake_hands(self._address, self._credentials)
-        except Unreachable as error:
-            return Disconnected(f"{error.message} ({error.hint})")
-        except ConnectionFailed as error:
-            return error
-        return broken
-
     @property
     def _open_channel(self) -> grpc.aio.Channel:
         if self._channel is None:
@@ -334,7 +313,7 @@ class GrpcSiloExchange:
 
     def _stream_of(self, request: pb.DownloadRequest) -> grpc.aio.UnaryStreamCall[pb.DownloadRequest, bytes]:
         method: grpc.aio.UnaryStreamMultiCallable[pb.DownloadRequest, bytes] = self._open_channel.unary_stream(
-            f"/{SERVICE}/Download", pb.DownloadRequest.SerializeToString
+            f"/{EXCHANGE}/Download", pb.DownloadRequest.SerializeToString
         )
         return method(request)
 
@@ -356,16 +335,45 @@ class GrpcSiloExchange:
         raise Disconnected("not connected")
 
 
+def channel_to(address: str, credentials: Credentials, keepalive: float) -> grpc.aio.Channel:
+    """A connection with a coordinator, which comes about with the first call."""
+    return grpc.aio.secure_channel(
+        address,
+        grpc.ssl_channel_credentials(credentials.authority, credentials.key, credentials.certificate),
+        options=[
+            ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
+            ("grpc.max_send_message_length", UPLOAD_CHUNK + frames.MAX_OVERHEAD),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_pings_without_data", 0),
+            ("grpc.enable_retries", 0),
+            *line_options(keepalive, WIDEST),
+            # A proxy of the environment leads out, and would take this machine's own address for its own.
+            ("grpc.enable_http_proxy", int(not is_loopback(address))),
+        ],
+    )
+
+
+async def reason_of(broken: Disconnected, address: str, credentials: Credentials) -> Disconnected | ConnectionFailed:
+    """What keeps a connection from coming about, in better words than gRPC's where a handshake finds them."""
+    try:
+        await shake_hands(address, credentials)
+    except Unreachable as error:
+        return Disconnected(f"{error.message} ({error.hint})")
+    except ConnectionFailed as error:
+        return error
+    return broken
+
+
 async def _write(call: _Work, message: pb.FromSilo) -> None:
     try:
-        await _guard(lambda: call.write(message))
+        await guard(lambda: call.write(message))
     except asyncio.InvalidStateError:
         await _read(call)  # the call is over, and only reading tells why
         raise Disconnected("the stream is closed") from None
 
 
 async def _read(call: _Work) -> pb.ToSilo:
-    message = await _guard(call.read)
+    message = await guard(call.read)
     if not isinstance(message, pb.ToSilo):  # grpc.aio.EOF
         raise Disconnected("the coordinator closed the stream")
     return message
@@ -401,7 +409,7 @@ def _translated() -> Iterator[None]:
         raise Disconnected("the connection was closed") from None
 
 
-async def _guard(call: Callable[[], Awaitable[_T]]) -> _T:
+async def guard(call: Callable[[], Awaitable[_T]]) -> _T:
     """Makes a call, awaits it and translates its errors."""
     with _translated():
         return await call()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.errors import ModelError, ProtocolError
-from gptfl_dist.exchange.base import UpdateHeader, Welcome
+from gptfl_dist.exchange.base import UpdateHeader, Welcome, Wish
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
+from gptfl_dist.exchange.grpc import operator_pb2 as operator_pb
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.weights import Layout
 
@@ -64,6 +66,16 @@ def order_from_message(message: pb.Order) -> Order:
         training=training,
         follows=message.follows,
     )
+
+
+def wish_to_message(wish: Wish) -> operator_pb.Wish:
+    return operator_pb.Wish(**asdict(wish))
+
+
+def wish_from_message(message: operator_pb.Wish) -> Wish:
+    """What somebody asks for, in texts that are fit for a log. The certificate request is checked by who signs it."""
+    texts = {name: legible(getattr(message, name)) for name in ("file", "role", "name", "serial", "reason", "key")}
+    return Wish(**texts, seconds=message.seconds, request=message.request)
 
 
 def welcome_to_message(welcome: Welcome, version: int, release: str) -> pb.Welcome:

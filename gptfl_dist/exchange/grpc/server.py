@@ -1,19 +1,19 @@
 """The coordinator's end of the gRPC exchange.
 
-One port, mutual TLS 1.3, five methods (see `exchange.proto`). The peer is known by its certificate; each call checks
-it, and each message whether it still counts: gRPC itself asks only when a connection is made. Control messages pass
-through a queue a silo, so an order reaches the wire the moment it is given. Weights are read from their file as they
-are sent, updates written to their spool as they arrive: neither is held in memory.
+Five methods (see `exchange.proto`) behind the coordinator's port. The peer is known by its certificate; each call
+checks it (`callers`), and each message whether it still counts: gRPC itself asks only when a connection is made.
+Control messages pass through a queue a silo, so an order reaches the wire the moment it is given. Weights are read from
+their file as they are sent, updates written to their spool as they arrive: neither is held in memory.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from base64 import b64encode
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -21,7 +21,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from gptfl_dist import __version__
-from gptfl_dist.errors import GptflError, IdentityError, LaunchError, ProtocolError, StorageError
+from gptfl_dist.errors import IdentityError, ProtocolError, StorageError
 from gptfl_dist.exchange.base import (
     PROTOCOL_VERSION,
     Answered,
@@ -42,31 +42,24 @@ from gptfl_dist.exchange.base import (
 from gptfl_dist.exchange.buffers import keep_buffers
 from gptfl_dist.exchange.grpc import convert, frames
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
-from gptfl_dist.exchange.grpc.options import WIDEST, line_options
+from gptfl_dist.exchange.grpc.callers import Context
+from gptfl_dist.exchange.grpc.health import EXCHANGE
+from gptfl_dist.exchange.grpc.port import UPLOAD_CHUNK, Port
 from gptfl_dist.exchange.grpc.shared import SharedFrames
 from gptfl_dist.exchange.inbox import Busy, Inbox, Refused, Superseded
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.ledger.records import Signed
-from gptfl_dist.security.authority import Credentials
-from gptfl_dist.security.identity import Peer, peer_of
+from gptfl_dist.security.identity import Peer
 from gptfl_dist.security.registry import serial_text
 from gptfl_dist.security.signing import require_signed
-from gptfl_dist.security.trust import Trust
 from gptfl_dist.weights import WeightsFile
 
 _log = logging.getLogger(__name__)
 
-SERVICE = "gptfl.v1.Exchange"
 NONCE = "gptfl-nonce"
-UPLOAD_CHUNK = 1 << 20
-_UNDER_WAY = 16 << 20  # bytes of chunks of all silos together: with many silos each sends smaller ones
-_CONTROL_LIMIT = 64 << 20  # a layout of a very large model; payloads are bounded by the chunk
-_CALLS = 16  # of one connection at a time; a silo needs four
+_PART = "take part"
 _LOOK_EVERY = 0.2  # seconds between two looks at the certificates of silos that say nothing
 
-_EXPIRED = "the silo's certificate expired while it was connected"
-
-_Context = grpc.aio.ServicerContext[Any, Any]
 _Message = TypeVar("_Message", bound=Message)
 
 
@@ -82,82 +75,60 @@ class _Line:
 
 
 class GrpcCoordinatorExchange:
-    """See `CoordinatorExchange`. `silos` are the names that may connect."""
+    """See `CoordinatorExchange`."""
 
     transport = "grpc+mtls"
 
-    def __init__(
-        self, *, listen: str, trust: Trust, federation: str, silos: tuple[str, ...], inbox: Inbox,
-        chunk: int, keepalive: float,
-    ) -> None:  # fmt: skip
+    def __init__(self, *, port: Port, inbox: Inbox, chunk: int) -> None:
         self.events: asyncio.Queue[ExchangeEvent] = asyncio.Queue()
         self.traffic = Traffic()
-        self.port = 0
-        self._listen = listen
-        self._trust = trust
-        self._shown = trust.credentials()
-        self._federation = federation
-        self._silos = silos
+        self._port = port
+        self._callers = port.callers
+        self._trust = port.trust
         self._inbox = inbox
-        self._upload_chunk = max(64 << 10, min(UPLOAD_CHUNK, _UNDER_WAY // len(silos) // 4096 * 4096))
-        self._chunk = min(chunk, self._upload_chunk) if len(silos) * UPLOAD_CHUNK > _UNDER_WAY else chunk
-        self._keepalive = keepalive
+        self._chunk = port.chunk(chunk)
         self._lines: dict[str, _Line] = {}
         self._published: dict[str, WeightsFile] = {}
         self._welcome: Welcome | None = None
-        self._server: grpc.aio.Server | None = None
         self._packed = False  # whether chunks are
         self._frames = SharedFrames(self._chunk, packed=False)
         self._closing = False
         self._checks: set[asyncio.Task[pb.Receipt]] = set()
         self._watch: asyncio.Task[None] | None = None
 
+    @property
+    def port(self) -> int:
+        """The number of the port in use."""
+        return self._port.number
+
     async def open(self, welcome: Welcome) -> None:
-        """Binds the port; `port` is then the one in use. Raises LaunchError where it cannot be had."""
+        """Takes silos from now on; `port` is where. Raises LaunchError where its address cannot be had."""
         keep_buffers()
         self._welcome = welcome
         self._packed = welcome.plan.compression.lossless == "zstd"
         self._frames = SharedFrames(self._chunk, packed=self._packed)
-        self._server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", UPLOAD_CHUNK + frames.MAX_OVERHEAD),
-                ("grpc.max_concurrent_streams", _CALLS),
-                ("grpc.max_send_message_length", _CONTROL_LIMIT),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", int(500 * self._keepalive)),
-                ("grpc.http2.max_ping_strikes", 0),
-                ("grpc.so_reuseport", 0),
-                *line_options(self._keepalive, min(WIDEST, 2 * self._upload_chunk)),
-            ]
-        )
+        self._callers.failed = lambda error: self.events.put_nowait(ExchangeFailed(error))
+        answering, streaming = partial(self._callers.answering, _PART), partial(self._callers.streaming, _PART)
         # Requests arrive as bytes and are parsed by the methods, once they know who sent them.
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            "Work": grpc.stream_stream_rpc_method_handler(self._work, response_serializer=pb.ToSilo.SerializeToString),
+            "Work": grpc.stream_stream_rpc_method_handler(
+                streaming(self._work), response_serializer=pb.ToSilo.SerializeToString
+            ),
             "OpenUpload": grpc.unary_unary_rpc_method_handler(
-                self._open_upload, response_serializer=pb.UploadOffset.SerializeToString
+                answering(self._open_upload), response_serializer=pb.UploadOffset.SerializeToString
             ),
-            "Download": grpc.unary_stream_rpc_method_handler(self._download),
+            "Download": grpc.unary_stream_rpc_method_handler(streaming(self._download, transfer=True)),
             "Upload": grpc.stream_unary_rpc_method_handler(
-                self._upload, response_serializer=pb.Receipt.SerializeToString
+                answering(self._upload, transfer=True), response_serializer=pb.Receipt.SerializeToString
             ),
-            "Renew": grpc.unary_unary_rpc_method_handler(self._renew, response_serializer=pb.Renewed.SerializeToString),
+            "Renew": grpc.unary_unary_rpc_method_handler(
+                answering(self._renew), response_serializer=pb.Renewed.SerializeToString
+            ),
         }
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
-        secrets = grpc.dynamic_ssl_server_credentials(
-            _configuration(self._shown),
-            self._new_configuration,  # type: ignore[arg-type]  # the stubs do not know of None
-            require_client_authentication=True,
-        )
-        try:
-            self.port = self._server.add_secure_port(self._listen, secrets)
-        except RuntimeError:
-            self.port = 0
-        if self.port == 0:
-            raise LaunchError(
-                f"cannot listen on {self._listen}: the port is in use, or the address is not this machine's",
-                hint="stop the process that holds it, or set exchange.listen to another port (0 takes any free one)",
-            )
-        await self._server.start()
+        self._port.serve(EXCHANGE, methods)
+        await self._port.open()
         self._watch = asyncio.create_task(self._watch_certificates())
+        await self._port.health.takes_silos(True)
 
     async def publish(self, bases: Mapping[str, WeightsFile]) -> None:
         self._published = dict(bases)
@@ -178,22 +149,9 @@ class GrpcCoordinatorExchange:
         for line in self._lines.values():
             line.outgoing.put_nowait(message)
             line.outgoing.put_nowait(None)
-        if self._server is not None:
-            await self._server.stop(grace=2.0)
+        await self._port.close()
         # A check reads its spool in a thread, which nothing can stop; its caller closes the spools next.
         await asyncio.gather(*self._checks, return_exceptions=True)
-
-    def _new_configuration(self) -> grpc.ServerCertificateConfiguration | None:
-        """What gRPC asks before each handshake: the certificate to show from now on, None for the one it has."""
-        try:
-            now = self._trust.credentials()
-        except GptflError as error:
-            _log.error("the coordinator's certificate cannot be renewed: %s", error)
-            return None
-        if now is self._shown:
-            return None
-        self._shown = now
-        return _configuration(now)
 
     async def _watch_certificates(self) -> None:
         """Ends the streams of silos whose certificate was revoked or expired, and what a revoked silo owes."""
@@ -207,47 +165,16 @@ class GrpcCoordinatorExchange:
                     self.events.put_nowait(SiloBarred(silo, barred[silo]))
                 told = dict(barred)
                 for line in list(self._lines.values()):
-                    if self._why_not(line.peer):
+                    if self._callers.why_not(line.peer):
                         line.outgoing.put_nowait(None)
             except StorageError as error:
                 self.events.put_nowait(ExchangeFailed(error))
                 return
             await asyncio.sleep(_LOOK_EVERY)
 
-    def _why_not(self, peer: Peer) -> str:
-        """Why a peer's certificate does not count any more, or "". Raises StorageError."""
-        return _EXPIRED if time.time() > peer.expires else self._trust.refusal(peer.serial)
-
-    async def _admit(self, peer: Peer, context: _Context) -> None:
-        """Aborts the call of a peer whose certificate does not count any more."""
-        try:
-            reason = self._why_not(peer)
-        except StorageError as error:
-            self.events.put_nowait(ExchangeFailed(error))
-            reason = "the coordinator cannot read its registry"
-        if reason == _EXPIRED:  # the silo may have another one by now
-            await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
-        elif reason:
-            _log.warning("silo %s is refused: %s", peer.identity.name, reason)
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, reason)
-
-    async def _identify(self, context: _Context) -> Peer:
-        """The silo behind a call. Aborts the call of anybody else."""
-        try:
-            peer = peer_of(context.auth_context())
-        except IdentityError as error:
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, error.message)
-        identity = peer.identity
-        if identity.federation != self._federation or identity.role != "silo" or identity.name not in self._silos:
-            await context.abort(
-                grpc.StatusCode.PERMISSION_DENIED,
-                f"the certificate names {identity.uri}, which is no silo of the federation {self._federation}",
-            )
-        await self._admit(peer, context)
-        return peer
-
-    async def _work(self, requests: AsyncIterator[bytes], context: _Context) -> AsyncIterator[pb.ToSilo]:
-        peer = await self._identify(context)
+    async def _work(
+        self, peer: Peer, requests: AsyncIterator[bytes], context: Context
+    ) -> AsyncGenerator[pb.ToSilo, None]:
         silo = peer.identity.name
         first = await _parse(pb.FromSilo, await anext(aiter(requests), b""), context)
         if first.WhichOneof("message") != "hello":
@@ -280,9 +207,9 @@ class GrpcCoordinatorExchange:
         listener = asyncio.create_task(self._listen_to(silo, line, requests))
         try:
             while (message := await line.outgoing.get()) is not None:
-                await self._admit(peer, context)
+                await self._callers.admit(peer, context)
                 yield message
-            await self._admit(peer, context)
+            await self._callers.admit(peer, context)
         finally:
             listener.cancel()
             if self._lines.get(silo) is line:
@@ -293,8 +220,9 @@ class GrpcCoordinatorExchange:
         """Hears a silo out, until the stream ends or cannot be understood."""
         try:
             async for request in requests:
-                if self._why_not(line.peer):
+                if self._callers.why_not(line.peer):
                     return
+                await self._callers.message_came(line.peer, len(request))
                 self._hear(silo, line, pb.FromSilo.FromString(request))
         except DecodeError:
             _log.warning("silo %s sent what is no message; its connection is closed", silo)
@@ -331,8 +259,7 @@ class GrpcCoordinatorExchange:
                 if awaited:
                     self.events.put_nowait(Answered(silo, report.nonce))
 
-    async def _download(self, data: bytes, context: _Context) -> AsyncIterator[bytes]:
-        peer = await self._identify(context)
+    async def _download(self, peer: Peer, data: bytes, context: Context) -> AsyncGenerator[bytes, None]:
         request = await _parse(pb.DownloadRequest, data, context)
         weights = self._published.get(request.digest)
         if weights is None or weights.closed:  # closed: between two arms
@@ -342,15 +269,15 @@ class GrpcCoordinatorExchange:
         if request.offset > weights.nbytes:
             await context.abort(grpc.StatusCode.OUT_OF_RANGE, f"the weights end at byte {weights.nbytes}")
         for offset in range(request.offset, weights.nbytes, self._chunk):
-            await self._admit(peer, context)
+            await self._callers.admit(peer, context)
             if self._closing or weights.closed or self._published.get(request.digest) is not weights:
                 await context.abort(grpc.StatusCode.ABORTED, "the weights are not handed out any more")
             frame, carried = self._frames.frame(request.digest, weights, offset)
+            await self._callers.sending(peer, len(frame))
             yield frame
             self.traffic.down += carried
 
-    async def _open_upload(self, data: bytes, context: _Context) -> pb.UploadOffset:
-        peer = await self._identify(context)
+    async def _open_upload(self, peer: Peer, data: bytes, context: Context) -> pb.UploadOffset:
         silo = peer.identity.name
         message = await _parse(pb.UpdateHeader, data, context)
         header = convert.header_from_message(message)
@@ -365,7 +292,7 @@ class GrpcCoordinatorExchange:
         except StorageError as error:
             self.events.put_nowait(ExchangeFailed(error))
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the coordinator cannot store the update")
-        return pb.UploadOffset(offset=offset, committed=committed, chunk=self._upload_chunk)
+        return pb.UploadOffset(offset=offset, committed=committed, chunk=self._port.upload_chunk)
 
     def _signed(self, peer: Peer, header: UpdateHeader, signature: bytes) -> Signed:
         """What shows later that it was this silo which announced an update. Raises Refused."""
@@ -377,8 +304,7 @@ class GrpcCoordinatorExchange:
             raise Refused(f"the update {error.message}") from None
         return Signed(text, b64encode(signature).decode(), peer.fingerprint, peer.certificate.decode())
 
-    async def _upload(self, requests: AsyncIterator[bytes], context: _Context) -> pb.Receipt:
-        peer = await self._identify(context)
+    async def _upload(self, peer: Peer, requests: AsyncIterator[bytes], context: Context) -> pb.Receipt:
         silo = peer.identity.name
         nonce = ""
         for key, value in context.invocation_metadata() or ():
@@ -389,7 +315,8 @@ class GrpcCoordinatorExchange:
             ticket = spool.claim()
             largest = UPLOAD_CHUNK if self._packed else 0
             async for frame in requests:
-                await self._admit(peer, context)
+                await self._callers.admit(peer, context)
+                await self._callers.received(peer, len(frame))
                 chunk = frames.decode_chunk(frame, largest)
                 spool.write(ticket, chunk.offset, chunk.data)
                 self.traffic.up += chunk.carried
@@ -412,13 +339,12 @@ class GrpcCoordinatorExchange:
             self._fail(silo, nonce, f"refused: {refusal}")
             return pb.Receipt(reason=str(refusal))
 
-    async def _renew(self, data: bytes, context: _Context) -> pb.Renewed:
-        silo = (await self._identify(context)).identity.name
+    async def _renew(self, peer: Peer, data: bytes, context: Context) -> pb.Renewed:
         request = await _parse(pb.RenewRequest, data, context)
         try:
-            certificate, authority = self._trust.renew(silo, request.request)
+            certificate, authority = self._trust.renew(peer.identity, request.request)
         except (IdentityError, StorageError) as error:
-            _log.warning("the certificate of silo %s is not renewed: %s", silo, error.message)
+            _log.warning("the certificate of silo %s is not renewed: %s", peer.identity.name, error.message)
             return pb.Renewed(refused=error.message)
         return pb.Renewed(certificate=certificate, authority=authority)
 
@@ -443,13 +369,7 @@ class GrpcCoordinatorExchange:
             self.events.put_nowait(OrderFailed(silo, nonce, convert.legible(reason)))
 
 
-def _configuration(credentials: Credentials) -> grpc.ServerCertificateConfiguration:
-    return grpc.ssl_server_certificate_configuration(
-        [(credentials.key, credentials.certificate)], root_certificates=credentials.authority
-    )
-
-
-async def _parse(kind: type[_Message], data: bytes, context: _Context) -> _Message:
+async def _parse(kind: type[_Message], data: bytes, context: Context) -> _Message:
     """The message in a request; a call that carries none is refused."""
     try:
         return kind.FromString(data)

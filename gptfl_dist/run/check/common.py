@@ -1,8 +1,9 @@
-"""Checks and helpers that a federation file and a silo file share."""
+"""Checks and helpers that the files share."""
 
 from __future__ import annotations
 
 import ast
+import asyncio
 import contextlib
 import importlib.util
 import shutil
@@ -14,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from gptfl_dist.config.silo import SiloFile
+from gptfl_dist.config.silo import Coordinator, SiloFile
 from gptfl_dist.errors import (
     IdentityError,
     LaunchError,
@@ -106,6 +107,20 @@ def valid_until(valid: Validity, whose: str, *, renewed: bool = False) -> str:
             "gptfl credentials FEDERATION_FILE --host NAME --out NEW_FOLDER",
         )
     return f"{whose}, valid until {valid.end:%F}"
+
+
+def not_dialled(side: Coordinator) -> str:
+    raise Doubt(f"{side.address} was not dialled: that needs the credentials", "mend them, then check again")
+
+
+def reach(side: Coordinator) -> str:
+    """Dials the coordinator as a silo or an operator would, up to its first word over TLS 1.3."""
+    from gptfl_dist.security.credentials import load_credentials
+    from gptfl_dist.security.handshake import shake_hands
+
+    credentials, own = load_credentials(side.authority, side.certificate, side.key)
+    asyncio.run(shake_hands(side.address, credentials))
+    return f"{side.address} answers over TLS 1.3 as the coordinator of {own.federation}"
 
 
 def host_names(certificate: Path) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 from gptfl_dist.config.silo import Coordinator, SiloFile
@@ -11,11 +10,13 @@ from gptfl_dist.run.check.common import (
     check_credentials,
     code_beside,
     launcher_found,
+    not_dialled,
     parse_script,
+    reach,
     valid_until,
     writable,
 )
-from gptfl_dist.run.check.findings import Checklist, Doubt
+from gptfl_dist.run.check.findings import Checklist
 
 
 def check_silo(checks: Checklist, path: Path, silo: SiloFile) -> None:
@@ -34,7 +35,7 @@ def check_silo(checks: Checklist, path: Path, silo: SiloFile) -> None:
         checks.run("coordinator", lambda: "none named: this silo runs under gptfl run or mpiexec alone")
         return
     usable = checks.run("credentials", lambda: _silo_credentials(silo, side))
-    checks.run("coordinator", lambda: _reach(side) if usable else _not_dialled(side))
+    checks.run("coordinator", lambda: reach(side) if usable else not_dialled(side))
 
 
 def _silo_device(silo: SiloFile) -> str:
@@ -73,17 +74,3 @@ def _silo_code(path: Path, silo: SiloFile) -> str:
 def _silo_credentials(silo: SiloFile, side: Coordinator) -> str:
     valid = check_credentials(side.authority, side.certificate, side.key, "silo", silo.name, None)
     return valid_until(valid, f"those of {silo.name}", renewed=True)
-
-
-def _not_dialled(side: Coordinator) -> str:
-    raise Doubt(f"{side.address} was not dialled: that needs the credentials", "mend them, then check again")
-
-
-def _reach(side: Coordinator) -> str:
-    """Dials the coordinator as the silo would, up to its first word over TLS 1.3."""
-    from gptfl_dist.security.credentials import load_credentials
-    from gptfl_dist.security.handshake import shake_hands
-
-    credentials, own = load_credentials(side.authority, side.certificate, side.key)
-    asyncio.run(shake_hands(side.address, credentials))
-    return f"{side.address} answers over TLS 1.3 as the coordinator of {own.federation}"
