@@ -13,7 +13,6 @@ import os
 import socket
 import ssl
 from collections.abc import Callable, Iterator
-from contextlib import chdir
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -54,10 +53,9 @@ class Health:
 
 @dataclass(frozen=True, slots=True)
 class _Process:
-    """A coordinator or silo that runs on this machine: its role, where it began and when, the file, the work folder."""
+    """A coordinator or silo that runs on this machine, as its command line has it, and when it began."""
 
     role: str
-    cwd: Path
     file: Path
     work_folder: Path | None
     started: datetime
@@ -72,8 +70,7 @@ def health_of(path: Path | None, parse: Parse, *, alive: bool = False) -> Health
         if path is not None:
             return _of_file(path, parse, alive)
         for process in _processes(parse):
-            with chdir(process.cwd):
-                return _silo(process) if process.role == "silo" else _coordinator(process.file, alive)
+            return _silo(process) if process.role == "silo" else _coordinator(process.file, alive)
         return Health(False, "no gptfl coordinator or silo runs here")
     except GptflError as error:
         return Health(False, error.message)
@@ -89,8 +86,7 @@ def _of_file(path: Path, parse: Parse, alive: bool) -> Health:
         raise ConfigError(f"{path} is no federation, silo or operator file")
     for process in _processes(parse):
         if process.role == "silo" and process.file.resolve() == path.resolve():
-            with chdir(process.cwd):
-                return _silo(process)
+            return _silo(process)
     return Health(False, f"no gptfl silo runs here with {path}")
 
 
@@ -178,7 +174,7 @@ def _processes(parse: Parse) -> Iterator[_Process]:
             if Path(word).name in ("gptfl", "gptfl_dist") and words[at + 1] in _ROLES:
                 given = parse(words[at + 1], words[at + 2 :])
                 work = given.get("work_folder")
-                yield _Process(words[at + 1], cwd, cwd / given["file"], work and cwd / work, started)
+                yield _Process(words[at + 1], cwd / given["file"], work and cwd / work, started)
                 break
 
 

@@ -70,7 +70,7 @@ async def test_connections_beyond_the_limit_are_refused_with_a_reason(tmp_path):
             reason = await refused(line.stream_stream(f"/{EXCHANGE}/Work")().read())
             assert reason == "alice is refused: it has 3 connections already, and exchange.limits.connections is 3"
         silo = world.silo("alice")
-        with pytest.raises(Disconnected, match="exchange.limits.connections is 3"):  # as its operator reads it
+        with pytest.raises(Disconnected, match=r"exchange\.limits\.connections is 3"):  # as its operator reads it
             await silo.connect()
         await delivered(world, bob, headers["bob"], tmp_path)
         for call in held:

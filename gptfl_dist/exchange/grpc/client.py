@@ -126,7 +126,7 @@ class GrpcSiloExchange:
             await _write(call, pb.FromSilo(hello=hello))
             message = await _read(call)
         except Disconnected as broken:
-            raise await reason_of(broken, self._address, self._credentials) from None
+            raise await self._why(broken) from None
         if message.WhichOneof("message") != "welcome":
             raise ProtocolError("the coordinator's first message is no welcome", hint="install matching releases")
         if message.welcome.version != PROTOCOL_VERSION:
@@ -305,6 +305,16 @@ class GrpcSiloExchange:
         if channel is not None:
             await channel.close()
 
+    async def _why(self, broken: Disconnected) -> Exception:
+        """What keeps a connection from coming about, in better words than gRPC's where a handshake finds them."""
+        try:
+            await shake_hands(self._address, self._credentials)
+        except Unreachable as error:
+            return Disconnected(f"{error.message} ({error.hint})")
+        except ConnectionFailed as error:
+            return error
+        return broken
+
     @property
     def _open_channel(self) -> grpc.aio.Channel:
         if self._channel is None:
@@ -351,17 +361,6 @@ def channel_to(address: str, credentials: Credentials, keepalive: float) -> grpc
             ("grpc.enable_http_proxy", int(not is_loopback(address))),
         ],
     )
-
-
-async def reason_of(broken: Disconnected, address: str, credentials: Credentials) -> Disconnected | ConnectionFailed:
-    """What keeps a connection from coming about, in better words than gRPC's where a handshake finds them."""
-    try:
-        await shake_hands(address, credentials)
-    except Unreachable as error:
-        return Disconnected(f"{error.message} ({error.hint})")
-    except ConnectionFailed as error:
-        return error
-    return broken
 
 
 async def _write(call: _Work, message: pb.FromSilo) -> None:

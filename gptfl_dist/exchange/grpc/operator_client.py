@@ -13,10 +13,11 @@ from gptfl_dist.errors import ConnectionFailed, GptflError, ProtocolError
 from gptfl_dist.exchange.base import Disconnected, Wish
 from gptfl_dist.exchange.grpc import convert
 from gptfl_dist.exchange.grpc import operator_pb2 as pb
-from gptfl_dist.exchange.grpc.client import channel_to, guard, reason_of
+from gptfl_dist.exchange.grpc.client import channel_to, guard
 from gptfl_dist.exchange.grpc.health import HEALTH, OPERATOR
 from gptfl_dist.security.authority import Credentials
 from gptfl_dist.security.credentials import check_dates
+from gptfl_dist.security.handshake import shake_hands
 from gptfl_dist.security.identity import Identity
 
 _PATIENCE = 60.0  # seconds for an answer; a busy coordinator may take some
@@ -67,10 +68,12 @@ class OperatorClient:
         return answer.status == health_pb2.HealthCheckResponse.SERVING
 
     async def _why(self, broken: Disconnected) -> ConnectionFailed:
-        reason = await reason_of(broken, self._address, self._credentials)
-        if isinstance(reason, ConnectionFailed):
-            return reason
-        return ConnectionFailed(f"{self._address} gives no answer: {reason}", hint="try again; gptfl check tells more")
+        """What keeps an answer away, in better words than gRPC's where a handshake finds them."""
+        try:
+            await shake_hands(self._address, self._credentials)
+        except ConnectionFailed as error:
+            return error
+        return ConnectionFailed(f"{self._address} gives no answer: {broken}", hint="try again in a moment")
 
 
 def _error(fault: pb.Fault) -> GptflError:
