@@ -41,7 +41,8 @@ class _Run(Collector):
         yield _gauge("gptfl_silos_missing", "silos that are not connected to a coordinator at work", len(missing))
         revoked = [silo.name for silo in found.silos if silo.revoked]
         yield _gauge("gptfl_silos_revoked", "silos that a coordinator at work lets in no more", len(revoked))
-        connected = {silo.name: float(silo.connected) for silo in found.silos if silo.connected is not None}
+        expected = [silo for silo in found.silos if not silo.revoked]
+        connected = {silo.name: float(silo.connected) for silo in expected if silo.connected is not None}
         yield _of_each("gptfl_silo_connected", "whether a silo is connected", "silo", connected)
         behind = {silo.name: float(silo.behind) for silo in found.silos}
         yield _of_each("gptfl_silo_rounds_behind", "rounds without a silo's update since its last", "silo", behind)
