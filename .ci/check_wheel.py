@@ -37,5 +37,5 @@ for module in modules:
     except (ImportError, RuntimeError) as error:
         if isinstance(error, ModuleNotFoundError) or "mpi" not in str(error).lower():
             raise
-assert "gptfl_dist.exchange.grpc.exchange_pb2" in modules
+assert {f"gptfl_dist.exchange.grpc.{name}_pb2" for name in ("exchange", "operator")} <= set(modules)
 print(f"{Path(gptfl_dist.__file__).parent}: {len(modules)} modules import")

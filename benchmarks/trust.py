@@ -59,7 +59,7 @@ def measured(folder: Path, parameters: int, times: int) -> dict[str, float]:
     authority = vault.open(timedelta(days=7))
     trust = KeptTrust(vault, timedelta(days=7), registry, ("localhost",), log.append)
     key = new_key()
-    certificate, roots = certify(authority, registry, "silo-1", make_request(SILO, key), log.append, "silo enrolled")
+    certificate, roots = certify(authority, registry, SILO, make_request(SILO, key), log.append, "silo enrolled")
     own, other = trust.credentials(), Credentials(roots, certificate, key_bytes(key))
     (issued,) = registry.certificates()
     serial, expires = int(issued.serial, 16), datetime.fromisoformat(issued.expires).timestamp()

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from gptfl_dist.errors import ConfigError
 from gptfl_dist.exchange.base import Wish
 from gptfl_dist.observe.status import Status
 from gptfl_dist.run import admission
@@ -19,8 +20,7 @@ from gptfl_dist.run.operate import Asked, ask
 from gptfl_dist.run.status import status_of
 from gptfl_dist.security.registry import Invitation, Issued
 
-LONGEST_INVITATION = 30 * 24 * 3600.0
-"""Seconds."""
+_LONGEST_INVITATION = 30 * 24 * 3600.0  # seconds
 
 RESULTS: dict[str, Any] = {
     "status": Status,
@@ -59,8 +59,9 @@ def carry_out(path: Path, action: str, wish: Wish) -> Any:
         case "revoke":
             return admission.revoke(path, role=role, name=wish.name, serial=wish.serial, reason=wish.reason)
         case "invite":
-            seconds = min(max(wish.seconds, 0.0), LONGEST_INVITATION)
-            return admission.invite(path, role, wish.name, timedelta(seconds=seconds))
+            if not 0 < wish.seconds <= _LONGEST_INVITATION:
+                raise ConfigError(f"an invitation for {wish.seconds} s", hint="give --days, at most 30")
+            return admission.invite(path, role, wish.name, timedelta(seconds=wish.seconds))
         case "approve":
             return admission.approve(path, role, wish.name, wish.key)
     raise AssertionError(action)

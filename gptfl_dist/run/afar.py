@@ -27,8 +27,8 @@ from gptfl_dist.config.operator import OperatorFile
 from gptfl_dist.errors import GptflError, IdentityError, ProtocolError
 from gptfl_dist.exchange.base import Wish
 from gptfl_dist.run.actions import RESULTS, carry_out
-from gptfl_dist.security.authority import SKEW, Credentials, key_bytes, new_key
-from gptfl_dist.security.credentials import load_credentials, replace_credentials
+from gptfl_dist.security.authority import SKEW, Credentials, new_key
+from gptfl_dist.security.credentials import credentials_for, load_credentials, replace_credentials
 from gptfl_dist.security.identity import Identity
 from gptfl_dist.security.request import make_request
 from gptfl_dist.security.trust import due
@@ -115,16 +115,12 @@ async def _keep_valid(file: OperatorFile, client: OperatorClient) -> None:
 
 async def _renewed(client: OperatorClient, own: Identity) -> Credentials:
     key = new_key()
-    answer = json.loads(await client.ask("renew", Wish(request=make_request(own, key).decode())))
+    answer = await client.ask("renew", Wish(request=make_request(own, key).decode()))
     try:
-        certificate, authority = answer["certificate"].encode(), answer["authority"].encode()
-        made = x509.load_pem_x509_certificate(certificate)
-        x509.load_pem_x509_certificates(authority)
-    except (ValueError, TypeError, KeyError, AttributeError):
+        made = TypeAdapter(dict[str, str]).validate_json(answer)
+        return credentials_for(key, made["certificate"].encode(), made["authority"].encode())
+    except (ValidationError, KeyError):
         raise ProtocolError("the coordinator sent what is no certificate") from None
-    if made.public_key() != key.public_key():
-        raise IdentityError("the coordinator made a certificate for another key")
-    return Credentials(authority, certificate, key_bytes(key))
 
 
 @contextmanager

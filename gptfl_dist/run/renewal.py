@@ -14,11 +14,11 @@ from pathlib import Path
 
 from cryptography import x509
 
-from gptfl_dist.errors import GptflError, IdentityError, ProtocolError
+from gptfl_dist.errors import GptflError
 from gptfl_dist.exchange.base import Disconnected
 from gptfl_dist.exchange.grpc.client import GrpcSiloExchange
-from gptfl_dist.security.authority import Credentials, key_bytes, new_key
-from gptfl_dist.security.credentials import load_credentials, replace_credentials
+from gptfl_dist.security.authority import Credentials, new_key
+from gptfl_dist.security.credentials import credentials_for, load_credentials, replace_credentials
 from gptfl_dist.security.identity import Identity
 from gptfl_dist.security.request import make_request
 from gptfl_dist.security.trust import FileTrust, due
@@ -63,14 +63,7 @@ async def keep_valid(exchange: GrpcSiloExchange, own: Identity, files: tuple[Pat
 async def _renewed(exchange: GrpcSiloExchange, own: Identity) -> Credentials:
     key = new_key()
     certificate, authority = await exchange.renew(make_request(own, key))
-    try:
-        made = x509.load_pem_x509_certificate(certificate)
-        x509.load_pem_x509_certificates(authority)
-    except ValueError:
-        raise ProtocolError("the coordinator sent what is no certificate") from None
-    if made.public_key() != key.public_key():
-        raise IdentityError("the coordinator made a certificate for another key")
-    return Credentials(authority, certificate, key_bytes(key))
+    return credentials_for(key, certificate, authority)
 
 
 def _until(credentials: Credentials) -> str:

@@ -12,11 +12,12 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
-from gptfl_dist.errors import IdentityError
+from gptfl_dist.errors import IdentityError, ProtocolError
 from gptfl_dist.files import storage_error, write_file
-from gptfl_dist.security.authority import Credentials
+from gptfl_dist.security.authority import Credentials, key_bytes
 from gptfl_dist.security.identity import Identity
 
 _UNREADABLE = (ValueError, x509.InvalidVersion)
@@ -56,6 +57,18 @@ def load_credentials(
         _check_dates(each, str(certificate))
     _check_dates(root, str(authority))
     return Credentials(pem[authority], pem[certificate], pem[key]), identity_in(pem[certificate], str(certificate))
+
+
+def credentials_for(key: ec.EllipticCurvePrivateKey, certificate: bytes, authority: bytes) -> Credentials:
+    """Those that a coordinator made for a key of this side's. Raises ProtocolError, IdentityError."""
+    try:
+        made = x509.load_pem_x509_certificate(certificate)
+        x509.load_pem_x509_certificates(authority)
+    except ValueError:
+        raise ProtocolError("the coordinator sent what is no certificate") from None
+    if made.public_key() != key.public_key():
+        raise IdentityError("the coordinator made a certificate for another key")
+    return Credentials(authority, certificate, key_bytes(key))
 
 
 def replace_credentials(credentials: Credentials, authority: Path, certificate: Path, key: Path) -> None:

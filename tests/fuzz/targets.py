@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -21,13 +21,18 @@ from google.protobuf.message import DecodeError
 from gptfl_dist.config.federation import Model, Task
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.errors import ConfigError, IdentityError, ModelError, ProtocolError, TrainerError
-from gptfl_dist.exchange.base import UpdateHeader, Welcome
+from gptfl_dist.exchange.base import UpdateHeader, Welcome, Wish
 from gptfl_dist.exchange.grpc import convert, frames
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
+from gptfl_dist.exchange.grpc import operator_pb2 as operator_pb
+from gptfl_dist.exchange.grpc.operator_client import error_in
 from gptfl_dist.exchange.inbox import Busy, Inbox, Refused
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.launch.channel import encode, error_from_message, error_to_message
 from gptfl_dist.launch.trainer import _decode
+from gptfl_dist.observe.status import SiloStatus, Status
+from gptfl_dist.run.actions import RESULTS
+from gptfl_dist.run.afar import result_in
 from gptfl_dist.security.audit import verify
 from gptfl_dist.security.audit_log import AuditLog, read_log
 from gptfl_dist.security.authority import Authority, Credentials, new_key
@@ -97,6 +102,28 @@ def _from_silo(data: bytes) -> None:
         _inbox().accept("silo", convert.report_from_message(message.report))
     elif kind == "failure":
         assert len(convert.legible(message.failure.reason)) <= 4000
+
+
+def _wish(data: bytes) -> None:
+    wish = convert.wish_from_message(operator_pb.Wish.FromString(data))
+    assert all(len(text) <= 4000 and (text.isprintable() or "\n" in text) for text in wish.told().values())
+
+
+def _operator_answer(data: bytes) -> None:
+    answer = operator_pb.Answer.FromString(data)
+    if answer.HasField("fault"):
+        assert error_in(answer.fault).exit_code
+    for action in RESULTS:
+        with contextlib.suppress(ProtocolError):
+            result_in(action, answer.result)
+
+
+def _operator_answers() -> list[bytes]:
+    silo = SiloStatus("a", True, "idle", "", None, 0, None)
+    status = Status("tiny", "run", "running", "2025-11-03T02:00:00+00:00", silos=[silo])
+    fault = operator_pb.Fault(error="ConfigError", message="no", hint="yes")
+    answers = [operator_pb.Answer(result=json.dumps(asdict(status))), operator_pb.Answer(fault=fault)]
+    return [answer.SerializeToString() for answer in answers]
 
 
 def _update_header(data: bytes) -> None:
@@ -264,7 +291,10 @@ TARGETS = {
     "enrolment": Target(_enrolment, _enrolments, (IdentityError,)),
     "invitation": Target(
         _invitation,
-        lambda: [f"gptfl join gptfl://localhost:8444/fed/silo-1/{'t' * 32}/{'0' * 64}".encode()],
+        lambda: [
+            f"gptfl join gptfl://localhost:8444/fed/silo-1/{'t' * 32}/{'0' * 64}".encode(),
+            f"gptfl://localhost:8444/fed/operator/anna/{'t' * 32}/{'0' * 64}".encode(),
+        ],
         (ConfigError,),
     ),
     "audit_log": Target(_audit_log, _audit_logs, ()),
@@ -279,6 +309,12 @@ TARGETS = {
         (ProtocolError,),
     ),
     "from_silo": Target(_from_silo, _messages_up, (DecodeError, Refused)),
+    "wish": Target(
+        _wish,
+        lambda: [convert.wish_to_message(Wish(role="operator", name="anna", seconds=1.5)).SerializeToString()],
+        (DecodeError,),
+    ),
+    "operator_answer": Target(_operator_answer, _operator_answers, (DecodeError,)),
     "update_header": Target(
         _update_header,
         lambda: [convert.header_to_message(_HEADER, bytes(70)).SerializeToString()],
@@ -300,7 +336,12 @@ TARGETS = {
     "handshake": Target(_handshake, _hellos, (ProtocolError,)),
     "identity": Target(
         _identity,
-        lambda: [b"gptfl://fed/silo/silo-1", b"gptfl://fed/coordinator", b"gptfl://f%20d/silo/a%2Fb"],
+        lambda: [
+            b"gptfl://fed/silo/silo-1",
+            b"gptfl://fed/operator/a",
+            b"gptfl://fed/coordinator",
+            b"gptfl://f%20d/silo/a%2Fb",
+        ],
         (IdentityError,),
     ),
     "certificate": Target(_certificate, _certificates, (IdentityError,)),

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import grpc
@@ -103,7 +103,8 @@ class Callers:
         except IdentityError as error:
             if self._told.due((peer.serial, action)):
                 _log.warning("%s", error.message)
-                await self.note("refused", action=action, reason=error.message, **_of(peer, context))
+                with suppress(GptflError):  # a log that cannot be written lets nobody do more
+                    await self._noted("refused", peer, context, action=action, reason=error.message)
             await asyncio.sleep(_PAUSE)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, error.message)
 
@@ -145,13 +146,14 @@ class Callers:
     async def noted(self, event: str, peer: Peer, context: Context, **fields: str) -> None:
         """Notes what somebody asked for in the audit log, with their certificate. Aborts a call that cannot be."""
         try:
-            await self.note(event, **fields, **_of(peer, context))
+            await self._noted(event, peer, context, **fields)
         except GptflError as error:
             _log.error("the audit log cannot be written: %s", error)
             await context.abort(grpc.StatusCode.INTERNAL, "the coordinator cannot write its audit log")
 
-    async def note(self, event: str, **fields: str) -> None:
-        await asyncio.to_thread(self._note, event, **fields)
+    async def _noted(self, event: str, peer: Peer, context: Context, **fields: str) -> None:
+        by = {"by": peer.identity.uri, "serial": serial_text(peer.serial), "address": str(context.peer())}
+        await asyncio.to_thread(self._note, event, **fields, **by)
 
     async def _identify(self, context: Context, action: str) -> Peer:
         try:
@@ -170,11 +172,6 @@ class Callers:
         await self.admit(peer, context)
         await self.allow(peer, action, context)
         return peer
-
-
-def _of(peer: Peer, context: Context) -> dict[str, str]:
-    """Who asked, as the audit log tells it."""
-    return {"by": peer.identity.uri, "serial": serial_text(peer.serial), "address": str(context.peer())}
 
 
 def _name(identity: Identity) -> str:

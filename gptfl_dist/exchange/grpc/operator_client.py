@@ -50,7 +50,7 @@ class OperatorClient:
         except Disconnected as broken:
             raise await self._why(broken) from None
         if answer.HasField("fault"):
-            raise _error(answer.fault)
+            raise error_in(answer.fault)
         return answer.result
 
     async def takes_silos(self) -> bool:
@@ -76,7 +76,7 @@ class OperatorClient:
         return ConnectionFailed(f"{self._address} gives no answer: {broken}", hint="try again in a moment")
 
 
-def _error(fault: pb.Fault) -> GptflError:
+def error_in(fault: pb.Fault) -> GptflError:
     """The error that an action ended with at the coordinator."""
     kind = getattr(errors, fault.error, None) if fault.error in errors.__all__ else None
     if not isinstance(kind, type) or not issubclass(kind, GptflError):
