@@ -15,17 +15,20 @@ from pydantic_core import PydanticUndefined
 import gptfl_dist.config
 from gptfl_dist.config import (
     FederationFile,
+    OperatorFile,
     Section,
     SiloFile,
     federation_schema,
     load_federation,
+    load_operator,
     load_silo,
+    operator_schema,
     silo_schema,
 )
 from gptfl_dist.config.document import read_document
 from gptfl_dist.synthesis.generator import EMBEDDED_LABELS
 
-FILES = {"federation.yaml": FederationFile, "silo.yaml": SiloFile}
+FILES = {"federation.yaml": FederationFile, "silo.yaml": SiloFile, "operator.yaml": OperatorFile}
 # A setting that is commented out: "# key: value" in the place where it would stand.
 COMMENTED = re.compile(r"^( *)# ( *[a-z_]+:(?: .*)?)$", re.MULTILINE)
 
@@ -62,6 +65,7 @@ def at(value: Any, keys: tuple[str, ...]) -> Any:
 def test_the_default_files_load_as_they_stand() -> None:
     assert tuple(load_federation(default_file("federation.yaml")).labels) == EMBEDDED_LABELS
     assert load_silo(default_file("silo.yaml")).name == "silo-1"
+    assert load_operator(default_file("operator.yaml")).role == "operator"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -112,6 +116,9 @@ def test_the_file_fits_a_screen(name: str) -> None:
 def test_schemas_are_of_the_files_and_their_defaults_are_what_a_file_takes() -> None:
     assert set(federation_schema()["properties"]) == set(FederationFile.model_fields)
     assert set(silo_schema()["properties"]) == set(SiloFile.model_fields)
+    assert set(operator_schema()["properties"]) == set(OperatorFile.model_fields)
+    limits = federation_schema()["$defs"]["Limits"]["properties"]
+    assert re.fullmatch(limits["rate"]["pattern"], limits["rate"]["default"])
     exchange = federation_schema()["$defs"]["Exchange"]["properties"]
     assert exchange["chunk"]["type"] == "string"
     assert re.fullmatch(exchange["chunk"]["pattern"], exchange["chunk"]["default"])

@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+from prometheus_client import generate_latest
 
 from gptfl_dist.observe.live import LIVE, LiveFile, Standing, read_live
+from gptfl_dist.observe.metrics import registry_of
 from gptfl_dist.observe.status import ArmStatus, RoundStatus, SiloStatus, Status, status_lines
 from gptfl_dist.testing import clock
 
@@ -58,6 +60,21 @@ def test_the_text_says_which_round_which_silo_and_what_to_do() -> None:
     ]
 
 
+def test_a_silo_that_may_not_come_back_is_not_called_missing() -> None:
+    silos = [SiloStatus(name, False, "idle", "", None, 0, None, revoked=name == "b") for name in "ab"]
+    lines = status_lines(Status("t", "run", "running", AT, silos=silos))
+    assert [line.split()[:2] for line in lines[-2:]] == [["a", "missing"], ["b", "revoked"]]
+    text = generate_latest(registry_of(lambda: Status("t", "run", "running", AT, silos=silos), lambda: {})).decode()
+    for line in (
+        "gptfl_silos 2.0",
+        "gptfl_silos_missing 1.0",
+        "gptfl_silos_revoked 1.0",
+        'gptfl_silo_connected{silo="a"} 0.0',
+    ):
+        assert line in text.splitlines()
+    assert 'gptfl_silo_connected{silo="b"}' not in text
+
+
 @pytest.mark.parametrize(
     ("status", "line"),
     [
@@ -100,6 +117,8 @@ def test_the_live_file_is_written_at_most_once_a_second_and_at_the_end(tmp_path:
         assert (now.stage, now.arm, now.round, now.rounds, now.state) == ("federate", "gptfl", 1, 9, "train")
         assert (now.silos["a"].connected, now.silos["a"].done, now.silos["a"].total) == (True, 99, 100)
         assert now.deadline is not None
+        assert [now.silos[name].revoked for name in "ab"] == [False, True]
+        file.serves(True)
         file.done("a")
         file.stands(Standing("gptfl", 9, 1, "aggregate", frozenset(), frozenset(), None))
         file.close()
@@ -113,6 +132,8 @@ def test_the_live_file_is_written_at_most_once_a_second_and_at_the_end(tmp_path:
         False,
         None,
     )
+    assert last.serving
+    assert not last.silos["b"].revoked
     assert [path.name for path in tmp_path.iterdir()] == [LIVE]
 
     async def again() -> None:
