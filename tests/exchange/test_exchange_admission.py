@@ -174,6 +174,23 @@ async def test_a_renewed_silo_moves_to_a_new_connection_and_a_transfer_is_not_cu
 
 
 @in_loop
+async def test_a_transfer_that_begins_while_the_stream_moves_is_not_cut(tmp_path):
+    digest = write_weights(tmp_path / "base", LARGE, [bytes(LARGE.nbytes)])
+    kept = Kept(tmp_path)
+    with WeightsFile(tmp_path / "base") as base:
+        async with World(tmp_path, LARGE, trust=kept.trust) as world:
+            alice = await ready(world, kept.silo())
+            await world.server.publish({digest: base})
+            for number in range(8):
+                moving = asyncio.create_task(alice.show(kept.silo()))
+                await asyncio.sleep(0.002 * number)  # into the handshake, and behind it
+                await alice.download(digest, LARGE, tmp_path / "got")
+                await moving
+                assert await world.event() == SiloJoined("alice")
+            assert await world.settled() == []  # it never left
+
+
+@in_loop
 async def test_a_silo_gets_a_certificate_for_itself_alone(tmp_path):
     kept = Kept(tmp_path)
     async with World(tmp_path, trust=kept.trust) as world:

@@ -274,9 +274,9 @@ class GrpcSiloExchange:
         again. Where that fails, `receive` raises Disconnected.
         """
         self._credentials = credentials
-        async with self._idle:
-            await self._idle.wait_for(lambda: not self._transfers)
         async with self._moving:
+            async with self._idle:
+                await self._idle.wait_for(lambda: not self._transfers)
             old = self._channel
             if old is None:
                 return
@@ -292,7 +292,8 @@ class GrpcSiloExchange:
 
     @asynccontextmanager
     async def _transfer(self) -> AsyncIterator[None]:
-        self._transfers += 1
+        async with self._moving:  # on the connection that is left, it would be cut
+            self._transfers += 1
         try:
             yield
         finally:
