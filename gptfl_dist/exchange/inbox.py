@@ -273,6 +273,8 @@ class Inbox:
         """
         with self._lock:
             expected = self._check_report(silo, header.report, "train")
+            if header.epoch != expected.order.epoch:
+                raise Refused(f"answers an order of epoch {header.epoch}, and now it is epoch {expected.order.epoch}")
             if header.base != expected.order.base:
                 raise Refused(f"trained from the weights {header.base[:12]}, expected {expected.order.base[:12]}")
             if header.layout != self._encoded.digest:

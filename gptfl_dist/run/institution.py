@@ -23,6 +23,7 @@ from gptfl_dist.run.addresses import try_listening
 from gptfl_dist.run.coordinator import coordinate
 from gptfl_dist.run.credentials import coordinator_trust, credential_files, silo_credentials
 from gptfl_dist.run.folder import PRIVATE, make_folder
+from gptfl_dist.run.freshness import Freshness
 from gptfl_dist.run.renewal import keep_valid
 from gptfl_dist.run.silo import ProcessRunner, Silo, require_data
 from gptfl_dist.security.audit_log import AuditLog
@@ -98,7 +99,8 @@ async def run_silo(
     runner = ProcessRunner(silo, path.parent, await open_trainer(silo, path.parent, folder))
     renewal = asyncio.create_task(keep_valid(exchange, own, credential_files(path, silo, credentials_folder)))
     try:
-        return await Silo(silo=silo, exchange=exchange, runner=runner, folder=folder).run()
+        fresh = Freshness(folder, own.federation, lambda: exchange.credentials.authority)
+        return await Silo(silo=silo, exchange=exchange, runner=runner, folder=folder, fresh=fresh).run()
     finally:
         renewal.cancel()
 

@@ -35,6 +35,7 @@ from gptfl_dist.run.candidates import (
     asks_silos,
     candidate_files,
 )
+from gptfl_dist.run.settings import from_folder
 from gptfl_dist.weights import WeightsFile
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def _pretrain(file: FederationFile, folder: Path, title: str, group: Group) -> d
     request = {
         "shards": [shard.digest for shard in manifest.shards],
         "selection": None if selection is None else selection.digest,
-        "model": file.model.model_dump(mode="json"),
+        "model": from_folder(file.model.model_dump(mode="json"), folder),
         "task": file.task.model_dump(mode="json"),
         "labels": file.labels,
         "seed": file.seed,
