@@ -338,7 +338,7 @@ app.add_typer(admission.authority, name="authority")
 for _command in (
     *(admission.invite, admission.join, admission.requests, admission.approve, admission.revoke, admission.silos),
     *(operate.status, operate.metrics, operate.pause, operate.resume, operate.abort, operate.export),
-    keeping.epoch,
+    *(keeping.backup, keeping.restore, keeping.epoch),
 ):
     app.command()(_command)
 app.add_typer(audit.app, name="audit")

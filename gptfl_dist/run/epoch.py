@@ -45,13 +45,13 @@ def begin_epoch(path: Path, reason: str) -> EpochBegun:
     file = load_federation(path)
     if not (file.run_folder / FILE_NAME).exists():
         raise ConfigError(f"{file.run_folder}: no run was started here", hint="an epoch begins where one is set back")
-    return begin_epoch_in(path, file, file.run_folder, reason)
+    return begin_epoch_in(path, file, reason)
 
 
-def begin_epoch_in(path: Path, file: FederationFile, run_folder: Path, reason: str) -> EpochBegun:
-    """Likewise, for a run folder that lies elsewhere than the file says."""
+def begin_epoch_in(path: Path, file: FederationFile, reason: str) -> EpochBegun:
+    """Likewise, where `file` are the settings in force, which may say otherwise than the file where things lie."""
     signer = _signer(path, file)
-    ledger = Ledger(run_folder, request_of(path, file), durable=True)
+    ledger = Ledger(file.run_folder, request_of(path, file), durable=True)
     try:
         records = [record for name in ledger.arms() if (record := ledger.arm(name)) is not None]
         rounds = {record.arm: _goes_on_from(record) for record in records}
@@ -70,7 +70,7 @@ def begin_epoch_in(path: Path, file: FederationFile, run_folder: Path, reason: s
         Auditor(ledger)  # which writes what waits to be told
     finally:
         ledger.close()
-    return EpochBegun(run_folder, epoch.number, rounds, signer is not None)
+    return EpochBegun(file.run_folder, epoch.number, rounds, signer is not None)
 
 
 def _goes_on_from(record: ArmRecord) -> int:
