@@ -34,6 +34,7 @@ from gptfl_dist.ledger.record import FILE_NAME
 from gptfl_dist.observe.progress import progress
 from gptfl_dist.run.archive import Manifest, Packed, digested, is_name, pack
 from gptfl_dist.run.arm import needed_weights
+from gptfl_dist.run.at_rest import KEY_CHECK, use_at_rest
 from gptfl_dist.run.candidates import (
     CANDIDATES,
     CHOICE,
@@ -56,7 +57,7 @@ _TRIES = 5
 _UNFINISHED = re.compile(r"incoming\..*|.*\.sqlite-(journal|wal|shm)")  # what is being written, and is copied otherwise
 _KEPT = (
     *("models", "summary.json", "report.html", "split.json", RANDOM_WEIGHTS, PRETRAINED_WEIGHTS, PRETRAINED_FACTS),
-    *(PRETRAINING_STATE, CONTACT_SHEET, DROPPED_SHEET, CANDIDATES, CHOICE, KEY),
+    *(PRETRAINING_STATE, KEY_CHECK, CONTACT_SHEET, DROPPED_SHEET, CANDIDATES, CHOICE, KEY),
 )
 """What lies in a run folder beside ledger, weights and audit log, and is written whole or not at all."""
 
@@ -91,6 +92,7 @@ def back_up(path: Path, to: Path) -> BackedUp:
     Raises ConfigError where a file is in the way, StorageError where something cannot be read or written.
     """
     file = load_federation(path)
+    use_at_rest(file.at_rest, file.run_folder)
     at = int(time.time())
     if to.is_dir():
         to /= f"{file.name}-{datetime.fromtimestamp(at, UTC):%Y%m%dT%H%M%SZ}.tar"
@@ -244,7 +246,7 @@ def _whole(path: Path) -> bool:
     try:
         with WeightsFile(path) as weights:
             return weights.digest() == path.stem
-    except ModelError:
+    except (ModelError, StorageError):
         return False
 
 

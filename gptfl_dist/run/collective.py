@@ -109,6 +109,12 @@ def _ranks_of(path: Path, collective: Collective) -> dict[str, range]:
 
 def _shared_out(file: FederationFile, size: int) -> dict[str, range]:
     ranks = assign(list(silo_files(file)), size)
+    keys = {"the federation file": file.at_rest, **{name: load_silo(p).at_rest for name, p in silo_files(file).items()}}
+    if encrypting := [name for name, key in keys.items() if key is not None]:
+        raise LaunchError(
+            f"at_rest is set in {', '.join(encrypting)}, and ranks share files and processes, which have one key",
+            hint="start the sides apart with gptfl coordinator and gptfl silo, or use an encrypted disk",
+        )
     if file.collective.reduction == "fast" and size > len(ranks) + 1:
         raise LaunchError(
             f"collective.reduction is fast, and the world has {size} ranks, expected at most {len(ranks) + 1}: one "

@@ -33,6 +33,7 @@ from gptfl_dist.observe.summary import RoundRecord as ShownRound
 from gptfl_dist.run import auditor as auditing
 from gptfl_dist.run.arm import rounds_planned, stopped_name
 from gptfl_dist.run.arms import run_arms
+from gptfl_dist.run.at_rest import use_at_rest
 from gptfl_dist.run.candidates import PRETRAINED_WEIGHTS
 from gptfl_dist.run.evaluation import Evaluator
 from gptfl_dist.run.federate import Federator
@@ -120,6 +121,7 @@ async def coordinate(
         raise DataError(
             f"the data {file.test_data} does not exist", hint=f"check test_data in {path}: it is relative to that file"
         )
+    use_at_rest(file.at_rest, file.run_folder)
     ledger = Ledger(file.run_folder, request_of(path, file), durable=file.durability == "power")
     try:
         auditor = auditing.Auditor(ledger)

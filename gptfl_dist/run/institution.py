@@ -20,6 +20,7 @@ from gptfl_dist.launch.start import open_trainer
 from gptfl_dist.observe.logs import configure
 from gptfl_dist.observe.summary import Summary
 from gptfl_dist.run.addresses import try_listening
+from gptfl_dist.run.at_rest import use_at_rest
 from gptfl_dist.run.coordinator import coordinate
 from gptfl_dist.run.credentials import coordinator_trust, credential_files, silo_credentials
 from gptfl_dist.run.folder import PRIVATE, make_folder
@@ -39,6 +40,7 @@ async def run_coordinator(path: Path, say: Callable[[str], None]) -> Summary:
     """Runs the coordinator of the federation file at `path`. Raises what stops it."""
     federation = load_federation(path)
     settings, enrolment = federation.exchange, federation.enrolment
+    use_at_rest(federation.at_rest, federation.run_folder)
     trust = coordinator_trust(path, federation)
     try_listening(settings.listen)  # gRPC would find out only after hours of synthesis
 
@@ -93,6 +95,7 @@ async def run_silo(
     credentials, own = silo_credentials(path, silo, credentials_folder)
     folder = work_folder or silo.work_folder or path.parent / f"{silo.name}-work"
     make_folder(folder, PRIVATE)
+    use_at_rest(silo.at_rest, folder)
     configure(folder / "agent.jsonl", shown=logging.INFO)  # all that the silo's operator sees of it
     address = coordinator if coordinator is not None else side.address if side is not None else ""
     exchange = GrpcSiloExchange(address=address, credentials=credentials, keepalive=_KEEPALIVE)

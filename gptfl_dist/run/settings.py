@@ -14,7 +14,7 @@ def request_of(path: Path, file: FederationFile) -> str:
 
     What lies beside the file is named from there, so a run that is moved together with it is the same run.
     """
-    content = file.model_dump(mode="json", exclude={"run_folder", "durability", "exchange", "enrolment"})
+    content = file.model_dump(mode="json", exclude={"run_folder", "durability", "exchange", "enrolment", "at_rest"})
     del content["synthesis"]["folder"]  # what lies there is known by its digests
     del content["federation"]["keep"], content["federation"]["join_deadline"], content["collective"]["trust"]
     for silo in content["silos"]:

@@ -25,6 +25,7 @@ from gptfl_dist.launch.lifeline import Child
 from gptfl_dist.learning.group import ALONE, Group
 from gptfl_dist.observe.progress import progress
 from gptfl_dist.observe.wording import choice_text
+from gptfl_dist.run.at_rest import use_at_rest
 from gptfl_dist.run.candidates import (
     CONTACT_SHEET,
     DROPPED_SHEET,
@@ -115,6 +116,7 @@ def pretrain(file: FederationFile, folder: Path, group: Group = ALONE) -> dict[s
     Reused where the synthetic set, the model and every setting are the same and the weights are whole; one that was
     stopped goes on after its last whole epoch. Raises DataError, ModelError.
     """
+    use_at_rest(file.at_rest, file.run_folder)
     candidates = candidate_files(file)
     facts = {
         name: _pretrain(one, folder, f"pretrain {name}".rstrip(), group)

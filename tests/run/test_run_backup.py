@@ -242,6 +242,15 @@ def test_an_epoch_needs_a_run_and_no_coordinator_at_work(
     assert coordinator.wait() == 130
 
 
+def test_what_a_run_keeps_is_its_owners_alone(undisturbed: Federation) -> None:
+    kept = [path for path in undisturbed.run_folder.rglob("*") if path.suffix in (".safetensors", ".spool", ".sqlite")]
+    kept += [undisturbed.run_folder / name for name in ("audit.jsonl", "audit.key", "silos/silo-1/seen.json")]
+    assert len(kept) > 12
+    assert {oct(path.stat().st_mode & 0o777) for path in kept} == {"0o600"}
+    for name in ("weights", "spools", "silos/silo-1"):
+        assert (undisturbed.run_folder / name).stat().st_mode & 0o777 == 0o700
+
+
 def test_settings_that_named_places_elsewhere_are_told(undisturbed: Federation, tmp_path: Path) -> None:
     folder = tmp_path / "federation"
     shutil.copytree(undisturbed.folder, folder)
