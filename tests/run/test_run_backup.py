@@ -152,17 +152,16 @@ def test_a_backup_beside_a_coordinator_at_work_is_restored_elsewhere_and_the_run
         assert world.join(name, line).wait() == 0
     silos = [world.silo(name) for name in world.names]
     (tmp_path / "backups").mkdir()
-    wait_for(lambda: world.federation.owed(2))
+    wait_for(lambda: world.federation.owed(1))
     told = json.loads(
         gptfl.run("backup", world.federation.path, "--to", tmp_path / "backups", "--format", "json").stdout
     )
-    wait_for(lambda: world.federation.owed(3))
     os.kill(coordinator.process.pid, signal.SIGKILL)
     coordinator.wait_until_gone()
 
     new = tmp_path / "new"
     done = gptfl.run("restore", told["archive"], "--into", new, "--reason", "the machine burnt down")
-    assert "epoch 2 begins with the next start, from round 2 of fedavg_random" in done.stdout
+    assert "epoch 2 begins with the next start, from round" in done.stdout
     assert "revoke again whom you revoked after" in done.stdout
     shutil.copy(world.federation.folder / "test.npz", new)
     shutil.rmtree(world.federation.folder / "run")
@@ -178,9 +177,11 @@ def test_a_backup_beside_a_coordinator_at_work_is_restored_elsewhere_and_the_run
     audit = audit_of(new / "run")
     assert audit.faults == []
     (begun,) = [entry for entry in audit.verification.entries.values() if entry["event"] == "epoch begun"]
-    assert (begun["epoch"], begun["rounds"]) == (2, {"fedavg_random": 2})
+    assert begun["epoch"] == 2
+    assert f"from round {begun['rounds']['fedavg_random']} of fedavg_random" in done.stdout
     accepted = [entry for entry in audit.verification.entries.values() if entry["event"] == "update accepted"]
-    assert {json.loads(entry["statement"])["epoch"] for entry in accepted if entry["round"] == 3} == {2}
+    later = [entry for entry in accepted if entry["number"] > begun["number"]]
+    assert {json.loads(entry["statement"])["epoch"] for entry in later if entry["round"] > 1} == {2}
 
 
 def test_a_copy_of_the_folder_that_is_put_back_is_refused_until_an_epoch_is_begun(
