@@ -8,9 +8,9 @@ model. The formulas are those of FedOpt (arXiv:2003.00295, algorithm 2) and, for
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 
 from gptfl_dist.config.federation import Strategy
 from gptfl_dist.errors import ModelError, StorageError
-from gptfl_dist.files import replacing, write_at
+from gptfl_dist.files import replacing
 from gptfl_dist.weights import FLOATS, ITEM_SIZE, Layout, WeightsFile
 from gptfl_dist.weights.file import header_of
+from gptfl_dist.weights.sealed import writer
 
 Array = NDArray[np.floating[Any]]
 Moment = NDArray[np.float64]
+_Write = Callable[[int, memoryview], None]
 _ANEW = "bring the run folder back from a backup, or start anew with --fresh"
 
 
@@ -65,9 +67,9 @@ def advance(strategy: Strategy, mean: Array, moments: list[Moment]) -> tuple[Arr
 class ServerOptimizer:
     """Steps through the blocks of one round; see `stepping`."""
 
-    def __init__(self, strategy: Strategy, layout: Layout, old: WeightsFile | None, new: int | None) -> None:
-        """`layout` is the weights', `old` the state that was left, `new` a descriptor of the file for the next."""
-        self._strategy, self._old, self._new = strategy, old, new
+    def __init__(self, strategy: Strategy, layout: Layout, old: WeightsFile | None, write: _Write | None) -> None:
+        """`layout` is the weights', `old` the state that was left, `write` puts the next one into its file."""
+        self._strategy, self._old, self._put = strategy, old, write
         self._first_half = _first_half(layout)
         self._state = _state_layout(strategy, layout)
         self._offsets = {tensor.name: tensor.offset for tensor in self._state.tensors}
@@ -99,8 +101,8 @@ class ServerOptimizer:
         return block.astype(np.float64)
 
     def _write(self, name: str, place: int, values: Array) -> None:
-        assert self._new is not None
-        write_at(self._new, self._start + self._offsets[name] + 4 * place, values.astype("<f4").data.cast("B"))
+        assert self._put is not None
+        self._put(self._start + self._offsets[name] + 4 * place, values.astype("<f4").data.cast("B"))
 
 
 def _first_half(layout: Layout) -> int:
@@ -132,9 +134,10 @@ def stepping(
         state = None if old is None else stack.enter_context(_opened(old, shape))
         fd = stack.enter_context(replacing(new, durable=durable))
         header = header_of(shape)
-        write_at(fd, 0, memoryview(header))
-        os.truncate(fd, len(header) + shape.nbytes)
-        yield ServerOptimizer(strategy, layout, state, fd)
+        out = writer(len(header) + shape.nbytes)
+        out.write(fd, 0, memoryview(header))
+        yield ServerOptimizer(strategy, layout, state, partial(out.write, fd))
+        out.finish(fd)
 
 
 def _opened(path: Path, shape: Layout) -> WeightsFile:

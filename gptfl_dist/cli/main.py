@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from gptfl_dist import __version__
-from gptfl_dist.cli import admission, audit, operate
+from gptfl_dist.cli import admission, audit, keeping, operate
 from gptfl_dist.cli.options import FederationPath, Format, FormatOption
 from gptfl_dist.errors import ConfigError, GptflError, Interrupted
 from gptfl_dist.run.launcher import Wire, choose
@@ -340,6 +340,7 @@ for _command in (
     *(admission.invite, admission.join, admission.requests, admission.approve, admission.revoke, admission.silos),
     *(admission.operators, operate.health),
     *(operate.status, operate.metrics, operate.pause, operate.resume, operate.abort, operate.export),
+    *(keeping.backup, keeping.restore, keeping.epoch),
 ):
     app.command()(_command)
 app.add_typer(audit.app, name="audit")

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from gptfl_dist.config.at_rest import AtRest
 from gptfl_dist.config.base import Address, Name, Section
 from gptfl_dist.config.units import Duration, Rate, Size
 
@@ -396,6 +397,7 @@ class FederationFile(Section):
     enrolment: Enrolment | None = None
     collective: Collective = Collective()
     compression: Compression = Compression()
+    at_rest: AtRest | None = None
     test_data: Path | None = None
     silos: list[SiloEntry] = Field(min_length=1)
 

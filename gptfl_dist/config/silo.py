@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
+from gptfl_dist.config.at_rest import AtRest
 from gptfl_dist.config.base import Address, Name, Section
 from gptfl_dist.config.federation import Device, Share
 from gptfl_dist.config.units import Duration, Size
@@ -133,6 +134,7 @@ class SiloFile(Section):
     model_source: str | None = None
     device: Device = "auto"
     work_folder: Path | None = None
+    at_rest: AtRest | None = None
 
     @model_validator(mode="after")
     def _something_to_train_on(self) -> Self:

@@ -15,11 +15,12 @@ from typing import Protocol, runtime_checkable
 
 from gptfl_dist.config.plan import Plan
 from gptfl_dist.federation.orders import Order, Report
+from gptfl_dist.security.epoch import FIRST, Epoch
 from gptfl_dist.security.identity import Identity
 from gptfl_dist.security.signing import statement
 from gptfl_dist.weights import FlatReader, Layout, WeightsFile
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Disconnected(Exception):
@@ -33,6 +34,7 @@ class Welcome:
     run: str
     plan: Plan
     layout: Layout
+    epoch: Epoch = FIRST
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +55,22 @@ class Goodbye:
 
 @dataclass(frozen=True, slots=True)
 class UpdateHeader:
-    """What a silo says of an update before it sends it: digests in hex, size in bytes."""
+    """What a silo says of an update before it sends it: digests in hex, size in bytes, the epoch of its order."""
 
     report: Report
     base: str
     layout: str
     digest: str
     size: int
+    epoch: int = 1
 
     def statement(self, sender: Identity, run: str) -> str:
         """What the silo signs: that it delivers this update, to this order, of this run."""
         report = self.report
         return statement(
-            "update", sender=sender.uri, run=run, nonce=report.nonce, base=self.base, layout=self.layout,
-            digest=self.digest, size=self.size, samples=report.samples, metrics=dict(report.metrics),
+            "update", sender=sender.uri, run=run, epoch=self.epoch, nonce=report.nonce, base=self.base,
+            layout=self.layout, digest=self.digest, size=self.size, samples=report.samples,
+            metrics=dict(report.metrics),
         )  # fmt: skip
 
 

@@ -19,7 +19,8 @@ class Order:
     """One task for one silo: to train from the weights whose BLAKE3 is `base`, or to evaluate them.
 
     `nonce` is unique to this order and silo. `seconds` is how long the coordinator waits. `training` is None for an
-    evaluation. `follows` is the nonce of this silo's last committed update in this arm, "" where there is none.
+    evaluation. `follows` is the nonce of this silo's last committed update in this arm, "" where there is none. `epoch`
+    is that of the run: an answer counts in its own epoch alone.
     """
 
     kind: Kind
@@ -30,6 +31,7 @@ class Order:
     seconds: float
     training: LocalTraining | None = None
     follows: str = ""
+    epoch: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from gptfl_dist.files import storage_error, write_file
+from gptfl_dist.weights.sealed import seal, unsealed
 
 _log = logging.getLogger(__name__)
 _FACTS = "facts"
@@ -35,12 +36,13 @@ class Checkpoint:
         tensors, facts = state
         text = json.dumps({"identity": self._identity, **facts}).encode()
         copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        write_file(self._path, save({**copies, _FACTS: torch.frombuffer(bytearray(text), dtype=torch.uint8)}))
+        content = save({**copies, _FACTS: torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+        write_file(self._path, seal(content))
 
     def read(self) -> bytes:
         """The file's content; nothing where there is none of this training. Raises StorageError."""
         try:
-            content = self._path.read_bytes()
+            content = unsealed(self._path.read_bytes(), self._path)
         except FileNotFoundError:
             return b""
         except OSError as error:

@@ -9,6 +9,7 @@ known again in the log.
 from __future__ import annotations
 
 from gptfl_dist.federation.orders import RECALLED, REFUSED
+from gptfl_dist.ledger.record import EPOCH
 from gptfl_dist.ledger.requests import ABORT, PAUSE
 
 NOTE = "INSERT INTO outbox (event, fields) VALUES (?, ?)"
@@ -64,6 +65,14 @@ CREATE TRIGGER IF NOT EXISTS pause_asked AFTER INSERT ON facts WHEN NEW.name = '
 END;
 CREATE TRIGGER IF NOT EXISTS resume_asked AFTER DELETE ON facts WHEN OLD.name = '{PAUSE}' BEGIN
     INSERT INTO outbox (event, fields) VALUES ('resume asked', json_object());
+END;
+CREATE TRIGGER IF NOT EXISTS epoch_begun AFTER INSERT ON facts WHEN NEW.name = '{EPOCH}' BEGIN
+    INSERT INTO outbox (event, fields) VALUES ('epoch begun',
+        json_object('epoch', json_extract(NEW.value, '$.number'),
+                    'rounds', json(json_extract(json_extract(NEW.value, '$.statement'), '$.rounds')),
+                    'reason', json_extract(json_extract(NEW.value, '$.statement'), '$.reason'),
+                    'statement', json_extract(NEW.value, '$.statement'),
+                    'signature', json_extract(NEW.value, '$.signature')));
 END;
 CREATE TRIGGER IF NOT EXISTS abort_asked AFTER INSERT ON facts WHEN NEW.name = '{ABORT}' BEGIN
     INSERT INTO outbox (event, fields) VALUES ('abort asked',

@@ -17,6 +17,7 @@ from gptfl_dist.ledger.records import ArmRecord, CountedUpdate, OrderRecord, Rou
 FILE_NAME = "ledger.sqlite"
 VERSION = 1  # of the schema; SQLite keeps it as user_version
 AUDITED = "audit"  # the fact that names the newest entry of the audit log which is known to be written
+EPOCH = "epoch"  # the fact that tells the epoch of the run and what began it; there is none in the first
 ANEW = "bring the run folder back from a backup, or start anew with --fresh"
 
 

@@ -262,7 +262,10 @@ class Ledger(Record):
         """
         for path in _others(self.folder / "weights", digests):
             with self._storing():
-                path.replace(self._spare)
+                if path.stat().st_nlink > 1:  # a backup holds it, which must not be written over
+                    path.unlink()
+                else:
+                    path.replace(self._spare)
 
     def drop_states_except(self, digests: Iterable[str]) -> None:
         """Deletes the strategy's states of weights that no round starts from any more."""

@@ -56,7 +56,9 @@ def choice_name(candidate: str) -> str:
 class ArmRun:
     """What the federator keeps in memory of the arm in progress."""
 
-    def __init__(self, plan: ArmPlan, file: FederationFile, silos: tuple[str, ...], *, assembled: bool) -> None:
+    def __init__(
+        self, plan: ArmPlan, file: FederationFile, silos: tuple[str, ...], *, assembled: bool, epoch: int
+    ) -> None:
         rules, asynchronous = file.federation, file.federation.mode == "asynchronous"
         self.plan = plan
         self.machine = (AsynchronousCoordinator if asynchronous else machine.Coordinator)(
@@ -88,6 +90,7 @@ class ArmRun:
         self._counted: tuple[int, int] | None = None  # the traffic, down and up, that is not this round's
         self._seconds = rules.deadline
         self._file = file
+        self._epoch = epoch
 
     @property
     def weights(self) -> WeightsFile:
@@ -119,7 +122,7 @@ class ArmRun:
         training = None
         if kind == "train":
             training = LocalTraining.of(self._file, self.plan.learning_rate, round_)
-        return Order(kind, nonce, self.plan.name, round_, given, self._seconds, training, follows)
+        return Order(kind, nonce, self.plan.name, round_, given, self._seconds, training, follows, self._epoch)
 
     def begin_counting(self, traffic: Traffic) -> None:
         """From now on time counts for the round; bytes do since the round before was closed."""

@@ -34,6 +34,7 @@ from gptfl_dist.observe.summary import Summary
 from gptfl_dist.run.coordinator import coordinate, silo_files
 from gptfl_dist.run.credentials import coordinator_credentials, silo_credentials
 from gptfl_dist.run.folder import PRIVATE, make_folder, open_run_folder
+from gptfl_dist.run.freshness import Freshness
 from gptfl_dist.run.in_process import InProcessRunner
 from gptfl_dist.run.launcher import Choice, mpi_launcher, torchrun
 from gptfl_dist.run.ranks import dismiss_helpers, help_train, open_ranks
@@ -108,6 +109,12 @@ def _ranks_of(path: Path, collective: Collective) -> dict[str, range]:
 
 def _shared_out(file: FederationFile, size: int) -> dict[str, range]:
     ranks = assign(list(silo_files(file)), size)
+    keys = {"the federation file": file.at_rest, **{name: load_silo(p).at_rest for name, p in silo_files(file).items()}}
+    if encrypting := [name for name, key in keys.items() if key is not None]:
+        raise LaunchError(
+            f"at_rest is set in {', '.join(encrypting)}, and ranks share files and processes, which have one key",
+            hint="start the sides apart with gptfl coordinator and gptfl silo, or use an encrypted disk",
+        )
     if file.collective.reduction == "fast" and size > len(ranks) + 1:
         raise LaunchError(
             f"collective.reduction is fast, and the world has {size} ranks, expected at most {len(ranks) + 1}: one "
@@ -243,7 +250,8 @@ async def _serve(path: Path, collective: Collective, ranks: Mapping[str, range])
             else:
                 runner = InProcessRunner(silo, silo_folder, memory, turn, file.federation.max_update_norm)
             exchange = SiloOnRank(rank, name)
-            work.append(asyncio.create_task(_to_the_goodbye(silo, exchange, runner, home)))
+            fresh = _fresh(file, silo, home)
+            work.append(asyncio.create_task(_to_the_goodbye(silo, exchange, runner, home, fresh)))
     try:
         done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_EXCEPTION)
         for task in done:
@@ -255,12 +263,22 @@ async def _serve(path: Path, collective: Collective, ranks: Mapping[str, range])
         await asyncio.gather(*work, return_exceptions=True)
 
 
+def _fresh(file: FederationFile, silo: SiloFile, home: Path) -> Freshness | None:
+    """What refuses to go back, where the ranks are of several owners."""
+    if file.collective.trust == "plain":
+        return None
+    credentials, own = silo_credentials(silo_files(file)[silo.name], silo)
+    return Freshness(home, own.federation, lambda: credentials.authority)
+
+
 def _home(file: FederationFile, silo: str) -> Path:
     return file.run_folder / "silos" / silo
 
 
-async def _to_the_goodbye(silo: SiloFile, exchange: SiloOnRank, runner: OrderRunner, home: Path) -> None:
-    await Silo(silo=silo, exchange=exchange, runner=runner, folder=home).run()
+async def _to_the_goodbye(
+    silo: SiloFile, exchange: SiloOnRank, runner: OrderRunner, home: Path, fresh: Freshness | None
+) -> None:
+    await Silo(silo=silo, exchange=exchange, runner=runner, folder=home, fresh=fresh).run()
 
 
 def _silo(path: Path, file: FederationFile, name: str) -> tuple[SiloFile, Path]:

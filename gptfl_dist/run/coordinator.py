@@ -33,12 +33,14 @@ from gptfl_dist.observe.summary import RoundRecord as ShownRound
 from gptfl_dist.run import auditor as auditing
 from gptfl_dist.run.arm import rounds_planned, stopped_name
 from gptfl_dist.run.arms import run_arms
+from gptfl_dist.run.at_rest import use_at_rest
 from gptfl_dist.run.candidates import PRETRAINED_WEIGHTS
 from gptfl_dist.run.evaluation import Evaluator
 from gptfl_dist.run.federate import Federator
 from gptfl_dist.run.folder import ENDED
 from gptfl_dist.run.requests import aborted, unless_aborted
 from gptfl_dist.run.result import federated_arms, settings_text, write_results
+from gptfl_dist.run.settings import request_of
 from gptfl_dist.run.stages import run_stage
 
 _log = logging.getLogger(__name__)
@@ -119,7 +121,8 @@ async def coordinate(
         raise DataError(
             f"the data {file.test_data} does not exist", hint=f"check test_data in {path}: it is relative to that file"
         )
-    ledger = Ledger(file.run_folder, _request(file), durable=file.durability == "power")
+    use_at_rest(file.at_rest, file.run_folder)
+    ledger = Ledger(file.run_folder, request_of(path, file), durable=file.durability == "power")
     try:
         auditor = auditing.Auditor(ledger)
         if ledger.fact("finished") is not None and (file.run_folder / FILE_NAME).exists():
@@ -183,15 +186,6 @@ def _end_noted(ledger: Ledger, configuration: str) -> Iterator[None]:
 def _digest(file: FederationFile) -> str:
     """BLAKE3 of all settings in force, defaults included."""
     return blake3(json.dumps(file.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-
-
-def _request(file: FederationFile) -> str:
-    """What makes a run another run: everything but where it lies, how it is reached, what it survives and keeps."""
-    content = file.model_dump(mode="json", exclude={"run_folder", "durability", "exchange", "enrolment"})
-    del content["federation"]["keep"], content["federation"]["join_deadline"], content["collective"]["trust"]
-    for silo in content["silos"]:
-        del silo["file"]
-    return json.dumps(content, sort_keys=True)
 
 
 async def _before_the_federation(

@@ -42,6 +42,7 @@ class Evaluator:
                 "plan": Plan.of(self._file).model_dump(mode="json"),
                 "test_data": None if self._file.test_data is None else str(self._file.test_data),
                 "random_weights": str(random_weights),
+                "at_rest": None if self._file.at_rest is None else self._file.at_rest.model_dump(mode="json"),
             },
             "ready",
         )

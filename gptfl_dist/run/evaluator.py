@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from gptfl_dist.config.at_rest import AtRest
 from gptfl_dist.config.plan import Plan
 from gptfl_dist.config.silo import Data
 from gptfl_dist.errors import GptflError
@@ -19,6 +20,7 @@ from gptfl_dist.learning.evaluate import evaluate
 from gptfl_dist.learning.models import build_model
 from gptfl_dist.learning.seeding import deterministic
 from gptfl_dist.observe.logs import to_stderr
+from gptfl_dist.run.at_rest import use_at_rest
 from gptfl_dist.weights.flat import FlatModel
 
 _log = logging.getLogger("gptfl_dist.run.evaluator")  # of which __name__ is __main__ in its own process
@@ -37,6 +39,7 @@ def main() -> None:
         try:
             deterministic(0, _THREADS)
             if message["type"] == "setup":
+                use_at_rest(None if message["at_rest"] is None else AtRest.model_validate(message["at_rest"]))
                 plan = Plan.model_validate(message["plan"])
                 flat = FlatModel(build_model(plan.model, plan.task, len(plan.labels), plan.seed))
                 if message["test_data"] is not None:

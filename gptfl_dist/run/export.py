@@ -20,6 +20,7 @@ from gptfl_dist.errors import ConfigError, ModelError, StorageError, first_line
 from gptfl_dist.ledger.reader import LedgerReader, read
 from gptfl_dist.ledger.records import ArmRecord
 from gptfl_dist.run.arm import best_round
+from gptfl_dist.run.at_rest import use_at_rest
 from gptfl_dist.run.candidates import PRETRAINED_FACTS, PRETRAINED_WEIGHTS
 from gptfl_dist.run.result import federated_arms
 from gptfl_dist.weights import BLOCK, WeightsFile, write_weights
@@ -56,11 +57,12 @@ def export(
         raise ConfigError(f"{out} exists", hint="name another file, or overwrite it with --force")
     if transformers is not None and transformers.exists() and any(transformers.iterdir()):
         raise ConfigError(f"{transformers} is not empty", hint="name a folder that is new or empty")
+    use_at_rest(file.at_rest, file.run_folder)
     name, round_, source, digest = _pretrained(file) if arm == "synthetic_only" else _federated(file, arm, which)
     if out is not None:
         told = {"format": "pt", "federation": file.name, "arm": name, "round": str(round_ or 0), "blake3": digest}
         with WeightsFile(source) as weights:
-            write_weights(out, weights.layout, _checked(weights, digest), metadata=told)
+            write_weights(out, weights.layout, _checked(weights, digest), metadata=told, sealed=False)
     if transformers is not None:
         _as_transformers(file, path.parent, source, digest, transformers)
     return Exported(name, round_, digest, out, transformers)

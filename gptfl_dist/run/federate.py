@@ -48,6 +48,7 @@ from gptfl_dist.run.arm import (
     stop_of,
     stopped_name,
 )
+from gptfl_dist.run.epoch import epoch_of
 from gptfl_dist.run.evaluation import Evaluator
 from gptfl_dist.run.handout import HandOut
 from gptfl_dist.run.next_weights import NextWeights
@@ -93,6 +94,7 @@ class Federator:
         self._reducing = self.exchange if isinstance(self.exchange, Reducing) else None
         self._presence = Presence(self._silos, watcher)
         self._origins: dict[str, Origin] = {}  # as they connected last
+        self._epoch = epoch_of(ledger, file)
         self._assembled = False  # whether all silos were waited for, once in this process
         self._queue: asyncio.Queue[ExchangeEvent | machine.Event | BaseException] = asyncio.Queue()
         self._pump: asyncio.Task[None] | None = None
@@ -107,7 +109,7 @@ class Federator:
         run = self.ledger.fact("run") or secrets.token_hex(8)
         self.ledger.set_fact("run", run)
         self.ledger.set_fact("transport", self.exchange.transport)
-        await self.exchange.open(Welcome(run, Plan.of(self.file), self.layout))
+        await self.exchange.open(Welcome(run, Plan.of(self.file), self.layout, self._epoch))
         self._pump = asyncio.create_task(self._pump_events())
         self._paused = paused_since(self.ledger) is not None
         self._requests = asyncio.create_task(self._look_for_requests())
@@ -141,7 +143,7 @@ class Federator:
         record = self.record(plan.name)
         if record.finished:
             return
-        arm = ArmRun(plan, self.file, self._silos, assembled=self._assembled)
+        arm = ArmRun(plan, self.file, self._silos, assembled=self._assembled, epoch=self._epoch.number)
         unfinished = next((r for r in record.rounds if r.kind == "train" and r.weights is None), None)
         if self._paused:
             arm.machine.handle(machine.Paused())

@@ -11,6 +11,7 @@ from gptfl_dist.ledger.lock import locked
 from gptfl_dist.ledger.record import FILE_NAME
 from gptfl_dist.observe.live import LIVE
 from gptfl_dist.observe.logs import configure
+from gptfl_dist.run.at_rest import KEY_CHECK
 from gptfl_dist.run.auditor import close_log
 from gptfl_dist.run.candidates import CANDIDATES, CHOICE, CONTACT_SHEET, DROPPED_SHEET, PRETRAINING_STATE
 
@@ -20,7 +21,7 @@ PRIVATE = 0o700
 _MADE_BY_A_RUN = (
     *(FILE_NAME, f"{FILE_NAME}-wal", f"{FILE_NAME}-shm", LIVE, "weights", "strategy", "spools", "silos", "models"),
     *("logs", "summary.json", "report.html", "pretrained.safetensors", "pretrained.json", "random.safetensors"),
-    "handed-out",
+    *("handed-out", KEY_CHECK),
     *(CONTACT_SHEET, DROPPED_SHEET, CANDIDATES, CHOICE, PRETRAINING_STATE),
 )
 """What `--fresh` deletes: never the federation file, data or a synthetic set in the same folder, nor the audit log."""

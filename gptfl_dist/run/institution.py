@@ -23,9 +23,11 @@ from gptfl_dist.observe.logs import configure
 from gptfl_dist.observe.summary import Summary
 from gptfl_dist.run.actions import answer_of
 from gptfl_dist.run.addresses import try_listening
+from gptfl_dist.run.at_rest import use_at_rest
 from gptfl_dist.run.coordinator import coordinate
 from gptfl_dist.run.credentials import coordinator_trust, credential_files, silo_credentials
 from gptfl_dist.run.folder import PRIVATE, make_folder
+from gptfl_dist.run.freshness import Freshness
 from gptfl_dist.run.renewal import keep_valid
 from gptfl_dist.run.silo import ProcessRunner, Silo, require_data
 from gptfl_dist.security.audit_log import AuditLog
@@ -44,6 +46,7 @@ async def run_coordinator(path: Path, say: Callable[[str], None]) -> Summary:
     """Runs the coordinator of the federation file at `path`. Raises what stops it."""
     federation = load_federation(path)
     settings, enrolment = federation.exchange, federation.enrolment
+    use_at_rest(federation.at_rest, federation.run_folder)
     trust = coordinator_trust(path, federation)
     try_listening(settings.listen)  # gRPC would not say why it cannot
     port = _port(path, federation, trust)
@@ -114,13 +117,15 @@ async def run_silo(
     credentials, own = silo_credentials(path, silo, credentials_folder)
     folder = work_folder or silo.work_folder or path.parent / f"{silo.name}-work"
     make_folder(folder, PRIVATE)
+    use_at_rest(silo.at_rest, folder)
     configure(folder / "agent.jsonl", shown=logging.INFO)  # all that the silo's operator sees of it
     address = coordinator if coordinator is not None else side.address if side is not None else ""
     exchange = GrpcSiloExchange(address=address, credentials=credentials, keepalive=_KEEPALIVE)
     runner = ProcessRunner(silo, path.parent, await open_trainer(silo, path.parent, folder))
     renewal = asyncio.create_task(keep_valid(exchange, own, credential_files(path, silo, credentials_folder)))
     try:
-        return await Silo(silo=silo, exchange=exchange, runner=runner, folder=folder).run()
+        fresh = Freshness(folder, own.federation, lambda: exchange.credentials.authority)
+        return await Silo(silo=silo, exchange=exchange, runner=runner, folder=folder, fresh=fresh).run()
     finally:
         renewal.cancel()
 

@@ -57,6 +57,7 @@ class Silo:
         while True:
             message = self._channel.receive()
             if message["type"] == "setup":
+                self._use_at_rest(message["silo"])
                 self._channel.send({"type": "ready", "layout": self._flat.layout.to_json()})
             elif message["type"] == "finish":
                 return False
@@ -86,6 +87,14 @@ class Silo:
         self._channel.send(
             {"type": "result", "digest": digest, "samples": self._samples, "metrics": {**told, **self._received}}
         )
+
+    @staticmethod
+    def _use_at_rest(silo: dict[str, Any]) -> None:
+        """Reads and writes weights as the silo file says that they are kept."""
+        from gptfl_dist.config.silo import SiloFile
+        from gptfl_dist.run.at_rest import use_at_rest
+
+        use_at_rest(SiloFile.model_validate(silo).at_rest)
 
     def _check_bound(self) -> None:
         """Weights loaded into a model that was moved would not reach it, and its update would be zero."""

@@ -23,7 +23,8 @@ from gptfl_dist.launch.lifeline import Child
 from gptfl_dist.launch.trainer import TIME_TO_END
 from gptfl_dist.observe.summary import Summary
 from gptfl_dist.run.coordinator import coordinate, silo_files
-from gptfl_dist.run.folder import PRIVATE, make_folder
+from gptfl_dist.run.folder import PRIVATE, delete, make_folder
+from gptfl_dist.run.freshness import SEEN
 from gptfl_dist.run.silo import require_data
 from gptfl_dist.security.audit_log import AuditLog
 from gptfl_dist.security.authority import Authority
@@ -71,6 +72,7 @@ async def run_locally(path: Path, say: Callable[[str], None]) -> Summary:
             for name, silo_file in files.items():
                 home = file.run_folder / "silos" / name
                 make_folder(home, PRIVATE)
+                delete(home / SEEN)  # they believe their own run, though a power cut may have set its ledger back
                 credentials = home / "credentials"
                 shutil.rmtree(credentials, ignore_errors=True)  # with what a killed run had not finished writing
                 authority.issue_silo(name).save(credentials)

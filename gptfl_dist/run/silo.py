@@ -34,6 +34,7 @@ from gptfl_dist.federation.silo import PolicyGuard
 from gptfl_dist.files import storage_error
 from gptfl_dist.launch.base import Progress, TrainerLine, unheard
 from gptfl_dist.launch.folder import Message
+from gptfl_dist.run.freshness import Freshness
 from gptfl_dist.run.threads import ended, to_its_end
 from gptfl_dist.weights import BLOCK, Codec, Layout, WeightsFile, overwrite_weights
 from gptfl_dist.weights.feedback import Residuals
@@ -188,11 +189,17 @@ class ProcessRunner:
 class Silo:
     """Runs a silo over one exchange until the coordinator says goodbye."""
 
-    def __init__(self, *, silo: SiloFile, exchange: SiloExchange, runner: OrderRunner, folder: Path) -> None:
-        """`folder` takes the received weights, the update, and what its encoding lost."""
+    def __init__(
+        self, *, silo: SiloFile, exchange: SiloExchange, runner: OrderRunner, folder: Path, fresh: Freshness | None
+    ) -> None:
+        """`folder` takes the received weights, the update, and what its encoding lost.
+
+        `fresh` refuses orders that go back; None where silo and coordinator are one owner's, whose ledger is believed.
+        """
         self._exchange = exchange
         self._runner = runner
         self._guard = PolicyGuard(silo.policy)
+        self._fresh = fresh
         self._seconds = silo.policy.max_seconds_per_round
         self._weights = folder / "weights.safetensors"
         self._update = folder / "update.safetensors"
@@ -324,6 +331,8 @@ class Silo:
         """
         try:
             if self._result is None:
+                if self._fresh is not None:
+                    await to_its_end(self._fresh.check, self._welcome, order)
                 self._guard.check(order)
                 await self._fetch(order)
                 result = await asyncio.wait_for(
@@ -393,7 +402,7 @@ class Silo:
         assert self._layout is not None
         with WeightsFile(self._update if self._up.name == "none" else self._encoded) as update:
             layout = self._up.layout(self._layout)
-            header = UpdateHeader(report, order.base, layout.digest, result.digest, update.nbytes)
+            header = UpdateHeader(report, order.base, layout.digest, result.digest, update.nbytes, order.epoch)
             receipt = await self._exchange.upload(header, update)
         self._pause = FIRST_PAUSE
         if receipt.committed:

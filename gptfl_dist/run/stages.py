@@ -25,6 +25,7 @@ from gptfl_dist.launch.lifeline import Child
 from gptfl_dist.learning.group import ALONE, Group
 from gptfl_dist.observe.progress import progress
 from gptfl_dist.observe.wording import choice_text
+from gptfl_dist.run.at_rest import use_at_rest
 from gptfl_dist.run.candidates import (
     CONTACT_SHEET,
     DROPPED_SHEET,
@@ -35,6 +36,7 @@ from gptfl_dist.run.candidates import (
     asks_silos,
     candidate_files,
 )
+from gptfl_dist.run.settings import from_folder
 from gptfl_dist.weights import WeightsFile
 
 if TYPE_CHECKING:
@@ -114,6 +116,7 @@ def pretrain(file: FederationFile, folder: Path, group: Group = ALONE) -> dict[s
     Reused where the synthetic set, the model and every setting are the same and the weights are whole; one that was
     stopped goes on after its last whole epoch. Raises DataError, ModelError.
     """
+    use_at_rest(file.at_rest, file.run_folder)
     candidates = candidate_files(file)
     facts = {
         name: _pretrain(one, folder, f"pretrain {name}".rstrip(), group)
@@ -143,7 +146,7 @@ def _pretrain(file: FederationFile, folder: Path, title: str, group: Group) -> d
     request = {
         "shards": [shard.digest for shard in manifest.shards],
         "selection": None if selection is None else selection.digest,
-        "model": file.model.model_dump(mode="json"),
+        "model": from_folder(file.model.model_dump(mode="json"), folder),
         "task": file.task.model_dump(mode="json"),
         "labels": file.labels,
         "seed": file.seed,

@@ -44,6 +44,7 @@ from gptfl_dist.learning.local import train
 from gptfl_dist.learning.models import build_model
 from gptfl_dist.learning.seeding import derive_seed, deterministic
 from gptfl_dist.observe.logs import to_stderr
+from gptfl_dist.run.at_rest import use_at_rest
 from gptfl_dist.weights import Layout
 from gptfl_dist.weights.flat import FlatModel
 
@@ -280,6 +281,7 @@ def _serve(group: Group, channel: TrainerEnd | None) -> None:
             if message["type"] == "setup":
                 with _agreed(group):
                     silo = SiloFile.model_validate(message["silo"])
+                    use_at_rest(silo.at_rest)
                     trainer = Trainer(Plan.model_validate(message["plan"]), silo, Path(message["folder"]), group)
                 trainer.require_same_data()
                 answer: Message = {"type": "ready", "layout": trainer.layout.to_json()}

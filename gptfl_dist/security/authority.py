@@ -72,6 +72,11 @@ class Authority:
         return cls(federation, roots=root, chain=chain, key=key, valid=valid)
 
     @property
+    def own(self) -> Credentials:
+        """The issuing certificate itself, with its key: for statements that only the authority may sign."""
+        return self._with_key(self.chain, self._key)
+
+    @property
     def issuer(self) -> int:
         """The serial number of the issuing certificate."""
         return self._issuing.serial_number

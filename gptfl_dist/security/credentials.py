@@ -54,8 +54,8 @@ def load_credentials(
             f"{certificate} was not issued by {authority}", hint="ask the coordinator's operator for a matching set"
         )
     for each in chain:
-        _check_dates(each, str(certificate))
-    _check_dates(root, str(authority))
+        require_dates(each, str(certificate))
+    require_dates(root, str(authority))
     return Credentials(pem[authority], pem[certificate], pem[key]), identity_in(pem[certificate], str(certificate))
 
 
@@ -131,10 +131,11 @@ def identity_in(certificate: bytes, name: str) -> Identity:
 
 def check_dates(certificate: bytes, name: str) -> None:
     """Raises IdentityError where a PEM certificate is not valid now; `name` is what the message calls it."""
-    _check_dates(x509.load_pem_x509_certificate(certificate), name)
+    require_dates(x509.load_pem_x509_certificate(certificate), name)
 
 
-def _check_dates(read: x509.Certificate, name: str) -> None:
+def require_dates(read: x509.Certificate, name: str) -> None:
+    """Like `check_dates`."""
     now = datetime.now(UTC)
     if not read.not_valid_before_utc <= now <= read.not_valid_after_utc:
         raise IdentityError(

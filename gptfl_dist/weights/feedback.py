@@ -13,10 +13,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from gptfl_dist.errors import ModelError
-from gptfl_dist.files import replacing, storage_error, write_at
+from gptfl_dist.files import replacing, storage_error
 from gptfl_dist.weights.codec import Codec
 from gptfl_dist.weights.file import WeightsFile, header_of, overwrite_weights
 from gptfl_dist.weights.layout import Layout
+from gptfl_dist.weights.sealed import writer
 
 _log = logging.getLogger(__name__)
 
@@ -41,14 +42,16 @@ class Residuals:
                 stack.enter_context(before)
             after = stack.enter_context(replacing(self._path(nonce)))
             header = memoryview(header_of(shape))
-            write_at(after, 0, header)
+            out = writer(len(header) + shape.nbytes)
+            out.write(after, 0, header)
 
             def blocks() -> Iterator[bytes]:
                 place = len(header)
                 for block, lost in codec.encode_with(update.layout, update, before):
-                    write_at(after, place, memoryview(lost))
+                    out.write(after, place, memoryview(lost).cast("B"))
                     place += len(lost)
                     yield block
+                out.finish(after)
 
             return overwrite_weights(encoded, codec.layout(update.layout), blocks())
 

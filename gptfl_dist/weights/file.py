@@ -16,8 +16,9 @@ from typing import Protocol, Self
 from blake3 import blake3
 
 from gptfl_dist.errors import ModelError, StorageError
-from gptfl_dist.files import replacing, storage_error, write_at
+from gptfl_dist.files import replacing, storage_error
 from gptfl_dist.weights.layout import Layout
+from gptfl_dist.weights.sealed import SealedFile, sealed_in, writer
 
 BLOCK = 256 << 10
 """Bytes that are read or written at a time: few enough to stay in a core's cache."""
@@ -46,14 +47,18 @@ class WeightsFile:
     """An open safetensors file read by ranges of its flat buffer. A context manager."""
 
     def __init__(self, path: Path) -> None:
-        """Opens and checks the header. Raises ModelError if the file is no safetensors file of a gapless layout."""
+        """Opens and checks the header. Raises ModelError if the file is no safetensors file of a gapless layout.
+
+        Raises StorageError where it is encrypted and this process has not its key.
+        """
         self.path = path
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise ModelError(f"{path}: {error.strerror}", hint="name an existing .safetensors file") from None
         try:
-            self.layout, self._start = _read_header(self._fd, path)
+            self._sealed = sealed_in(self._fd, path)  # None where it is plain
+            self.layout, self._start = _read_header(self._fd, path, self._sealed)
         except BaseException:
             os.close(self._fd)
             raise
@@ -61,6 +66,10 @@ class WeightsFile:
 
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes of the flat buffer from `offset`. Raises StorageError if the file ends early."""
+        if self._sealed is not None:
+            sealed = bytearray(size)
+            self._sealed.read_into(self._start + offset, memoryview(sealed))
+            return bytes(sealed)
         data = os.pread(self._fd, size, self._start + offset)
         if len(data) != size:
             raise StorageError(f"{self.path}: ends at byte {offset + len(data)} of the flat buffer, expected more")
@@ -68,6 +77,9 @@ class WeightsFile:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fills `buffer` with the flat buffer's bytes from `offset`. Raises StorageError if the file ends early."""
+        if self._sealed is not None:
+            self._sealed.read_into(self._start + offset, buffer)
+            return
         done = 0
         while done < len(buffer):
             count = os.preadv(self._fd, [buffer[done:]], self._start + offset + done)
@@ -95,14 +107,22 @@ class WeightsFile:
         self.close()
 
 
-def _read_header(fd: int, path: Path) -> tuple[Layout, int]:
+def _read_header(fd: int, path: Path, sealed: SealedFile | None) -> tuple[Layout, int]:
     """The layout and the place of the data section."""
-    size = os.fstat(fd).st_size
-    length = int.from_bytes(os.pread(fd, 8, 0), "little")
+
+    def read(count: int, offset: int) -> bytes:
+        if sealed is None:
+            return os.pread(fd, count, offset)
+        content = bytearray(max(0, min(count, sealed.size - offset)))
+        sealed.read_into(offset, memoryview(content))
+        return bytes(content)
+
+    size = os.fstat(fd).st_size if sealed is None else sealed.size
+    length = int.from_bytes(read(8, 0), "little")
     if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
         raise ModelError(f"{path}: not a safetensors file", hint="expected weights as safetensors; no pickle is read")
     try:
-        header = json.loads(os.pread(fd, length, 8))
+        header = json.loads(read(length, 8))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         layout = Layout.of((name, tuple(entry["shape"]), entry["dtype"]) for name, entry in entries.items())
         offsets = {name: tuple(entry["data_offsets"]) for name, entry in entries.items()}
@@ -139,15 +159,17 @@ def write_weights(
     durable: bool = True,
     over: Path | None = None,
     metadata: Mapping[str, str] | None = None,
+    sealed: bool = True,
 ) -> str:
     """Writes the flat buffer given as consecutive blocks; returns its BLAKE3 digest in hex.
 
     The file is whole or not there; see `files.replacing` for `durable` and `over`. `metadata` stands in the header, for
-    people and other programs: nothing here reads it. Raises StorageError where the disk refuses, ModelError if the
+    people and other programs: nothing here reads it. `sealed` False leaves it plain, whatever this process encrypts.
+    Raises StorageError where the disk refuses, ModelError if the
     blocks are not as long as the layout.
     """
     with replacing(path, durable=durable, over=over) as fd:
-        return _fill(fd, path, layout, blocks, metadata)
+        return _fill(fd, path, layout, blocks, metadata, sealed=sealed)
 
 
 def overwrite_weights(path: Path, layout: Layout, blocks: Iterable[bytes | bytearray | memoryview]) -> str:
@@ -172,17 +194,21 @@ def _fill(
     layout: Layout,
     blocks: Iterable[bytes | bytearray | memoryview],
     metadata: Mapping[str, str] | None = None,
+    *,
+    sealed: bool = True,
 ) -> str:
     """Writes a whole file, whatever it held before."""
     header = memoryview(header_of(layout, metadata))
     hasher, written = blake3(), 0
-    write_at(fd, 0, header)
+    out = writer(len(header) + layout.nbytes, sealed=sealed)
+    out.write(fd, 0, header)
     for block in blocks:
         view = memoryview(block).cast("B")
-        write_at(fd, len(header) + written, view)
+        if written + len(view) <= layout.nbytes:
+            out.write(fd, len(header) + written, view)
         hasher.update(view)
         written += len(view)
     if written != layout.nbytes:
         raise ModelError(f"{path}: {written} bytes of weights given, the layout has {layout.nbytes}")
-    os.ftruncate(fd, len(header) + written)
+    out.finish(fd)
     return hasher.hexdigest()

@@ -18,7 +18,7 @@ import pytest
 from exchange_world import AUTHORITY, COORDINATOR, HOST, PLAN, SILOS, SMALL, World, dial, in_loop, train_order
 
 from gptfl_dist.errors import ConnectionFailed, IdentityError, ProtocolError
-from gptfl_dist.exchange.base import Disconnected, Recalled, Welcome
+from gptfl_dist.exchange.base import PROTOCOL_VERSION, Disconnected, Recalled, Welcome
 from gptfl_dist.exchange.grpc import client as client_module
 from gptfl_dist.exchange.grpc import convert
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
@@ -331,7 +331,7 @@ async def test_a_certificate_that_is_refused_aloud_ends_the_silo(tmp_path):
     assert "does not take this side's certificate: " in error.message
 
 
-@pytest.mark.parametrize("version", [0, 2, 7])
+@pytest.mark.parametrize("version", [0, PROTOCOL_VERSION + 1, 7])
 @in_loop
 async def test_releases_without_a_common_protocol_refuse_each_other_clearly(tmp_path, monkeypatch, version):
     async with World(tmp_path) as world:
@@ -351,7 +351,7 @@ OF_A_LATER_RELEASE = PLAN.model_dump_json().replace('"up":"none"', '"up":"int4"'
 
 
 def welcome(**changes: object) -> pb.Welcome:
-    message = convert.welcome_to_message(Welcome("run", PLAN, SMALL), 1, "1.0")
+    message = convert.welcome_to_message(Welcome("run", PLAN, SMALL), PROTOCOL_VERSION, "1.0")
     for name, value in changes.items():
         setattr(message, name, value)
     return message
@@ -399,7 +399,7 @@ async def impostor(*words: pb.ToSilo, chunks: tuple[bytes, ...] = ()):
     [
         (pb.ToSilo(order=order()), ProtocolError, "no welcome"),
         (pb.ToSilo(), ProtocolError, "no welcome"),
-        (pb.ToSilo(welcome=welcome(version=2)), ConnectionFailed, "speaks protocol 2"),
+        (pb.ToSilo(welcome=welcome(version=PROTOCOL_VERSION + 1)), ConnectionFailed, "speaks protocol"),
         (pb.ToSilo(welcome=welcome(plan=b"{}")), ProtocolError, "does not validate"),
         (pb.ToSilo(welcome=welcome(plan=b"\xff")), ProtocolError, "does not validate"),
         (pb.ToSilo(welcome=welcome(plan=OF_A_LATER_RELEASE)), ProtocolError, r"compression\.up"),

@@ -11,6 +11,7 @@ import grpc.aio
 import pytest
 from exchange_world import HOST, SILOS, World, in_loop, train_order
 
+from gptfl_dist.exchange.base import PROTOCOL_VERSION
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
 from gptfl_dist.exchange.grpc.health import EXCHANGE
 
@@ -55,7 +56,9 @@ async def test_headers_without_end_are_refused_and_the_port_goes_on(tmp_path):
 async def test_a_control_message_above_the_limit_is_refused(tmp_path):
     async with World(tmp_path) as world, channel_of(world.server.port) as channel:
         work = channel.stream_stream(f"/{EXCHANGE}/Work")()
-        hello = pb.Hello(oldest_version=1, newest_version=1, release="x" * (40 << 20), instance="i")
+        hello = pb.Hello(
+            oldest_version=PROTOCOL_VERSION, newest_version=PROTOCOL_VERSION, release="x" * (40 << 20), instance="i"
+        )
         await work.write(pb.FromSilo(hello=hello).SerializeToString())
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await work.read()

@@ -248,7 +248,7 @@ async def _attacked(folder: Path, attack: Attack) -> AsyncIterator[tuple[World, 
                     address=f"{_HOST}:{made[0].port}", credentials=_AUTHORITY.issue_silo(name), keepalive=30.0
                 )
                 file = SiloFile(name=name, data=Data(path=folder / "data"))
-                silo = Silo(silo=file, exchange=exchange, runner=world.trainers[name], folder=folder / name)
+                silo = Silo(silo=file, exchange=exchange, runner=world.trainers[name], folder=folder / name, fresh=None)
                 tasks.append(asyncio.create_task(silo.run()))
             intruder = Intruder(made[0].port, folder)
             tasks.append(asyncio.create_task(intruder.run(attack)))

@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from chaos_runs import PHASES, ROUNDS, SILOS, Blow, Ledger, Run, World, made_world, runs, table
+from chaos_runs import GPTFL, PHASES, ROUNDS, SILOS, Blow, Ledger, Run, World, made_world, runs, table
 
 _BLOCK = 4096
 
@@ -121,6 +121,7 @@ class PowerCutRun(Run):
         library = world.folder / "power_cut.so"
         self._disk = Disk(self.run_folder, folder / "shadow", library if library.exists() else compiled(world.folder))
         self._draw = random.Random(f"power/{number}")
+        self._durability = durability
 
     def environment_of(self, side: str) -> dict[str, str]:
         if side != "coordinator":
@@ -135,6 +136,9 @@ class PowerCutRun(Run):
         self._disk.cut(self._draw)
         ledger = Ledger.read(self.run_folder)
         self.lost |= {(silo, round_) for silo, round_ in self._acknowledged() if not ledger.holds(silo, round_)}
+        if self._durability == "process":  # the silos may know of rounds that the ledger has lost
+            command = [*GPTFL, "epoch", str(self.folder / "federation.yaml"), "--reason", "power cut"]
+            subprocess.run(command, env={**os.environ, **self._disk.environment}, capture_output=True)
 
     def holds(self, silo: str, round_: int) -> bool:
         return (silo, round_) in self._acknowledged()

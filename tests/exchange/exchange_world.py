@@ -21,6 +21,7 @@ from gptfl_dist.exchange.grpc.server import GrpcCoordinatorExchange
 from gptfl_dist.exchange.inbox import Inbox, Spool
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.security.authority import Authority, Credentials
+from gptfl_dist.security.epoch import FIRST, Epoch
 from gptfl_dist.security.trust import FixedTrust, Trust
 from gptfl_dist.weights import ITEM_SIZE, Layout, WeightsFile, write_weights
 
@@ -88,9 +89,11 @@ class World:
     def __init__(
         self, folder: Path, layout: Layout = SMALL, *, chunk: int = 1 << 20, credentials: Credentials = COORDINATOR,
         plan: Plan = PLAN, keepalive: float = 30.0, trust: Trust | None = None, limits: Limits = LIMITS,
+        epoch: Epoch = FIRST,
     ) -> None:  # fmt: skip
         self.layout = layout
         self.plan = plan
+        self.epoch = epoch
         self.commits: list[tuple[str, Order, Report, str]] = []
         self.connected: list[SiloConnected] = []
         self.inbox = Inbox(
@@ -108,7 +111,7 @@ class World:
         self._silos: list[GrpcSiloExchange] = []
 
     async def __aenter__(self) -> Self:
-        await self.server.open(Welcome("run-1", self.plan, self.layout))
+        await self.server.open(Welcome("run-1", self.plan, self.layout, self.epoch))
         return self
 
     async def __aexit__(self, *_: object) -> None:

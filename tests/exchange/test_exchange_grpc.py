@@ -32,6 +32,7 @@ from exchange_world import (
 from gptfl_dist.config.federation import Limits
 from gptfl_dist.errors import LaunchError, ProtocolError
 from gptfl_dist.exchange.base import (
+    PROTOCOL_VERSION,
     Answered,
     Disconnected,
     Goodbye,
@@ -76,7 +77,7 @@ def raw_channel(port: int, name: str = "alice") -> grpc.aio.Channel:
 async def raw_work(channel: grpc.aio.Channel, instance: str = "x") -> grpc.aio.StreamStreamCall:
     """A Work stream that was welcomed."""
     call = channel.stream_stream(f"/{EXCHANGE}/Work")()
-    hello = pb.Hello(oldest_version=1, newest_version=1, instance=instance)
+    hello = pb.Hello(oldest_version=PROTOCOL_VERSION, newest_version=PROTOCOL_VERSION, instance=instance)
     await call.write(pb.FromSilo(hello=hello).SerializeToString())
     assert pb.ToSilo.FromString(await call.read()).WhichOneof("message") == "welcome"
     return call

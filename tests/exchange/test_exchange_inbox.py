@@ -18,6 +18,7 @@ from gptfl_dist.exchange.base import UpdateHeader
 from gptfl_dist.exchange.inbox import Busy, Followed, Inbox, Overtaken, Refused, Spool, Superseded
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.weights import Codec, Layout
+from gptfl_dist.weights.sealed import use_key
 
 LAYOUT = Layout.of([("w", (16,), "F32"), ("n", (1,), "I64")])
 BASE = "ab" * 32
@@ -474,3 +475,44 @@ def test_whoever_follows_an_upload_that_ends_is_told(inbox, ends):
     follower.join(20)
     assert told == [True]
     assert update.intact == (ends == "stopped")
+
+
+@pytest.fixture
+def at_rest():
+    use_key(bytes(32))
+    yield
+    use_key(None)
+
+
+def test_a_committed_update_that_was_changed_in_its_encrypted_spool_is_asked_for_again(at_rest, inbox, tmp_path):
+    deliver(inbox)
+    path = tmp_path / "spools" / "alice.spool"
+    kept = path.read_bytes()
+    assert GOOD[8:24] not in kept
+
+    def taken_over(content: bytes) -> bool:
+        path.write_bytes(content)
+        again = Inbox(tmp_path / "spools", LAYOUT, {"alice": 100}, lambda *_: None)
+        try:
+            return again.expect_committed("alice", ORDER, blake3(GOOD).hexdigest())
+        finally:
+            again.close()
+
+    assert taken_over(kept)
+    assert not taken_over(kept[:-1] + bytes([kept[-1] ^ 1]))
+    assert not taken_over(GOOD)  # as it lay there before at_rest was set
+    assert not taken_over(b"")
+
+
+def test_an_encrypted_spool_is_written_over_by_the_next_update_and_resumed_like_any_other(at_rest, inbox, commits):
+    deliver(inbox)
+    second = bytes(8) + np.linspace(-2, 2, 16, dtype="<f4").tobytes()
+    inbox.expect("alice", ORDER)
+    inbox.announce("alice", header(second))
+    spool = inbox.spool("alice", "nonce-1")
+    spool.write(spool.claim(), 0, memoryview(second[:40]))
+    assert inbox.announce("alice", header(second)) == (40, False)  # the connection broke
+    spool.write(spool.claim(), 40, memoryview(second[40:]))
+    inbox.finish("alice", "nonce-1")
+    assert whole(inbox._spools["alice"]) == second
+    assert len(commits) == 2

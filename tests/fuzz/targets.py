@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from gptfl_dist.config.federation import Model, Task
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.errors import ConfigError, IdentityError, ModelError, ProtocolError, TrainerError
-from gptfl_dist.exchange.base import UpdateHeader, Welcome, Wish
+from gptfl_dist.exchange.base import PROTOCOL_VERSION, UpdateHeader, Welcome, Wish
 from gptfl_dist.exchange.grpc import convert, frames
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
 from gptfl_dist.exchange.grpc import operator_pb2 as operator_pb
@@ -218,7 +218,11 @@ def _weights_seeds() -> list[bytes]:
 
 def _messages_up() -> list[bytes]:
     messages = (
-        pb.FromSilo(hello=pb.Hello(oldest_version=1, newest_version=1, release="0.1.0", instance="a1")),
+        pb.FromSilo(
+            hello=pb.Hello(
+                oldest_version=PROTOCOL_VERSION, newest_version=PROTOCOL_VERSION, release="0.1.0", instance="a1"
+            )
+        ),
         pb.FromSilo(progress=pb.Progress(nonce="nonce-1", done=3, total=9)),
         pb.FromSilo(failure=pb.Failure(nonce="nonce-1", reason="TrainerError: out of memory")),
         pb.FromSilo(report=convert.report_to_message(_REPORT)),
@@ -229,7 +233,7 @@ def _messages_up() -> list[bytes]:
 
 def _messages_down() -> list[bytes]:
     messages = (
-        pb.ToSilo(welcome=convert.welcome_to_message(Welcome("run", _PLAN, _LAYOUT), 1, "0.1.0")),
+        pb.ToSilo(welcome=convert.welcome_to_message(Welcome("run", _PLAN, _LAYOUT), PROTOCOL_VERSION, "0.1.0")),
         pb.ToSilo(order=convert.order_to_message(_TRAIN)),
         pb.ToSilo(order=convert.order_to_message(_EVALUATE)),
         pb.ToSilo(recall=pb.Recall(nonce="nonce-1", reason="the deadline of the round has passed")),

@@ -298,3 +298,13 @@ def test_a_record_of_another_release_is_refused(ledger):
     with pytest.raises(StorageError, match="made by another release") as error:
         Ledger(ledger.folder, REQUEST)
     assert "--fresh" in error.value.hint
+
+
+def test_weights_that_a_backup_holds_are_not_written_over(ledger, tmp_path):
+    digest = ledger.add_weights(LAYOUT, [bytes(LAYOUT.nbytes)])
+    held = tmp_path / "held.safetensors"
+    held.hardlink_to(ledger.weights_path(digest))
+    before = held.read_bytes()
+    ledger.drop_weights_except([])
+    ledger.add_weights(LAYOUT, [b"\1" * LAYOUT.nbytes])
+    assert held.read_bytes() == before

@@ -28,6 +28,7 @@ from gptfl_dist.observe.live import Standing
 from gptfl_dist.run.arms import run_arms
 from gptfl_dist.run.evaluation import RANDOM_WEIGHTS
 from gptfl_dist.run.federate import Federator
+from gptfl_dist.run.freshness import Freshness
 from gptfl_dist.run.silo import Silo
 from gptfl_dist.testing import clock
 from gptfl_dist.testing.exchange import MemoryCoordinatorExchange, MemoryNetwork, MemorySiloExchange, ScriptedTrainer
@@ -187,7 +188,9 @@ class World:
         for name in names:
             exchange = MemorySiloExchange(network=self.network, silo=name)
             silo = SiloFile(name=name, data=Data(path=self.folder / "data"), policy=self.policy)
-            runner = Silo(silo=silo, exchange=exchange, runner=self.trainers[name], folder=self.folder / name)
+            home = self.folder / name
+            fresh = Freshness(home, self.file.name, lambda: b"")
+            runner = Silo(silo=silo, exchange=exchange, runner=self.trainers[name], folder=home, fresh=fresh)
             self._running[name] = asyncio.create_task(runner.run())
 
     def ledger(self) -> Ledger:

@@ -442,11 +442,13 @@ async def test_who_failed_in_a_closed_round_owes_nothing_after_a_later_one_did_n
         return {"accuracy": 0.9 - 0.1 * order.round}  # so that the base of round 2 is not kept
 
     async with World(tmp_path, rounds=3, quorum=2, script=script) as world:
+        last = world.network.hold("b", "order", round=2)  # so that the round is open until a and c are gone
         world.join("a", "b", "c")
         run = asyncio.create_task(world.federate_with())
         await world.until(lambda: world.committed(2) == {"a", "c"})
         await world.kill("a")
         await world.kill("c")
+        last.release()
         await world.until(lambda: any("waiting for a, c" in text for text in world.notes.texts))
         advance(JOIN_DEADLINE)
         with pytest.raises(FederationError, match="missing: a, c"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Iterator, Mapping
+from dataclasses import asdict
 
 from gptfl_dist.errors import ModelError
 from gptfl_dist.exchange.base import (
@@ -58,6 +59,7 @@ class CollectiveCoordinatorExchange:
             "run": welcome.run,
             "plan": welcome.plan.model_dump(mode="json"),
             "layout": welcome.layout.to_json(),
+            "epoch": asdict(welcome.epoch),
         }
         await self._tell_all(message)
         self._listener = asyncio.create_task(self._listen())
@@ -93,6 +95,7 @@ class CollectiveCoordinatorExchange:
             "seconds": order.seconds,
             "training": training,
             "follows": order.follows,
+            "epoch": order.epoch,
         }
         await self._collective.say(self._rank_of[silo], message)
 

@@ -23,6 +23,7 @@ from gptfl_dist.exchange.collective.base import DEPTH, SEGMENT, Buffer, Collecti
 from gptfl_dist.exchange.collective.reduction import contributions
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.files import storage_error
+from gptfl_dist.security.epoch import Epoch
 from gptfl_dist.weights import Codec, Layout, WeightsFile
 from gptfl_dist.weights.file import header_of
 
@@ -185,7 +186,7 @@ class RankExchange:
             if kind == "welcome":
                 plan, layout = Plan.model_validate(message["plan"]), Layout.from_json(message["layout"])
                 self._layout, self._broadcast = layout, Codec(plan.compression.down).layout(layout)
-                self.welcome.set_result(Welcome(message["run"], plan, layout))
+                self.welcome.set_result(Welcome(message["run"], plan, layout, Epoch(**message["epoch"])))
             elif kind == "bases":
                 self.keeper.keep_only(message["digests"])
             elif kind == "weights":
@@ -274,6 +275,7 @@ class SiloOnRank:
                 "layout": header.layout,
                 "digest": header.digest,
                 "size": header.size,
+                "epoch": header.epoch,
             },
         }
         # Once begun it goes on, even where the order is recalled: rank 0 waits for every byte that was announced.

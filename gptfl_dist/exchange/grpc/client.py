@@ -34,13 +34,14 @@ from gptfl_dist.exchange.grpc.options import WIDEST, line_options
 from gptfl_dist.exchange.grpc.port import UPLOAD_CHUNK
 from gptfl_dist.exchange.grpc.server import NONCE
 from gptfl_dist.federation.orders import Order, Report
-from gptfl_dist.files import storage_error, write_at
+from gptfl_dist.files import storage_error
 from gptfl_dist.security.authority import Credentials
 from gptfl_dist.security.credentials import check_dates, identity_in
 from gptfl_dist.security.handshake import Unreachable, is_loopback, shake_hands
 from gptfl_dist.security.signing import sign
 from gptfl_dist.weights import Layout, WeightsFile
 from gptfl_dist.weights.file import header_of
+from gptfl_dist.weights.sealed import Writer, writer
 
 _SMALLEST_CHUNK = 4096
 _LARGEST_MESSAGE = 64 << 20  # a welcome with a very large layout
@@ -61,9 +62,10 @@ _T = TypeVar("_T")
 
 @dataclass
 class _Partial:
-    """A download that may break off: the digest that was asked for, the bytes that are there, and their hash."""
+    """A download that may break off: its digest, what writes it, the bytes that are there, and their hash."""
 
     digest: str = ""
+    out: Writer | None = None
     received: int = 0
     hasher: blake3 = field(default_factory=blake3)
 
@@ -163,11 +165,15 @@ class GrpcSiloExchange:
             fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 size = len(header) + layout.nbytes
-                if self._partial.digest != digest or os.fstat(fd).st_size != size:
-                    self._partial = _Partial(digest)
-                    os.ftruncate(fd, size)
-                    os.pwrite(fd, header, 0)
-                await self._receive_into(fd, len(header), layout.nbytes, self._partial)
+                out = self._partial.out
+                if self._partial.digest != digest or out is None or os.fstat(fd).st_size != out.stored:
+                    out = writer(size)
+                    self._partial = _Partial(digest, out)
+                    os.ftruncate(fd, out.stored)
+                    out.write(fd, 0, memoryview(header))
+                await self._receive_into(fd, out, len(header), layout.nbytes, self._partial)
+                if self._partial.received == layout.nbytes:
+                    out.finish(fd)
             finally:
                 os.close(fd)
         except OSError as error:
@@ -178,7 +184,7 @@ class GrpcSiloExchange:
             raise ProtocolError("the weights that arrived do not have the digest that was announced")
         part.replace(path)
 
-    async def _receive_into(self, fd: int, start: int, size: int, partial: _Partial) -> None:
+    async def _receive_into(self, fd: int, out: Writer, start: int, size: int, partial: _Partial) -> None:
         """Goes on with a download that is to be `size` bytes from byte `start` of the file."""
         chunks = _guard_stream(
             lambda: self._stream_of(pb.DownloadRequest(digest=partial.digest, offset=partial.received))
@@ -188,7 +194,7 @@ class GrpcSiloExchange:
                 offset, data, _ = frames.decode_chunk(frame, _LARGEST_CHUNK if self._packed else 0)
                 if offset != partial.received or offset + len(data) > size:
                     raise ProtocolError(f"the coordinator sent bytes from {offset}, expected from {partial.received}")
-                write_at(fd, start + offset, data)
+                out.write(fd, start + offset, data)
                 partial.hasher.update(data)
                 partial.received += len(data)
         finally:

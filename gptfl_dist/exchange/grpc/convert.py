@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -14,6 +14,7 @@ from gptfl_dist.exchange.base import UpdateHeader, Welcome, Wish
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
 from gptfl_dist.exchange.grpc import operator_pb2 as operator_pb
 from gptfl_dist.federation.orders import Order, Report
+from gptfl_dist.security.epoch import Epoch
 from gptfl_dist.weights import Layout
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _NONCE = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it travels in a call's metadata and stands in file names
 _TEXT_LIMIT = 4000
+_EPOCH_LIMIT = 1 << 20
 
 _KINDS: dict[Kind, pb.Order.Kind] = {"train": pb.Order.TRAIN, "evaluate": pb.Order.EVALUATE}
 
@@ -40,6 +42,7 @@ def order_to_message(order: Order) -> pb.Order:
         training=order.training.model_dump_json().encode() if order.training else b"",
         seconds=order.seconds,
         follows=order.follows,
+        epoch=order.epoch,
     )
 
 
@@ -65,6 +68,7 @@ def order_from_message(message: pb.Order) -> Order:
         seconds=message.seconds,
         training=training,
         follows=message.follows,
+        epoch=message.epoch,
     )
 
 
@@ -85,6 +89,7 @@ def welcome_to_message(welcome: Welcome, version: int, release: str) -> pb.Welco
         run=welcome.run,
         plan=welcome.plan.model_dump_json().encode(),
         layout=welcome.layout.to_json().encode(),
+        epoch=pb.Epoch(**asdict(welcome.epoch)),
     )
 
 
@@ -92,7 +97,10 @@ def welcome_from_message(message: pb.Welcome) -> Welcome:
     """Raises ProtocolError."""
     try:
         plan = Plan.model_validate_json(message.plan)
-        return Welcome(message.run, plan, Layout.from_json(message.layout))
+        if len(message.epoch.statement) + len(message.epoch.chain) > _EPOCH_LIMIT:
+            raise ProtocolError("the coordinator's welcome has an epoch without end")
+        epoch = Epoch(**{field.name: getattr(message.epoch, field.name) for field in fields(Epoch)})
+        return Welcome(message.run, plan, Layout.from_json(message.layout), epoch)
     except (ValidationError, ModelError) as error:
         raise ProtocolError(f"the coordinator's welcome does not validate: {error}") from None
 
@@ -112,10 +120,11 @@ def header_to_message(header: UpdateHeader, signature: bytes) -> pb.UpdateHeader
         layout=header.layout,
         digest=header.digest,
         size=header.size,
+        epoch=header.epoch,
         signature=signature,
     )
 
 
 def header_from_message(message: pb.UpdateHeader) -> UpdateHeader:
     report = report_from_message(message.report)
-    return UpdateHeader(report, message.base, message.layout, message.digest, message.size)
+    return UpdateHeader(report, message.base, message.layout, message.digest, message.size, message.epoch)
