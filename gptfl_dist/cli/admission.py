@@ -44,7 +44,7 @@ def init_authority(
 
     made = admission.init_authority(file, external=external)
     if external:
-        _print(format_, {"request": str(made)}, f"{made}: have it signed, then: gptfl authority install {file} ...")
+        _print(format_, {"request": str(made)}, _to_be_signed(made, file))
     else:
         shown = admission.show_authority(file)
         _print(format_, asdict(shown), f"{made}: made; its fingerprint is\n{shown.fingerprints[0]}")
@@ -57,7 +57,7 @@ def install(
     roots: Annotated[Path, typer.Argument(metavar="ROOTS", help="the root certificate that all sides shall trust")],
     format_: FormatOption = Format.text,
 ) -> None:
-    """Take the issuing certificate that an authority of yours signed.
+    """Take the issuing certificate that an authority of yours signed, the first and each that follows it.
 
     \b
     gptfl authority install federation.yaml issuing-chain.pem root.pem
@@ -79,6 +79,8 @@ def show(file: FederationPath, format_: FormatOption = Format.text) -> None:
     text = (
         f"folder       {shown.folder}\nfingerprint  {shown.fingerprints[0]}{old}\n"
         f"root until   {shown.root_expires[:10]} ({where})\nissues until {shown.issuing_expires[:10]}"
+        + ("" if shown.request is None else f"\n{_to_be_signed(shown.request, file)}")
+        + "".join(f"\nwarning      {each}" for each in shown.warnings)
     )
     _print(format_, asdict(shown), text)
 
@@ -94,11 +96,16 @@ def rotate(
     \b
     gptfl authority rotate federation.yaml              silos hear of the new root as they renew their certificates
     gptfl authority rotate federation.yaml --finish     once they all have
+
+    Below an authority of yours it leaves a request for the next issuing certificate: have it signed, then gptfl
+    authority install. The present one is used until then.
     """
     from gptfl_dist.run import admission
 
     shown = admission.rotate_authority(file, finish=finish)
-    _print(format_, asdict(shown), f"{shown.folder}: the fingerprint is now\n{shown.fingerprints[0]}")
+    changed = f"{shown.folder}: the fingerprint is now\n{shown.fingerprints[0]}"
+    waits = not finish and shown.request is not None
+    _print(format_, asdict(shown), _to_be_signed(shown.request, file) if waits else changed)
 
 
 def invite(
@@ -225,6 +232,8 @@ def silos(file: FederationPath, format_: FormatOption = Format.text) -> None:
     from gptfl_dist.run import admission
 
     found = admission.list_silos(file)
+    for warning in admission.authority_warnings(file):
+        typer.echo(f"warning: {warning}", err=True)
     if format_ is Format.json:
         typer.echo(json.dumps([asdict(each) for each in found]))
         return
@@ -237,6 +246,10 @@ def silos(file: FederationPath, format_: FormatOption = Format.text) -> None:
         parts += [] if each.connected is None else ["connected" if each.connected else "not connected"]
         parts += [f"{each.behind} rounds behind"] if each.behind else []
         typer.echo(f"{each.silo:{wide}}  {', '.join(parts)}")
+
+
+def _to_be_signed(request: Path | str | None, file: Path) -> str:
+    return f"{request}: have it signed, then: gptfl authority install {file} ..."
 
 
 def _print(format_: Format, told: object, text: str) -> None:

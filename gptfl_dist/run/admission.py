@@ -25,13 +25,18 @@ from gptfl_dist.security.vault import Vault
 
 @dataclass(frozen=True, slots=True)
 class AuthorityShown:
-    """An authority as its operator sees it: SHA-256 of each root that is trusted, and when certificates end."""
+    """An authority as its operator sees it: SHA-256 of each root that is trusted, and when certificates end.
+
+    `request` is the file that waits to be signed by an authority above it; `warnings` tell what ends soon.
+    """
 
     folder: str
     fingerprints: list[str]
     root_expires: str
     issuing_expires: str
     root_key_here: bool
+    request: str | None
+    warnings: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,9 @@ def init_authority(path: Path, *, external: bool) -> Path:
 def install_issuing(path: Path, chain: Path, roots: Path) -> AuthorityShown:
     """Takes what another authority signed."""
     file, enrolment = _settings(path)
-    Vault(enrolment.authority, file.name).install_issuing(chain, roots)
+    vault = Vault(enrolment.authority, file.name)
+    vault.install_issuing(chain, roots)
+    _note(file, "issuing certificate installed", fingerprint=root_fingerprint(vault.roots()[0]))
     return show_authority(path)
 
 
@@ -89,11 +96,15 @@ def show_authority(path: Path) -> AuthorityShown:
         roots[0].not_valid_after_utc.isoformat(),
         vault.issuing().not_valid_after_utc.isoformat(),
         vault.has_root_key,
+        None if vault.request is None else str(vault.request),
+        vault.warnings(),
     )
 
 
 def rotate_authority(path: Path, *, finish: bool) -> AuthorityShown:
-    """Replaces the root; `finish` ends the time in which the old one is trusted as well.
+    """Replaces root and issuing certificate; `finish` ends the time in which the old root is trusted as well.
+
+    Below an authority of somebody else's it makes a request for the next issuing certificate, and nothing changes yet.
 
     Raises ConfigError for `finish` where a silo would be cut off, as its certificate hangs on the old root.
     """
@@ -112,6 +123,9 @@ def rotate_authority(path: Path, *, finish: bool) -> AuthorityShown:
                 hint="they renew them by themselves while they are connected; wait, or revoke them",
             )
         vault.drop_old_root()
+    elif vault.is_external:
+        vault.request_next()
+        return show_authority(path)
     else:
         vault.rotate()
     event = "old root dropped" if finish else "root replaced"
@@ -159,6 +173,12 @@ def revoke(path: Path, *, silo: str | None, serial: str | None, reason: str) -> 
     if not met and silo is not None:
         _note(file, "invitation revoked", silo=silo, reason=reason)
     return met
+
+
+def authority_warnings(path: Path) -> list[str]:
+    """What of the authority's own certificates ends soon."""
+    file, enrolment = _settings(path)
+    return Vault(enrolment.authority, file.name).warnings()
 
 
 def list_silos(path: Path) -> list[SiloListed]:

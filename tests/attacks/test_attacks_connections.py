@@ -144,7 +144,9 @@ async def test_certificates_that_are_out_of_date_end_the_silo(tmp_path):
     async with World(tmp_path, credentials=late.issue_coordinator([HOST])) as world:
         error = await refusal(world.server.port)
         assert type(error) is IdentityError
-        assert "is not one to trust: certificate has expired" in error.message
+        assert "is not one to trust: certificate has expired: valid " in error.message
+        assert error.message.endswith(" s too late")
+        assert "this machine's clock" in error.hint
         assert "the coordinator's operator" in error.hint
 
 

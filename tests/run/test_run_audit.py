@@ -23,7 +23,7 @@ from gptfl_dist.errors import ConfigError, StorageError
 from gptfl_dist.ledger.lock import locked
 from gptfl_dist.ledger.reader import read
 from gptfl_dist.ledger.store import Ledger
-from gptfl_dist.run.audit import Audit, audit_of
+from gptfl_dist.run.audit import EVENTS, Audit, audit_of
 from gptfl_dist.run.auditor import Auditor
 from gptfl_dist.run.folder import delete_run
 from gptfl_dist.security.audit_log import KEY, LOG, AuditLog, Event, read_log
@@ -214,6 +214,7 @@ def finished(undisturbed: Federation, tmp_path_factory: pytest.TempPathFactory) 
 def test_a_run_tells_its_settings_its_silos_with_their_certificates_and_its_end(undisturbed: Federation) -> None:
     audit = audit_of(undisturbed.path)
     assert audit.faults == []
+    assert {entry["event"] for entry in audit.verification.entries.values()} <= EVENTS
     each_once(audit)
     (started,), (ended,) = events(audit, "run started"), events(audit, "run ended")
     assert started["configuration"] == ended["configuration"]
@@ -297,6 +298,13 @@ def test_the_commands_find_show_and_export_a_change(gptfl: Commands, finished: P
     last = gptfl.run("audit", "show", folder, "--event", "update accepted", "--last", "1", "--format", "json").stdout
     entry = json.loads(last)
     assert entry in audit_of(folder).verification.entries.values()
+
+    nothing = gptfl.run("audit", "show", folder, "--silo", "silo-9")
+    assert (nothing.stdout, "entries of" in nothing.stderr, "fits" in nothing.stderr) == ("", True, True)
+    unknown = gptfl.start("audit", "show", folder, "--event", "update acepted")
+    assert unknown.wait() == 2
+    assert "there is no such kind of entry" in unknown.stderr
+    assert "update accepted" in unknown.stderr
 
     line = entry["number"]
     content = read_log(folder)

@@ -8,11 +8,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from cryptography import x509
+from hospital import Hospital, pem
 from support import RULES, Command, Commands, Federation, free_port, wait_for
 
 from gptfl_dist.config.document import dump_yaml
@@ -36,12 +39,15 @@ class Invited:
             "enrolment": {"hosts": ["localhost"], "listen": f"127.0.0.1:{free_port()}", **enrolment},
         }
         federation.path.write_text(dump_yaml(content))
-        gptfl.run("authority", "init", federation.path)
+
+    def begin(self) -> Invited:
+        """Makes the authority."""
+        self.gptfl.run("authority", "init", self.federation.path)
+        return self
 
     def tell(self, *arguments: str | Path) -> Any:
         """What a command about this federation prints as JSON."""
-        first, *rest = arguments
-        return json.loads(self.gptfl.run(first, self.federation.path, *rest, "--format", "json").stdout)
+        return json.loads(self.gptfl.run(*arguments, self.federation.path, "--format", "json").stdout)
 
     def invitation(self, name: str) -> str:
         return self.gptfl.run("invite", self.federation.path, name).stdout.split()[-1]
@@ -73,9 +79,56 @@ class Invited:
 @pytest.fixture
 def invited(gptfl: Commands, federation: Callable[..., Federation], tmp_path: Path) -> Callable[..., Invited]:
     def make(settings: dict[str, Any] | None = None, **enrolment: Any) -> Invited:
-        return Invited(federation(**settings or {}), gptfl, tmp_path, **enrolment)
+        return Invited(federation(**settings or {}), gptfl, tmp_path, **enrolment).begin()
 
     return make
+
+
+def test_an_authority_of_ones_own_institution_renews_the_issuing_certificate_under_a_federation_at_work(
+    gptfl: Commands, federation: Callable[..., Federation], tmp_path: Path
+) -> None:
+    """The first is about to end, which is said everywhere; the second is installed while silos are at work."""
+    training = {"batch_size": 8, "learning_rate": 0.01, "warm_up_rounds": 0, "epochs": 1}
+    world = Invited(federation(training=training, federation={**RULES, "rounds": 2}), gptfl, tmp_path)
+    path, root, chain = world.federation.path, tmp_path / "root.pem", tmp_path / "chain.pem"
+    hospital = Hospital()
+    root.write_bytes(pem(hospital.root))
+
+    def signed_for(request: str, **days: int) -> None:
+        lives = {name: timedelta(days=count) for name, count in days.items()}
+        chain.write_bytes(hospital.sign(Path(request).read_bytes(), **lives))
+        gptfl.run("authority", "install", path, chain, root)
+
+    made = gptfl.run("authority", "init", path, "--external", "--format", "json").stdout
+    signed_for(json.loads(made)["request"], age=90, valid=9)
+    assert "issuing certificate ends in" in gptfl.run("authority", "rotate", path, "--format", "json").stdout
+    shown = gptfl.run("authority", "show", path).stdout
+    assert "warning      the issuing certificate ends in" in shown
+    assert "issuing.csr: have it signed, then: gptfl authority install" in shown
+    assert "warning: the issuing certificate ends in" in gptfl.run("silos", path).stderr
+
+    coordinator = world.coordinator()
+    wait_for(lambda: "the issuing certificate ends in" in coordinator.stderr)
+    silos = []
+    for name in world.names:  # the first joins below the old certificate, the second below the new one
+        joined = world.join(name, world.invitation(name))
+        assert joined.wait() == 0, joined.stderr
+        silos.append(world.silo(name))
+        if name == world.names[0]:
+            wait_for(lambda: "connected to the run" in silos[0].stderr)
+            assert "the issuing certificate ends in" in silos[0].stderr
+            signed_for(world.tell("authority", "show")["request"], age=0, valid=90)
+    for command in (coordinator, *silos):
+        assert command.wait() == 0, command.stderr
+    assert "the issuing certificate ends in" not in silos[1].stderr
+    after = world.tell("authority", "show")
+    assert (after["request"], after["warnings"]) == (None, [])
+    issuers = {name: chain_of(world.home(name) / "credentials" / "certificate.pem")[1] for name in world.names}
+    assert len(set(issuers.values())) == 2
+
+
+def chain_of(path: Path) -> list[x509.Certificate]:
+    return x509.load_pem_x509_certificates(path.read_bytes())
 
 
 def test_silos_join_by_invitation_and_no_private_key_leaves_its_machine(

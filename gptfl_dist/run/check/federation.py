@@ -32,6 +32,7 @@ from gptfl_dist.run.candidates import candidate_files
 from gptfl_dist.run.check.common import (
     check_credentials,
     code_beside,
+    ending_soon,
     host_names,
     launcher_found,
     nearest,
@@ -42,6 +43,7 @@ from gptfl_dist.run.check.common import (
 from gptfl_dist.run.check.findings import Checklist, Doubt
 from gptfl_dist.run.credentials import kept_authority
 from gptfl_dist.run.filter import FILTER_SOURCE, load_judge
+from gptfl_dist.security.vault import Vault
 from gptfl_dist.weights import Codec
 
 if TYPE_CHECKING:
@@ -418,6 +420,8 @@ def _coordinator_credentials(file: FederationFile) -> str:
                 hint="set exchange.listen to 0.0.0.0:8443, say",
             )
         kept_authority(file, file.enrolment)
+        if soon := Vault(file.enrolment.authority, file.name).warnings():
+            raise ending_soon(str(file.enrolment.authority), soon)
         return f"{file.enrolment.authority} makes them, for {', '.join(file.enrolment.hosts)}"
     if exchange.authority is None or exchange.certificate is None or exchange.key is None:
         if file.collective.trust == "tls":
