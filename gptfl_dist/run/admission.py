@@ -176,9 +176,10 @@ def revoke(path: Path, *, silo: str | None, serial: str | None, reason: str) -> 
 
 
 def authority_warnings(path: Path) -> list[str]:
-    """What of the authority's own certificates ends soon."""
+    """What of the authority's own certificates ends soon, where it has any yet."""
     file, enrolment = _settings(path)
-    return Vault(enrolment.authority, file.name).warnings()
+    vault = Vault(enrolment.authority, file.name)
+    return vault.warnings() if vault.exists else []
 
 
 def list_silos(path: Path) -> list[SiloListed]:

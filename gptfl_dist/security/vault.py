@@ -156,8 +156,7 @@ class Vault:
         """The authority, whose certificates hold for `valid`. Raises IdentityError where it is not there or damaged."""
         self._require()
         chain = certificates_in(self.folder / _CHAIN)
-        for certificate in chain:
-            require_current(certificate, str(self.folder / _CHAIN), hint="replace it with gptfl authority rotate")
+        require_current(chain[0], str(self.folder / _CHAIN), hint="replace it with gptfl authority rotate")
         roots, issuing = ((self.folder / name).read_bytes() for name in (_ROOTS, _CHAIN))
         return Authority(self._federation, roots=roots, chain=issuing, key=self._key(_KEY, chain[0]), valid=valid)
 
