@@ -25,6 +25,7 @@ from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import load_federation, load_silo
 from gptfl_dist.config.silo import Policy, SiloFile
 from gptfl_dist.observe.summary import FederatedArm, Summary, SyntheticArm
+from gptfl_dist.run.audit import EVENTS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -255,6 +256,12 @@ def test_the_reference_gives_every_field_of_a_summary() -> None:
     synthetic = {f"arms.synthetic_only.{name}" for name in SyntheticArm.model_fields}
     assert named(whole) == (set(Summary.model_fields) - {"arms"}) | synthetic
     assert named(arm) == set(FederatedArm.model_fields)
+
+
+def test_the_reference_gives_every_kind_of_entry_of_the_audit_log() -> None:
+    text = section("## The audit log")
+    assert {name for name in named(text) if " " in name} | {"log begun", "checkpoint"} == EVENTS
+    assert all(f"`{kind}`" in text for kind in EVENTS)
 
 
 def test_every_test_in_the_text_exists() -> None:

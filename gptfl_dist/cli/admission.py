@@ -45,7 +45,7 @@ def init_authority(
 
     made = admission.init_authority(file, external=external)
     if external:
-        _print(format_, {"request": str(made)}, f"{made}: have it signed, then: gptfl authority install {file} ...")
+        _print(format_, {"request": str(made)}, _to_be_signed(made, file))
     else:
         shown = admission.show_authority(file)
         _print(format_, asdict(shown), f"{made}: made; its fingerprint is\n{shown.fingerprints[0]}")
@@ -58,7 +58,7 @@ def install(
     roots: Annotated[Path, typer.Argument(metavar="ROOTS", help="the root certificate that all sides shall trust")],
     format_: FormatOption = Format.text,
 ) -> None:
-    """Take the issuing certificate that an authority of yours signed.
+    """Take the issuing certificate that an authority of yours signed, the first and each that follows it.
 
     \b
     gptfl authority install federation.yaml issuing-chain.pem root.pem
@@ -80,6 +80,8 @@ def show(file: FederationPath, format_: FormatOption = Format.text) -> None:
     text = (
         f"folder       {shown.folder}\nfingerprint  {shown.fingerprints[0]}{old}\n"
         f"root until   {shown.root_expires[:10]} ({where})\nissues until {shown.issuing_expires[:10]}"
+        + ("" if shown.request is None else f"\n{_to_be_signed(shown.request, file)}")
+        + "".join(f"\nwarning      {each}" for each in shown.warnings)
     )
     _print(format_, asdict(shown), text)
 
@@ -95,11 +97,16 @@ def rotate(
     \b
     gptfl authority rotate federation.yaml              silos hear of the new root as they renew their certificates
     gptfl authority rotate federation.yaml --finish     once they all have
+
+    Below an authority of yours it leaves a request for the next issuing certificate: have it signed, then gptfl
+    authority install. The present one is used until then.
     """
     from gptfl_dist.run import admission
 
     shown = admission.rotate_authority(file, finish=finish)
-    _print(format_, asdict(shown), f"{shown.folder}: the fingerprint is now\n{shown.fingerprints[0]}")
+    changed = f"{shown.folder}: the fingerprint is now\n{shown.fingerprints[0]}"
+    waits = not finish and shown.request is not None
+    _print(format_, asdict(shown), _to_be_signed(shown.request, file) if waits else changed)
 
 
 def invite(
@@ -257,9 +264,13 @@ def silos(file: OperatorPath, format_: FormatOption = Format.text) -> None:
     \b
     gptfl silos federation.yaml
     """
-    from gptfl_dist.run.afar import do
+    from gptfl_dist.run import admission
+    from gptfl_dist.run.afar import do, operator_file
 
     found = do(file, "silos")
+    if operator_file(file) is None:  # the authority's folder is here
+        for warning in admission.authority_warnings(file):
+            typer.echo(f"warning: {warning}", err=True)
     if format_ is Format.json:
         typer.echo(json.dumps([asdict(each) for each in found]))
         return
@@ -277,6 +288,10 @@ def _standing(each: OperatorListed | SiloListed) -> list[str]:
     parts = [f"{each.standing} {since} {each.until}" if each.until else each.standing]
     parts += [f"({each.reason})"] if each.reason else []
     return parts + ([f"certificate {each.serial}"] if each.serial else [])
+
+
+def _to_be_signed(request: Path | str | None, file: Path) -> str:
+    return f"{request}: have it signed, then: gptfl authority install {file} ..."
 
 
 def _print(format_: Format, told: object, text: str) -> None:

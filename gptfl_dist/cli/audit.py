@@ -78,8 +78,11 @@ def show(
     from gptfl_dist.run.audit import audit_of, entries_of, entry_text, require_whole
 
     audit = audit_of(path)
-    for entry in entries_of(audit, silo=silo, round_=round_, event=event, last=last):
+    found = entries_of(audit, silo=silo, round_=round_, event=event, last=last)
+    for entry in found:
         typer.echo(json.dumps(entry) if format_ is Format.json else entry_text(entry))
+    if not found:
+        typer.echo(f"none of the {len(audit.verification.entries)} entries of {audit.file} fits", err=True)
     require_whole(audit)
 
 

@@ -20,6 +20,7 @@ from gptfl_dist.config.plan import LocalTraining
 from gptfl_dist.errors import DataError, TrainerError
 from gptfl_dist.learning.augment import augment
 from gptfl_dist.learning.data import ImageSet
+from gptfl_dist.learning.descent import Descent
 from gptfl_dist.learning.device import resolve_device
 from gptfl_dist.learning.group import ALONE, Group
 from gptfl_dist.learning.models import head_of, logits
@@ -57,9 +58,9 @@ def train(
     trained.train()
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     received = [parameter.detach().clone() for parameter in parameters] if settings.proximal else []
-    optimiser = torch.optim.SGD(
+    optimiser = Descent(
         parameters,
-        lr=settings.learning_rate,
+        learning_rate=settings.learning_rate,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
     )

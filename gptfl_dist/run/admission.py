@@ -29,13 +29,18 @@ from gptfl_dist.security.vault import Vault
 
 @dataclass(frozen=True, slots=True)
 class AuthorityShown:
-    """An authority as its operator sees it: SHA-256 of each root that is trusted, and when certificates end."""
+    """An authority as its operator sees it: SHA-256 of each root that is trusted, and when certificates end.
+
+    `request` is the file that waits to be signed by an authority above it; `warnings` tell what ends soon.
+    """
 
     folder: str
     fingerprints: list[str]
     root_expires: str
     issuing_expires: str
     root_key_here: bool
+    request: str | None
+    warnings: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +97,9 @@ def init_authority(path: Path, *, external: bool) -> Path:
 def install_issuing(path: Path, chain: Path, roots: Path) -> AuthorityShown:
     """Takes what another authority signed."""
     file, enrolment = _settings(path)
-    Vault(enrolment.authority, file.name).install_issuing(chain, roots)
+    vault = Vault(enrolment.authority, file.name)
+    vault.install_issuing(chain, roots)
+    _note(file, "issuing certificate installed", fingerprint=root_fingerprint(vault.roots()[0]))
     return show_authority(path)
 
 
@@ -106,11 +113,15 @@ def show_authority(path: Path) -> AuthorityShown:
         roots[0].not_valid_after_utc.isoformat(),
         vault.issuing().not_valid_after_utc.isoformat(),
         vault.has_root_key,
+        None if vault.request is None else str(vault.request),
+        vault.warnings(),
     )
 
 
 def rotate_authority(path: Path, *, finish: bool) -> AuthorityShown:
-    """Replaces the root; `finish` ends the time in which the old one is trusted as well.
+    """Replaces root and issuing certificate; `finish` ends the time in which the old root is trusted as well.
+
+    Below an authority of somebody else's it makes a request for the next issuing certificate, and nothing changes yet.
 
     Raises ConfigError for `finish` where somebody would be cut off, as their certificate hangs on the old root.
     """
@@ -129,6 +140,9 @@ def rotate_authority(path: Path, *, finish: bool) -> AuthorityShown:
                 hint="silos renew them while they are connected, operators as they use a command; wait, or revoke them",
             )
         vault.drop_old_root()
+    elif vault.is_external:
+        vault.request_next()
+        return show_authority(path)
     else:
         vault.rotate()
     event = "old root dropped" if finish else "root replaced"
@@ -181,6 +195,13 @@ def revoke(path: Path, *, role: str, name: str, serial: str, reason: str) -> lis
     if not met and isinstance(which, Identity):
         _note(file, "invitation revoked", which, reason=reason)
     return met
+
+
+def authority_warnings(path: Path) -> list[str]:
+    """What of the authority's own certificates ends soon, where it has any yet."""
+    file, enrolment = _settings(path)
+    vault = Vault(enrolment.authority, file.name)
+    return vault.warnings() if vault.exists else []
 
 
 def list_silos(path: Path) -> list[SiloListed]:

@@ -21,10 +21,33 @@ from gptfl_dist.ledger.reader import LedgerReader, read
 from gptfl_dist.ledger.records import ArmRecord, Waiting
 from gptfl_dist.run.auditor import ledger_head, missing
 from gptfl_dist.run.folder import run_folder_of
-from gptfl_dist.security.audit import CHECKPOINT, Entry, Fault, Head, Verification, fingerprint, public_key, verify
+from gptfl_dist.security.audit import (
+    BEGUN,
+    BROKEN,
+    CHECKPOINT,
+    Entry,
+    Fault,
+    Head,
+    Verification,
+    fingerprint,
+    public_key,
+    verify,
+)
 from gptfl_dist.security.audit_log import LOG, read_log
 from gptfl_dist.security.credentials import identity_in
 from gptfl_dist.security.signing import require_signed
+
+EVENTS = frozenset(
+    {
+        BEGUN, CHECKPOINT, BROKEN, "half line cut off", "run started", "run resumed", "run ended", "run deleted",
+        "silo connected", "silo disconnected", "silo invited", "invitation revoked", "enrolment approved",
+        "silo enrolled", "certificate renewed", "certificate revoked", "root replaced", "old root dropped",
+        "issuing certificate installed", "signer known", "arm begun", "arm finished", "round begun", "round committed",
+        "round abandoned", "update accepted", "evaluation accepted", "update refused", "order failed",
+        "order recalled", "update lost", "pause asked", "resume asked", "abort asked",
+    }
+)  # fmt: skip
+"""The kinds of entries, as docs/reference.md explains them."""
 
 _COLUMNS = ("number", "time", "event", "silo", "arm", "round", "details", "hash", "verdict")
 
@@ -87,7 +110,15 @@ def audit_of(path: Path, key: str | None = None) -> Audit:
 def entries_of(
     audit: Audit, *, silo: str | None, round_: int | None, event: str | None, last: int | None
 ) -> list[Entry]:
-    """The entries that fit, the last so many of them. Signatures are left out where they are not asked for."""
+    """The entries that fit, the last so many of them. Signatures are left out where they are not asked for.
+
+    Raises ConfigError where no log has such an `event`.
+    """
+    there = {str(entry["event"]) for entry in audit.verification.entries.values()}
+    if event is not None and event not in EVENTS | there:
+        raise ConfigError(
+            f"--event {event}: there is no such kind of entry", hint=f"one of: {', '.join(sorted(EVENTS))}"
+        )
     fitting = [
         entry
         for entry in audit.verification.entries.values()

@@ -140,21 +140,6 @@ async def coordinate(
         ledger.close()
 
 
-async def _run(
-    path: Path,
-    file: FederationFile,
-    ledger: Ledger,
-    live: LiveFile,
-    make_exchange: Callable[[FederationFile, Inbox], CoordinatorExchange],
-    opened: Callable[[CoordinatorExchange, Callable[[BaseException], None]], Awaitable[None]],
-    say: Callable[[str], None],
-) -> Summary:
-    await unless_aborted(ledger, _before_the_federation(path, file, ledger, live, say))
-    summary = await _federate(path, file, ledger, live, make_exchange, opened, say)
-    ledger.set_fact("finished", summary.finished.isoformat())
-    return summary
-
-
 @contextlib.contextmanager
 def _end_noted(ledger: Ledger, configuration: str) -> Iterator[None]:
     """Notes that the coordinator's work begins, and how it ends: nothing is noted by one that is killed."""
@@ -205,7 +190,7 @@ async def _before_the_federation(
             say(told["choice"])
 
 
-async def _federate(
+async def _run(
     path: Path,
     file: FederationFile,
     ledger: Ledger,
@@ -214,6 +199,7 @@ async def _federate(
     opened: Callable[[CoordinatorExchange, Callable[[BaseException], None]], Awaitable[None]],
     say: Callable[[str], None],
 ) -> Summary:
+    await unless_aborted(ledger, _before_the_federation(path, file, ledger, live, say))
     # In the federation file's folder, so that model.source can name a module that lies beside the file.
     command, log = python_module("gptfl_dist.run.evaluator"), file.run_folder / "logs" / "evaluator.log"
     process = TrainerProcess(command, log, cwd=path.absolute().parent)
@@ -255,7 +241,7 @@ async def _federate(
     finally:
         await evaluator.stop()
     shown = tested or synthetic
-    return write_results(
+    summary = write_results(
         file,
         ledger,
         layout,
@@ -263,6 +249,8 @@ async def _federate(
         None if shown is None else shown[1],
         settings_text(path),
     )
+    ledger.set_fact("finished", summary.finished.isoformat())
+    return summary
 
 
 def silo_files(file: FederationFile) -> dict[str, Path]:

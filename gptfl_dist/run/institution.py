@@ -26,6 +26,7 @@ from gptfl_dist.run.addresses import try_listening
 from gptfl_dist.run.at_rest import use_at_rest
 from gptfl_dist.run.coordinator import coordinate
 from gptfl_dist.run.credentials import coordinator_trust, credential_files, silo_credentials
+from gptfl_dist.run.expiry import warn
 from gptfl_dist.run.folder import PRIVATE, make_folder
 from gptfl_dist.run.freshness import Freshness
 from gptfl_dist.run.renewal import keep_valid
@@ -64,6 +65,7 @@ async def run_coordinator(path: Path, say: Callable[[str], None]) -> Summary:
         stack.push_async_callback(port.close)
         await port.open()
         say(f"answering operators at {settings.listen}, gRPC with mutual TLS")
+        stack.callback(asyncio.create_task(warn(trust.credentials, renewed=enrolment is not None)).cancel)
         if enrolment is not None and isinstance(trust, KeptTrust):
             stack.enter_context(Enrolment(enrolment.listen, _desk(federation, enrolment, trust)))
             say(f"enrolling invited silos at {enrolment.listen}, while there are invitations")
@@ -122,12 +124,16 @@ async def run_silo(
     address = coordinator if coordinator is not None else side.address if side is not None else ""
     exchange = GrpcSiloExchange(address=address, credentials=credentials, keepalive=_KEEPALIVE)
     runner = ProcessRunner(silo, path.parent, await open_trainer(silo, path.parent, folder))
-    renewal = asyncio.create_task(keep_valid(exchange, own, credential_files(path, silo, credentials_folder)))
+    beside = [
+        asyncio.create_task(keep_valid(exchange, own, credential_files(path, silo, credentials_folder))),
+        asyncio.create_task(warn(lambda: exchange.credentials, renewed=True)),
+    ]
     try:
         fresh = Freshness(folder, own.federation, lambda: exchange.credentials.authority)
         return await Silo(silo=silo, exchange=exchange, runner=runner, folder=folder, fresh=fresh).run()
     finally:
-        renewal.cancel()
+        for task in beside:
+            task.cancel()
 
 
 def make_credentials(path: Path, hosts: list[str], out: Path, days: int) -> list[str]:

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from gptfl_dist.errors import IdentityError
 from gptfl_dist.files import write_file
 from gptfl_dist.security.identity import Identity, Invited
 
@@ -30,6 +31,7 @@ SKEW = timedelta(minutes=5)
 
 _ROOT_VALID = timedelta(days=3650)
 _ISSUING_VALID = timedelta(days=730)
+_LEAST_LEFT = timedelta(minutes=1)  # of the issuing certificate's life: what it signed would be renewed without end
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,10 @@ class Authority:
         return self._issuing.serial_number
 
     def issue_coordinator(self, hosts: Iterable[str]) -> Credentials:
-        """Credentials of the coordinator, reachable under these host names and addresses. It can serve only."""
+        """Credentials of the coordinator, reachable under these host names and addresses. It can serve only.
+
+        Raises IdentityError, as all that signs here, where the issuing certificate is about to end.
+        """
         names: list[x509.GeneralName] = []
         for host in hosts:
             try:
@@ -113,9 +118,15 @@ class Authority:
         names: list[x509.GeneralName],
         usage: x509.ObjectIdentifier,
     ) -> bytes:
-        subject = _common_name(identity.name)
+        left = self._issuing.not_valid_after_utc - datetime.now(UTC)
+        if left < _LEAST_LEFT:
+            raise IdentityError(
+                f"the issuing certificate ends at {self._issuing.not_valid_after_utc:%F %T} UTC, and signs no more",
+                hint="replace it with gptfl authority rotate",
+            )
+        subject, valid = _common_name(identity.name), min(self._valid, left)  # none outlives who signed it
         certificate = (
-            _builder(subject, self._issuing.subject, public_key, self._valid)
+            _builder(subject, self._issuing.subject, public_key, valid)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(sign=True, certificates=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=True)

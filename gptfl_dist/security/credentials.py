@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import ssl
 import stat
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,10 +17,11 @@ from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from gptfl_dist.errors import IdentityError, ProtocolError
 from gptfl_dist.files import storage_error, write_file
 from gptfl_dist.security.authority import Credentials, key_bytes
+from gptfl_dist.security.clocks import require_current
 from gptfl_dist.security.identity import Identity
 
 _UNREADABLE = (ValueError, x509.InvalidVersion)
-_HINT = "`gptfl credentials` makes a set for every side"
+_HINT = "an invited silo gets its files by `gptfl join`; `gptfl credentials` makes a set for every side"
 
 
 def load_credentials(
@@ -54,8 +54,8 @@ def load_credentials(
             f"{certificate} was not issued by {authority}", hint="ask the coordinator's operator for a matching set"
         )
     for each in chain:
-        require_dates(each, str(certificate))
-    require_dates(root, str(authority))
+        require_current(each, str(certificate))
+    require_current(root, str(authority))
     return Credentials(pem[authority], pem[certificate], pem[key]), identity_in(pem[certificate], str(certificate))
 
 
@@ -127,22 +127,6 @@ def identity_in(certificate: bytes, name: str) -> Identity:
     if len(uris) != 1:
         raise IdentityError(f"{name}: carries {len(uris)} URIs, expected exactly one", hint=_HINT)
     return Identity.from_uri(uris[0])
-
-
-def check_dates(certificate: bytes, name: str) -> None:
-    """Raises IdentityError where a PEM certificate is not valid now; `name` is what the message calls it."""
-    require_dates(x509.load_pem_x509_certificate(certificate), name)
-
-
-def require_dates(read: x509.Certificate, name: str) -> None:
-    """Like `check_dates`."""
-    now = datetime.now(UTC)
-    if not read.not_valid_before_utc <= now <= read.not_valid_after_utc:
-        raise IdentityError(
-            f"{name}: valid {read.not_valid_before_utc:%F %T} to {read.not_valid_after_utc:%F %T} UTC, "
-            f"and now it is {now:%F %T}",
-            hint="renew the certificate, or set this machine's clock",
-        )
 
 
 def tls_context(credentials: Credentials, *, server: bool) -> ssl.SSLContext:

@@ -22,7 +22,8 @@ from cryptography import x509
 
 from gptfl_dist.errors import IdentityError
 from gptfl_dist.security.authority import Credentials
-from gptfl_dist.security.credentials import identity_in, leads_to, require_dates
+from gptfl_dist.security.clocks import require_current
+from gptfl_dist.security.credentials import identity_in, leads_to
 from gptfl_dist.security.identity import Identity
 from gptfl_dist.security.signing import require_signed, sign, statement
 
@@ -103,7 +104,7 @@ def _require_vouched_for(chain: list[x509.Certificate], roots: bytes) -> None:
     if not all(map(_signs_others, chain[1:])) or not any(leads_to(chain, root) for root in trusted):
         raise IdentityError("its signer is none of this silo's authority")
     for certificate in chain:
-        require_dates(certificate, "the certificate of its signer")
+        require_current(certificate, "the certificate of its signer")
 
 
 def _signs_others(certificate: x509.Certificate) -> bool:

@@ -15,13 +15,17 @@ import re
 import socket
 import ssl
 from base64 import b64encode
+from datetime import UTC, datetime
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 from urllib.request import proxy_bypass
 
+from cryptography import x509
+
 from gptfl_dist.config.base import host_of, port_of
 from gptfl_dist.errors import ConnectionFailed, IdentityError
 from gptfl_dist.security.authority import Credentials
+from gptfl_dist.security.clocks import life, out_of_date
 from gptfl_dist.security.credentials import identity_in, tls_context
 from gptfl_dist.security.identity import Identity
 
@@ -50,10 +54,12 @@ async def shake_hands(address: str, credentials: Credentials) -> None:
             await writer.start_tls(_context(credentials), server_hostname=host)
             peer = writer.get_extra_info("peercert") or {}
             # In TLS 1.3 this side is done before the other has judged its certificate: only its first word tells.
-            first = await _first_word(reader, address)
+            first = await _first_word(reader, address, credentials)
     except ssl.SSLCertVerificationError as error:
+        dates = await _dates_shown(address) if error.verify_code in _OUT_OF_DATE else ""
         raise IdentityError(
-            f"the certificate of {address} is not one to trust: {error.verify_message}", hint=_advice(error, host)
+            f"the certificate of {address} is not one to trust: {error.verify_message}{dates}",
+            hint=_advice(error, host),
         ) from None
     except ssl.SSLError as error:
         if error.reason == "WRONG_VERSION_NUMBER":
@@ -71,7 +77,8 @@ async def shake_hands(address: str, credentials: Credentials) -> None:
     if not first:
         raise Unreachable(
             f"{address} hangs up after the TLS handshake: it is stopping, or does not take this side's certificate",
-            hint="if this lasts, ask the coordinator's operator for a matching set of files",
+            hint="if this lasts, ask the coordinator's operator for a matching set of files, and compare the clocks: "
+            f"here it is {datetime.now(UTC):%F %T} UTC",
         )
     uris = [str(value) for kind, value in peer.get("subjectAltName", ()) if kind == "URI"]
     if uris != [Identity(own.federation, "coordinator", "coordinator").uri]:
@@ -145,23 +152,49 @@ def _context(credentials: Credentials) -> ssl.SSLContext:
     return context
 
 
-async def _first_word(reader: asyncio.StreamReader, address: str) -> bytes:
+async def _first_word(reader: asyncio.StreamReader, address: str, credentials: Credentials) -> bytes:
     try:
         return await reader.read(1)
     except ssl.SSLError as error:
+        why = error.reason or str(error)
+        if why.endswith("CERTIFICATE_EXPIRED"):  # by the coordinator's clock
+            why = f"expired, it says; it is {life(x509.load_pem_x509_certificate(credentials.certificate))}"
         raise IdentityError(
-            f"{address} does not take this side's certificate: {error.reason or error}",
-            hint="ask the coordinator's operator for a matching set of files",
+            f"{address} does not take this side's certificate: {why}",
+            hint="ask the coordinator's operator for a matching set of files, and compare the clocks",
         ) from None
     except ConnectionError:
         return b""
 
 
+async def _dates_shown(address: str) -> str:
+    """What is wrong with the dates of the certificate that is shown, which the check of it does not tell."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    writer = None
+    try:
+        async with asyncio.timeout(_PATIENCE):
+            _, writer = await _dial(address)
+            await writer.start_tls(context)
+            shown = x509.load_der_x509_certificate(writer.get_extra_info("ssl_object").getpeercert(binary_form=True))
+    except (OSError, TimeoutError, ValueError, Unreachable):
+        return ""
+    finally:
+        if writer is not None:
+            writer.transport.abort()
+    wrong = out_of_date(shown)
+    return f": {wrong}" if wrong else ""
+
+
 def _advice(error: ssl.SSLCertVerificationError, host: str) -> str:
     if error.verify_code in _OUT_OF_DATE:
-        return "ask the coordinator's operator to renew it, or set this machine's clock"
+        return "set this machine's clock if it is wrong; else ask the coordinator's operator to renew the certificate"
     if error.verify_code in _OTHER_HOST:
-        return f"{_ADDRESS}; where it is right, the coordinator needs sets made by gptfl credentials with --host {host}"
+        return (
+            f"{_ADDRESS}; where it is right, the coordinator needs {host} among enrolment.hosts, or sets made by "
+            f"gptfl credentials with --host {host}"
+        )
     return f"{_ADDRESS}, and that coordinator.authority is of the sets that the coordinator's operator made last"
 
 

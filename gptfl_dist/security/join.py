@@ -21,6 +21,7 @@ from gptfl_dist.config.base import host_of, port_of
 from gptfl_dist.errors import ConnectionFailed, IdentityError, ProtocolError
 from gptfl_dist.files import write_file
 from gptfl_dist.security.authority import Credentials, key_bytes, new_key
+from gptfl_dist.security.clocks import require_same_time
 from gptfl_dist.security.credentials import identity_in
 from gptfl_dist.security.enrolment import AUTHORITY, ENROL
 from gptfl_dist.security.handshake import proxy_for
@@ -56,7 +57,8 @@ def own_key(path: Path) -> ec.EllipticCurvePrivateKey:
 def enrol(invitation: InvitationLine, key: ec.EllipticCurvePrivateKey) -> Enrolled | None:
     """Enrols with this key; None where the coordinator's operator has yet to approve: then call again.
 
-    Raises ConnectionFailed where nobody answers, IdentityError where the coordinator is another or refuses.
+    Raises ConnectionFailed where nobody answers, IdentityError where the coordinator is another or refuses, or the
+    clocks differ by too much.
     """
     root = _trusted_root(invitation)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -67,7 +69,7 @@ def enrol(invitation: InvitationLine, key: ec.EllipticCurvePrivateKey) -> Enroll
         "token": invitation.token,
         "request": make_request(invitation.who, key).decode(),
     }
-    status, answer = _ask(invitation, context, "POST", ENROL, json.dumps(asked))
+    status, answer, _ = _ask(invitation, context, "POST", ENROL, json.dumps(asked))
     if status == 202:
         return None
     if status != 200:
@@ -85,13 +87,14 @@ def _trusted_root(invitation: InvitationLine) -> bytes:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # what it answers is public, and checked by its fingerprint
-    _, answer = _ask(invitation, context, "GET", AUTHORITY, None)
+    _, answer, time = _ask(invitation, context, "GET", AUTHORITY, None)
     try:
         roots = x509.load_pem_x509_certificates(_text(answer, "authority").encode())
     except ValueError:
         roots = []
     for root in roots:
         if root_fingerprint(root) == invitation.fingerprint:
+            require_same_time(time, "the coordinator")
             return root.public_bytes(serialization.Encoding.PEM)
     raise IdentityError(
         f"what answers at {invitation.address} is not the authority of the invitation",
@@ -102,8 +105,8 @@ def _trusted_root(invitation: InvitationLine) -> bytes:
 
 def _ask(
     invitation: InvitationLine, context: ssl.SSLContext, method: str, path: str, body: str | None
-) -> tuple[int, Any]:
-    """Status and content of an answer. Raises ConnectionFailed, IdentityError, ProtocolError."""
+) -> tuple[int, Any, str]:
+    """Status, content and time of an answer. Raises ConnectionFailed, IdentityError, ProtocolError."""
     address = invitation.address
     host, port = host_of(address), port_of(address)
     proxy = proxy_for(address)
@@ -118,7 +121,7 @@ def _ask(
         connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
         response = connection.getresponse()
         content = response.read(_LONGEST_ANSWER)
-        return response.status, json.loads(content)
+        return response.status, json.loads(content), response.headers.get("Date", "")
     except ssl.SSLCertVerificationError as error:
         raise IdentityError(
             f"the certificate of {address} is not one to trust: {error.verify_message}",

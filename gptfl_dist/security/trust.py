@@ -126,7 +126,9 @@ class KeptTrust:
         with self._lock:
             stale = not self._own.certificate.endswith(authority.chain) or self._own.authority != authority.roots
             if stale or due(self._own.certificate) <= datetime.now(UTC):
-                self._own = authority.issue_coordinator(self._hosts)
+                # An issuing certificate that is about to end signs no more: the present one is shown to its own end.
+                with contextlib.suppress(IdentityError):
+                    self._own = authority.issue_coordinator(self._hosts)
             return self._own
 
     def authority(self) -> Authority:

@@ -4,18 +4,20 @@
     root.key        signs issuing certificates alone; it may lie elsewhere in the meantime
     issuing.pem     the issuing certificate, and what stands between it and a root
     issuing.key     signs the certificates of coordinator and silos
+    issuing.csr     the request for the issuing certificate, where another authority signs it
     registry.sqlite invitations, certificates, revocations (`security/registry.py`)
 
 A new root is signed by the old one as well, so sides that know only the old root trust what is below the new one until
 they have heard of it, which they do with their next certificate.
 
 An institution's own authority can take the place of the root: `request_issuing` leaves a request for it to sign, and
-`install_issuing` takes what it answered.
+`install_issuing` takes what it answered. So it goes with the next issuing certificate too, whose key waits beside the
+present one until then.
 """
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 from cryptography import x509
@@ -35,6 +37,7 @@ from gptfl_dist.security.authority import (
     make_root,
     new_key,
 )
+from gptfl_dist.security.clocks import require_current
 from gptfl_dist.security.credentials import (
     certificates_in,
     completed_key,
@@ -44,6 +47,7 @@ from gptfl_dist.security.credentials import (
     replace_credentials,
     require_private,
 )
+from gptfl_dist.security.expiry import authority_ending
 
 _ROOTS, _ROOT_KEY, _CHAIN, _KEY, _REQUEST = "roots.pem", "root.key", "issuing.pem", "issuing.key", "issuing.csr"
 
@@ -62,6 +66,18 @@ class Vault:
     @property
     def has_root_key(self) -> bool:
         return (self.folder / _ROOT_KEY).exists()
+
+    @property
+    def is_external(self) -> bool:
+        """Whether an authority of somebody else's stands above the issuing certificate."""
+        return (self.folder / _REQUEST).exists()
+
+    @property
+    def request(self) -> Path | None:
+        """The request that waits for its certificate, where there is one."""
+        if self.is_external and (not self.exists or next_of(self.folder / _KEY).exists()):
+            return self.folder / _REQUEST
+        return None
 
     @property
     def stamp(self) -> object:
@@ -85,23 +101,33 @@ class Vault:
         """
         self._prepare()
         key = new_key()
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"gptfl {self._federation} issuing"[:64])])
-        request = (
-            x509.CertificateSigningRequestBuilder()
-            .subject_name(name)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .sign(key, hashes.SHA256())
-        )
         self._write(_KEY, key_bytes(key))
-        self._write(_REQUEST, request.public_bytes(serialization.Encoding.PEM))
-        return self.folder / _REQUEST
+        return self._request(key)
+
+    def request_next(self) -> Path:
+        """As `request_issuing`, beside the issuing certificate in use. A request that waits already is kept.
+
+        Raises IdentityError, StorageError.
+        """
+        self._require()
+        waiting = next_of(self.folder / _KEY)
+        if not waiting.exists():
+            self._write(waiting.name, key_bytes(new_key()))
+        return self._request(self._key(waiting.name))
 
     def install_issuing(self, chain: Path, roots: Path) -> None:
-        """Takes the certificate that another authority made for `request_issuing`. Raises IdentityError."""
+        """Takes the certificate that another authority made for `request_issuing` or `request_next`.
+
+        What was trusted before stays so, behind the new roots, until `drop_old_root`. Raises IdentityError where the
+        certificate is not what was asked for, or silos that know only the roots of today would not take it.
+        """
         read, trusted = certificates_in(chain), certificates_in(roots)
-        if read[0].public_key() != self._key(_KEY).public_key():
+        names = [name for name in (_KEY, next_of(self.folder / _KEY).name) if (self.folder / name).exists()]
+        key = next((key for key in map(self._key, names or [_KEY]) if key.public_key() == read[0].public_key()), None)
+        if key is None:
             raise IdentityError(
-                f"{chain} is no certificate for {self.folder / _KEY}", hint=f"have {self.folder / _REQUEST} signed"
+                f"{chain} is no certificate for {' or '.join(str(self.folder / name) for name in names)}",
+                hint=f"have {self.folder / _REQUEST} signed",
             )
         try:
             signs = read[0].extensions.get_extension_for_class(x509.BasicConstraints).value.ca
@@ -114,18 +140,23 @@ class Vault:
             )
         if not any(leads_to(read, root) for root in trusted):
             raise IdentityError(f"{chain} was not issued by {roots}", hint="add what stands between them to the chain")
-        self._write(_ROOTS, roots.read_bytes())
-        self._write(_CHAIN, chain.read_bytes())
+        for certificate in read:
+            require_current(certificate, str(chain))
+        old = self.roots() if self.exists else []
+        if old and not any(leads_to(read, root) for root in old):
+            raise IdentityError(
+                f"{chain} leads to none of the roots that silos trust today ({self.folder / _ROOTS})",
+                hint="add to the chain the new root's certificate that the old root signed, else all silos are cut off",
+            )
+        kept = b"".join(_pem(root) for root in [*trusted, *(root for root in old if root not in trusted)])
+        new = Credentials(kept, chain.read_bytes(), key_bytes(key))
+        replace_credentials(new, *(self.folder / name for name in (_ROOTS, _CHAIN, _KEY)))
 
     def open(self, valid: timedelta) -> Authority:
         """The authority, whose certificates hold for `valid`. Raises IdentityError where it is not there or damaged."""
         self._require()
         chain = certificates_in(self.folder / _CHAIN)
-        if chain[0].not_valid_after_utc < datetime.now(UTC):
-            raise IdentityError(
-                f"{self.folder / _CHAIN} expired on {chain[0].not_valid_after_utc:%F}",
-                hint="replace it with gptfl authority rotate",
-            )
+        require_current(chain[0], str(self.folder / _CHAIN), hint="replace it with gptfl authority rotate")
         roots, issuing = ((self.folder / name).read_bytes() for name in (_ROOTS, _CHAIN))
         return Authority(self._federation, roots=roots, chain=issuing, key=self._key(_KEY, chain[0]), valid=valid)
 
@@ -138,6 +169,12 @@ class Vault:
         """Raises IdentityError."""
         self._require()
         return certificates_in(self.folder / _CHAIN)[0]
+
+    def warnings(self) -> list[str]:
+        """Which of its certificates end soon. Raises IdentityError."""
+        self._require()
+        chain, roots = (certificates_in(self.folder / name) for name in (_CHAIN, _ROOTS))
+        return authority_ending(chain, roots)
 
     def rotate(self) -> None:
         """Puts a new root and a new issuing certificate in the place of the old. Raises IdentityError, StorageError."""
@@ -152,7 +189,7 @@ class Vault:
         root_key, key = new_key(), new_key()
         root = make_root(self._federation, root_key)
         issuing = make_issuing(self._federation, key.public_key(), root, root_key)
-        both = root + old.public_bytes(serialization.Encoding.PEM)
+        both = root + _pem(old)
         self._write(next_of(self.folder / _ROOT_KEY).name, key_bytes(root_key))
         new = Credentials(both, issuing + cross_signed(root, old, old_key), key_bytes(key))
         replace_credentials(new, *(self.folder / name for name in (_ROOTS, _CHAIN, _KEY)))
@@ -160,18 +197,32 @@ class Vault:
 
     def drop_old_root(self) -> None:
         """Ends the overlap: only the present root is trusted from now on. Raises IdentityError, StorageError."""
-        if len(self.roots()) == 1 or not leads_to([self.issuing()], self.roots()[0]):
+        roots, chain = self.roots(), certificates_in(self.folder / _CHAIN)
+        if len(roots) == 1 or not leads_to(chain, roots[0]):
             raise IdentityError(
                 f"{self.folder}: no root was replaced, or a crash cut that short", hint="gptfl authority rotate does it"
             )
-        root, issuing = (each.public_bytes(serialization.Encoding.PEM) for each in (self.roots()[0], self.issuing()))
-        self._write(_ROOTS, root)
-        self._write(_CHAIN, issuing)
+        # Behind what the root signed itself stand its bridges to older ones.
+        needed = next(number for number in range(1, len(chain) + 1) if leads_to(chain[:number], roots[0]))
+        self._write(_ROOTS, _pem(roots[0]))
+        self._write(_CHAIN, b"".join(map(_pem, chain[:needed])))
+
+    def _request(self, key: ec.EllipticCurvePrivateKey) -> Path:
+        """Writes the request for the issuing certificate of a key."""
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"gptfl {self._federation} issuing"[:64])])
+        request = (
+            x509.CertificateSigningRequestBuilder()
+            .subject_name(name)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .sign(key, hashes.SHA256())
+        )
+        self._write(_REQUEST, request.public_bytes(serialization.Encoding.PEM))
+        return self.folder / _REQUEST
 
     def _require(self) -> None:
         if self.exists:
             return
-        if (self.folder / _REQUEST).exists():
+        if self.is_external:
             raise IdentityError(
                 f"{self.folder}: the authority waits for its certificate",
                 hint=f"have {self.folder / _REQUEST} signed, then: gptfl authority install",
@@ -210,3 +261,7 @@ class Vault:
 
     def _write(self, name: str, content: bytes) -> None:
         write_file(self.folder / name, content)
+
+
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)

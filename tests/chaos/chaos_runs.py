@@ -16,15 +16,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import functools
 import json
 import os
-import random
 import re
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -32,185 +29,22 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, closing
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gptfl_dist.config.document import dump_yaml
+from chaos_plan import FULL_DISK, KILLS, ROUNDS, SILOS, STATES, TROUBLES, Blow, can_mount, plan, unmount
+from chaos_world import ARM, GPTFL, Ledger, World, free_port, write_federation
+
 from gptfl_dist.run.audit import audit_of
 from gptfl_dist.testing.proxy import TcpProxy
 from gptfl_dist.weights import WeightsFile
 
-GPTFL = (sys.executable, "-m", "gptfl_dist")
-TRAINER = Path(__file__).with_name("null_trainer.py")
-SILOS = ("silo-1", "silo-2", "silo-3")
-ROUNDS = 10
-ARM = "fedavg_random"
 LONGEST = 300.0  # seconds of a run
 _WORDS = 16 << 10  # bytes that come down with a handshake and an order; more are of weights
 _STARTING = 1.5  # seconds from the start of a coordinator until it takes silos, about
 _TRAINING = 0.35  # seconds of the longest training
-
-PHASES = ("start", "download", "training", "upload", "check", "committed", "aggregate", "evaluate")
-FULL_DISK = "full disk"
-KILLS = ("kill coordinator", "kill agent", "kill trainer", "cut", "cut all")
-TROUBLES = ("stall", "delay", "freeze", "corrupt spool", "corrupt work folder", FULL_DISK)
-STATES = ("start", "gather", "download", "training", "upload", "check", "aggregate", "close", "evaluate", "report")
-
-
-@dataclass(frozen=True)
-class Blow:
-    """What strikes, where and when: `fraction` of the phase that is reached, `seconds` until it is over."""
-
-    round: int
-    phase: str
-    silo: str
-    what: str
-    fraction: float
-    seconds: float
-
-
-def plan(number: int) -> list[Blow]:
-    """The blows of a run, in order: four to six kills or cuts, of which one may come too late, and other troubles."""
-    draw = random.Random(f"chaos/{number}")
-    whats = draw.choices(KILLS, weights=(4, 3, 2, 2, 1), k=draw.randint(4, 6))
-    whats += draw.choices(TROUBLES[:-1], weights=(3, 3, 0.5, 2, 1), k=draw.randint(0, 2))
-    if number % 10 == 9 and can_mount():
-        whats += [FULL_DISK] * 2
-    blows = []
-    for count, what in enumerate(draw.sample(whats, len(whats))):
-        round_ = draw.randint(1, ROUNDS if count else 3)
-        phase = draw.choices(PHASES, weights=(2, 3, 3, 3, 4, 2, 4, 1))[0]
-        if what == "corrupt spool":
-            phase = "committed"
-        if phase == "start":
-            round_ = 0
-        elif phase == "evaluate":
-            round_ = ROUNDS + 1
-        blows.append(Blow(round_, phase, draw.choice(SILOS), what, draw.random(), draw.uniform(0.1, 1.5)))
-    return sorted(blows, key=lambda blow: (blow.round, PHASES.index(blow.phase)))
-
-
-@functools.cache
-def can_mount() -> bool:
-    """Whether a small disk can be had here, to be filled: a tmpfs, which takes root."""
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(["mount", "-t", "tmpfs", "none", folder], capture_output=True).returncode == 0
-        if done:
-            unmount(Path(folder))
-    return done
-
-
-def unmount(folder: Path) -> None:
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-class World:
-    """What all runs share: certificates, the start weights, and how the undisturbed run ends."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.layout = folder / "layout.json"
-        self.start = folder / "random.safetensors"
-        self.final = ""
-        self.seconds = 0.0
-
-    def prepare(self) -> None:
-        template = self.folder / "template"
-        path = write_federation(template, "127.0.0.1:0", dict.fromkeys(SILOS, 1), self.folder / "credentials")
-        code = (
-            "import sys; from pathlib import Path; from gptfl_dist.config.load import load_federation;"
-            "from gptfl_dist.learning.models import build_model; from gptfl_dist.weights.flat import FlatModel;"
-            "file = load_federation(Path(sys.argv[1]));"
-            "model = build_model(file.model, file.task, len(file.labels), file.seed);"
-            "FlatModel(model).save(Path(sys.argv[2]))"
-        )
-        subprocess.run([sys.executable, "-c", code, str(path), str(self.start)], check=True)
-        command = [*GPTFL, "credentials", str(path), "--host", "127.0.0.1", "--out", str(self.folder / "credentials")]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        with WeightsFile(self.start) as weights:
-            assert {tensor.dtype for tensor in weights.layout.tensors} == {"F32"}
-            self.layout.write_text(weights.layout.to_json())
-
-
-def write_federation(folder: Path, listen: str, ports: dict[str, int], credentials: Path, **settings: Any) -> Path:
-    """Writes the federation file and a silo file NAME.yaml for each silo; `ports` are those that the silos dial."""
-    folder.mkdir(parents=True)
-
-    def pems(side: str) -> dict[str, str]:
-        return {name: str(credentials / side / f"{name}.pem") for name in ("authority", "certificate", "key")}
-
-    for silo, port in ports.items():
-        content = {
-            "name": silo,
-            "coordinator": {"address": f"127.0.0.1:{port}", **pems(silo)},
-            "code": {"script": str(TRAINER)},
-        }
-        (folder / f"{silo}.yaml").write_text(dump_yaml(content))
-    rules = {"rounds": ROUNDS, "cohort": "all", "quorum": "all", "deadline": "600s", "join_deadline": "600s"}
-    content = {
-        "name": "chaos",
-        "labels": ["left", "right"],
-        "model": {"name": "cnn"},
-        "arms": [ARM],
-        "federation": rules,
-        "strategy": {"momentum": 0.5},  # which has a state on disk
-        "exchange": {"listen": listen, "chunk": "64KiB", "keepalive": "5s", **pems("coordinator")},
-        "silos": [{"name": silo} for silo in ports],
-        **settings,
-    }
-    path = folder / "federation.yaml"
-    path.write_text(dump_yaml(content))
-    return path
-
-
-def free_port() -> int:
-    """A port that is free now and is not handed out to those who ask for any: the coordinator comes back to it."""
-    for port in random.sample(range(10_000, 30_000), 1000):
-        with socket.socket() as trial, contextlib.suppress(OSError):
-            trial.bind(("127.0.0.1", port))
-            return port
-    raise RuntimeError("no port is free")
-
-
-@dataclass
-class Ledger:
-    """What a run's ledger says now."""
-
-    there: bool = False
-    round: int = 0
-    kind: str = ""
-    closed: bool = False
-    finished: bool = False
-    committed: set[str] = field(default_factory=set)  # in the newest round
-    weights: set[str] = field(default_factory=set)  # digests that it names
-
-    @classmethod
-    def read(cls, folder: Path) -> Ledger:
-        now, path = cls(), folder / "ledger.sqlite"
-        if not path.exists():
-            return now
-        try:
-            with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=1)) as database:
-                now.finished = bool(database.execute("SELECT count(*) FROM arms WHERE finished").fetchone()[0])
-                now.there = True
-                rows = database.execute("SELECT round, kind, weights FROM rounds ORDER BY round DESC LIMIT 1")
-                for round_, kind, weights in rows:
-                    now.round, now.kind, now.closed = round_, kind, weights is not None
-                rows = database.execute("SELECT start FROM arms UNION SELECT weights FROM rounds")
-                now.weights = {digest for (digest,) in rows}
-                rows = database.execute(
-                    "SELECT silo FROM orders WHERE round = ? AND samples IS NOT NULL AND failure IS NULL", (now.round,)
-                )
-                now.committed = {silo for (silo,) in rows}
-        except sqlite3.OperationalError:  # no table yet, or locked for the moment
-            pass
-        return now
-
-    def holds(self, silo: str, round_: int) -> bool:
-        """Whether a silo's update of a round is committed, as all are of the rounds before the newest."""
-        return self.round > round_ or (self.round == round_ and silo in self.committed)
 
 
 @dataclass

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chaos_runs import Run, World, made_world, plan, runs
+from chaos_plan import plan
+from chaos_runs import Run, made_world, runs
+from chaos_world import World
 from power_cut import PowerCutRun
 
 _JOBS = 2

@@ -7,58 +7,33 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import shutil
 import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import helm_python
-import kubernetes_validate
 import pytest
-import typer.main
-import yaml
+from deploy_files import (
+    BIN,
+    CHART,
+    CODES,
+    COMMANDS,
+    COMPOSE,
+    DEPLOY,
+    DOCKERFILE,
+    FILES,
+    ROOT,
+    UNITS,
+    check,
+    job,
+    parse_command,
+    read_yaml,
+)
 
 from gptfl_dist import __version__, errors
-from gptfl_dist.cli.main import app
 from gptfl_dist.config.base import port_of
 from gptfl_dist.config.load import load_federation, load_silo
-
-ROOT = Path(__file__).parents[2]
-DEPLOY = ROOT / "deploy"
-CHART = DEPLOY / "helm" / "gptfl"
-UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
-COMPOSE = sorted((DEPLOY / "compose").glob("*.yaml"))
-DOCKERFILE = DEPLOY / "docker" / "Dockerfile"
-BIN = Path(sys.executable).parent
-COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # a group has them
-CODES = {value.exit_code for value in vars(errors).values() if hasattr(value, "exit_code")}
-FILES = {"coordinator": "federation.yaml", "silo": "silo.yaml"}
-OLDEST_CLUSTER = "1.29.0"
-
-
-def check(*command: str | Path, cwd: Path | None = None) -> str:
-    """What a validator says; it must be content."""
-    done = subprocess.run([*command], capture_output=True, text=True, cwd=cwd, timeout=60)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(path.read_text())
-    return content
-
-
-def parse_command(words: list[str]) -> None:
-    """Expects that `gptfl` takes these words."""
-    command, rest = COMMANDS[words[0]], words[1:]
-    while hasattr(command, "commands"):
-        command, rest = command.commands[rest[0]], rest[1:]
-    command.make_context(" ".join(words[:1]), rest)
-
 
 # The image
 
@@ -131,209 +106,6 @@ def test_a_container_may_do_little(file: Path) -> None:
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert {"pids_limit", "cpus", "mem_limit", "tmpfs"} <= set(service)
     parse_command(service["command"])
-
-
-# Kubernetes
-
-
-def values(role: str, /, **more: Any) -> dict[str, Any]:
-    text = (DEPLOY / "config" / FILES[role]).read_text()
-    return {**read_yaml(CHART / "ci" / f"{role}-values.yaml"), "file": text, **more}
-
-
-def rendered(role: str, /, **more: Any) -> list[dict[str, Any]]:
-    with helm_python.Chart.load(CHART) as chart:
-        texts = chart.render(values(role, **more), name="north", namespace="federation")
-    found = [yaml.safe_load(text) for name, text in texts.items() if name.endswith(".yaml")]
-    return [manifest for manifest in found if manifest]
-
-
-def one(kind: str, manifests: list[dict[str, Any]]) -> dict[str, Any]:
-    (found,) = [manifest for manifest in manifests if manifest["kind"] == kind]
-    return found
-
-
-def job(role: str, /, **more: Any) -> dict[str, Any]:
-    return one("Job", rendered(role, **more))
-
-
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "coordinator": ("coordinator", {}),
-    "coordinator with a set of files": ("coordinator", {"credentials": {"filesSecret": "set"}, "makeAuthority": False}),
-    "coordinator of known silos": (
-        "coordinator",
-        {
-            "networkPolicy": {"siloCIDRs": ["198.51.100.0/24"], "extraEgress": [{"ports": [{"port": 443}]}]},
-            "service": {"type": "LoadBalancer", "annotations": {"a": "b"}, "loadBalancerSourceRanges": ["1.2.3.0/24"]},
-            "persistence": {"existingClaim": "old"},
-        },
-    ),
-    "silo": ("silo", {}),
-    "silo with a set of files": ("silo", {"credentials": {"filesSecret": "set"}}),
-    "silo with a GPU behind a proxy": (
-        "silo",
-        {
-            "env": [{"name": "https_proxy", "value": "http://proxy.example.org:3128"}],
-            "resources": {"limits": {"nvidia.com/gpu": 1}},
-            "image": {"repository": "r/gptfl", "digest": "sha256:" + "0" * 64, "pullSecrets": ["pull"]},
-            "tolerations": [{"key": "gpu", "operator": "Exists"}],
-            "nodeSelector": {"gpu": "yes"},
-            "affinity": {"nodeAffinity": {}},
-            "podAnnotations": {"a": "b"},
-            "podLabels": {"c": "d"},
-            "persistence": {"storageClass": "local"},
-            "networkPolicy": {"coordinatorCIDRs": ["10.0.0.1/32"], "coordinatorPorts": [3128], "extraEgress": [{}]},
-        },
-    ),
-}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_chart_is_sound(variant: str) -> None:
-    role, more = VARIANTS[variant]
-    report = helm_python.lint(CHART, values(role, **more), strict=True)
-    assert report["errors"] == []
-    assert [message for message in report["messages"] if message["severity"] > 1] == []
-    for manifest in rendered(role, **more):
-        for version in (OLDEST_CLUSTER, kubernetes_validate.latest_version()):
-            kubernetes_validate.validate(manifest, version, strict=True)
-    assert f">={OLDEST_CLUSTER}-0" == read_yaml(CHART / "Chart.yaml")["kubeVersion"]
-
-
-@pytest.mark.parametrize(
-    ("role", "more"),
-    [
-        ("coordinator", {"role": "both"}),
-        ("coordinator", {"file": ""}),
-        ("coordinator", {"key": "-----BEGIN PRIVATE KEY-----"}),
-        ("coordinator", {"credentials": {"invitationSecret": "line"}}),
-        ("silo", {"credentials": {"invitationSecret": "line", "filesSecret": "set"}}),
-        ("silo", {"data": {}}),
-        ("silo", {"networkPolicy": {"coordinatorCIDRs": []}}),
-        ("silo", {"networkPolicy": {"coordinatorCIDRs": ["coordinator.example.org"]}}),
-        ("silo", {"ports": {"exchange": 0}}),
-    ],
-)
-def test_the_schema_refuses(role: str, more: dict[str, Any]) -> None:
-    with helm_python.Chart.load(CHART) as chart, pytest.raises(helm_python.HelmError):
-        chart.validate_schema(chart.merge_values(values(role, **more)))
-
-
-def test_the_schema_is_one_and_knows_every_value() -> None:
-    check(BIN / "check-jsonschema", "--check-metaschema", CHART / "values.schema.json")
-
-    def names(value: Any, schema: Any) -> Iterator[tuple[set[str], set[str]]]:
-        yield set(value), set(schema["properties"])
-        for name, inner in value.items():
-            if isinstance(inner, dict) and schema["properties"][name].get("additionalProperties") is False:
-                yield from names(inner, schema["properties"][name])
-
-    schema = json.loads((CHART / "values.schema.json").read_text())
-    for at, (have, known) in enumerate(names(read_yaml(CHART / "values.yaml"), schema)):
-        assert have == known - ({"global"} if at == 0 else set())
-
-
-@pytest.mark.parametrize("role", FILES)
-def test_a_pod_may_do_little(role: str) -> None:
-    pod = job(role)["spec"]["template"]["spec"]
-    assert pod["automountServiceAccountToken"] is False
-    assert pod["securityContext"]["runAsNonRoot"] is True
-    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    for container in pod["initContainers"] + pod["containers"]:
-        context = container["securityContext"]
-        assert context == {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        }
-        assert container["resources"]["limits"]["memory"]
-    parse_command(pod["containers"][0]["args"])
-    program, *probe = pod["containers"][0]["readinessProbe"]["exec"]["command"]
-    assert program == "gptfl"
-    parse_command(probe)
-    assert probe[1] == pod["containers"][0]["args"][1]
-
-
-def test_only_a_coordinator_is_reached_and_a_silo_reaches_only_it() -> None:
-    manifests = rendered("silo")
-    assert [manifest for manifest in manifests if manifest["kind"] == "Service"] == []
-    rules = one("NetworkPolicy", manifests)["spec"]
-    assert rules["ingress"] == []
-    (coordinator, names) = rules["egress"]
-    assert coordinator["to"] == [{"ipBlock": {"cidr": "203.0.113.10/32"}}]
-    assert {port["port"] for port in names["ports"]} == {53}
-
-    manifests = rendered("coordinator")
-    rules = one("NetworkPolicy", manifests)["spec"]
-    assert rules["egress"] == []
-    (into,) = rules["ingress"]
-    served = [port["port"] for port in one("Service", manifests)["spec"]["ports"]]
-    assert [port["port"] for port in into["ports"]] == served
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_first_container_s_script_is_sound(variant: str, tmp_path: Path) -> None:
-    role, more = VARIANTS[variant]
-    prepare = job(role, **more)["spec"]["template"]["spec"]["initContainers"][0]
-    assert prepare["command"] == ["sh", "-euc"]
-    script = tmp_path / "prepare"
-    script.write_text(f"#!/bin/sh\nset -eu\n{prepare['args'][0]}")
-    check(BIN / "shellcheck", script)
-
-
-def prepared(home: Path, given: Path, etc: Path, role: str, **more: Any) -> str:
-    """Runs the script of the first container with its folders elsewhere, and gptfl as what tells its words."""
-    tools = home.parent / "bin"
-    tools.mkdir(exist_ok=True)
-    (tools / "gptfl").write_text(f'#!/bin/sh\necho gptfl "$@" >> {tools}/told\n')
-    (tools / "gptfl").chmod(0o755)
-    (tools / "told").write_text("")
-    script = job(role, **more)["spec"]["template"]["spec"]["initContainers"][0]["args"][0]
-    for inside, outside in {"/var/lib/gptfl": home, "/run/gptfl": given, "/etc/gptfl": etc}.items():
-        script = script.replace(inside, str(outside))
-    done = subprocess.run(
-        ["sh", "-euc", script], env={"PATH": f"{tools}:/usr/bin:/bin"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return (tools / "told").read_text()
-
-
-def test_what_the_first_container_does(tmp_path: Path) -> None:
-    """A set of files is copied once, closed to others, and not over what was renewed; an invitation is used once."""
-    home, given, etc = tmp_path / "home", tmp_path / "given", DEPLOY / "config"
-    home.mkdir()
-    given.mkdir()
-    names = ("authority.pem", "certificate.pem", "key.pem")
-    for name in names:
-        (given / name).write_text("first")
-    own = home / "credentials"
-    prepared(home, given, etc, "silo", credentials={"filesSecret": "set"})
-    assert {(own / name).read_text() for name in names} == {"first"}
-    assert (own / "key.pem").stat().st_mode & 0o777 == 0o600
-
-    (own / "certificate.pem").write_text("renewed")
-    (own / "key.pem").chmod(0o660)  # as a mount for a group leaves it
-    prepared(home, given, etc, "silo", credentials={"filesSecret": "set"})
-    assert (own / "certificate.pem").read_text() == "renewed"
-    assert (own / "key.pem").stat().st_mode & 0o777 == 0o600
-
-    for name in names:
-        (given / name).write_text("second")
-    prepared(home, given, etc, "silo", credentials={"filesSecret": "set"})
-    assert {(own / name).read_text() for name in names} == {"second"}
-
-    assert prepared(home, given, etc, "silo") == ""  # it has a certificate
-    shutil.rmtree(own)
-    (given / "invitation").write_text("gptfl://...\n")
-    (words,) = prepared(home, given, etc, "silo").splitlines()
-    parse_command(shlex.split(words)[1:])
-    assert words.startswith("gptfl join - ")
-
-    (words,) = prepared(home, given, etc, "coordinator").splitlines()
-    parse_command(shlex.split(words)[1:])
-    (home / "authority").mkdir()
-    (home / "authority" / "issuing.pem").write_text("there")
-    assert prepared(home, given, etc, "coordinator") == ""
 
 
 # systemd

@@ -6,48 +6,23 @@ import asyncio
 import contextlib
 import csv
 import json
-import os
 import shutil
-import signal
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
+from audited import each_once, events
 from federated import ARM, World, failing, in_loop
-from support import Commands, Federation, wait_for
+from support import Commands, Federation
 
 from gptfl_dist.errors import ConfigError, StorageError
 from gptfl_dist.ledger.lock import locked
-from gptfl_dist.ledger.reader import read
 from gptfl_dist.ledger.store import Ledger
-from gptfl_dist.run.audit import Audit, audit_of
+from gptfl_dist.run.audit import EVENTS, audit_of
 from gptfl_dist.run.auditor import Auditor
 from gptfl_dist.run.folder import delete_run
 from gptfl_dist.security.audit_log import KEY, LOG, AuditLog, Event, read_log
-
-LONG = 200.0  # seconds, for a machine that is busy with other things
-
-
-def events(audit: Audit, event: str) -> list[dict[str, Any]]:
-    return [entry for entry in audit.verification.entries.values() if entry["event"] == event]
-
-
-def each_once(audit: Audit) -> None:
-    """Every update and round that the ledger holds stands in the log once, and no other does."""
-    folder = audit.file.parent
-    arms = read(folder, lambda ledger: [ledger.arm(name) for name in ledger.arms()])
-    assert arms
-    rounds = [(arm, r) for arm in arms if arm is not None for r in arm.rounds]
-    committed = Counter(o.nonce for _, r in rounds if r.kind == "train" for o in r.orders if o.samples is not None)
-    assert Counter(entry["nonce"] for entry in events(audit, "update accepted")) == committed
-    closed = Counter((arm.arm, r.round, r.weights) for arm, r in rounds if r.weights is not None)
-    told = events(audit, "round committed")
-    assert Counter((entry["arm"], entry["round"], entry["weights"]) for entry in told) == closed
-    assert set(committed.values()) == set(closed.values()) == {1}
-
 
 # In one event loop
 
@@ -214,6 +189,7 @@ def finished(undisturbed: Federation, tmp_path_factory: pytest.TempPathFactory) 
 def test_a_run_tells_its_settings_its_silos_with_their_certificates_and_its_end(undisturbed: Federation) -> None:
     audit = audit_of(undisturbed.path)
     assert audit.faults == []
+    assert {entry["event"] for entry in audit.verification.entries.values()} <= EVENTS
     each_once(audit)
     (started,), (ended,) = events(audit, "run started"), events(audit, "run ended")
     assert started["configuration"] == ended["configuration"]
@@ -261,30 +237,12 @@ def test_what_a_silo_signed_cannot_be_rewritten_by_who_keeps_the_log(undisturbed
         assert "that it did not sign as it stands" in found
 
 
-def test_a_run_that_is_killed_tells_each_accepted_update_once(
-    gptfl: Commands, federation: Callable[..., Federation], undisturbed: Federation
-) -> None:
-    mine = federation()
-    command = gptfl.start("run", mine.path)
-    wait_for(lambda: mine.owed(2), LONG)
-    os.kill(command.process.pid, signal.SIGKILL)
-    command.process.wait()
-    command.wait_until_gone()
-    assert audit_of(mine.path).faults == []
-    gptfl.run("run", mine.path)
-    audit = audit_of(mine.path)
-    assert audit.faults == []
-    each_once(audit)
-    assert [len(events(audit, f"run {what}")) for what in ("started", "resumed", "ended")] == [1, 1, 1]
-    assert mine.result() == undisturbed.result()
-    fingerprint = audit.verification.fingerprint
-    told = json.loads(gptfl.run("audit", "verify", mine.path, "--key", fingerprint, "--format", "json").stdout)
+def test_the_command_verifies_a_log_with_its_pinned_key(gptfl: Commands, undisturbed: Federation) -> None:
+    fingerprint = audit_of(undisturbed.path).verification.fingerprint
+    told = json.loads(gptfl.run("audit", "verify", undisturbed.path, "--key", fingerprint, "--format", "json").stdout)
     assert (told["whole"], told["key"], told["faults"], told["notes"]) == (True, fingerprint, [], [])
-    assert (
-        gptfl.run("audit", "verify", mine.path, "--key", mine.run_folder / KEY)
-        .stdout.splitlines()[0]
-        .endswith("nothing was changed, moved or left out")
-    )
+    said = gptfl.run("audit", "verify", undisturbed.path, "--key", undisturbed.run_folder / KEY).stdout
+    assert said.splitlines()[0].endswith("nothing was changed, moved or left out")
 
 
 def test_the_commands_find_show_and_export_a_change(gptfl: Commands, finished: Path, tmp_path: Path) -> None:
@@ -297,6 +255,13 @@ def test_the_commands_find_show_and_export_a_change(gptfl: Commands, finished: P
     last = gptfl.run("audit", "show", folder, "--event", "update accepted", "--last", "1", "--format", "json").stdout
     entry = json.loads(last)
     assert entry in audit_of(folder).verification.entries.values()
+
+    nothing = gptfl.run("audit", "show", folder, "--silo", "silo-9")
+    assert (nothing.stdout, "entries of" in nothing.stderr, "fits" in nothing.stderr) == ("", True, True)
+    unknown = gptfl.start("audit", "show", folder, "--event", "update acepted")
+    assert unknown.wait() == 2
+    assert "there is no such kind of entry" in unknown.stderr
+    assert "update accepted" in unknown.stderr
 
     line = entry["number"]
     content = read_log(folder)

@@ -175,15 +175,24 @@ def test_a_fault_of_ours_on_one_rank_ends_the_job_with_its_traceback(
     command.wait_until_gone()
 
 
-def test_a_killed_mpiexec_leaves_no_process_and_the_run_goes_on(
+def test_whoever_ends_the_job_leaves_no_process_and_the_run_goes_on(
     gptfl: Commands, federation: Make, undisturbed: Federation
 ) -> None:
+    """A killed mpiexec, and a scheduler, who finds the code that asks for a requeue."""
     mine = federation()
-    command = gptfl.mpi(3, "run", mine.path)
-    wait_for(lambda: mine.owed(2))
-    command.process.kill()
-    assert command.wait() != 0
-    command.wait_until_gone()
+    for round_, number in ((1, signal.SIGKILL), (2, signal.SIGUSR1), (3, signal.SIGTERM)):
+        command = gptfl.mpi(3, "run", mine.path)
+        wait_for(lambda: mine.owed(round_))  # noqa: B023
+        if number == signal.SIGKILL:
+            command.process.kill()
+            assert command.wait() != 0
+        else:
+            for pid in _ranks(command):  # as srun does; a signal to mpiexec itself is for its MPI to pass on
+                os.kill(pid, number)
+            assert command.wait(15) == 75
+            assert "stopped; the same command goes on from here" in command.stderr
+            assert "Traceback" not in command.stderr
+        command.wait_until_gone()
     again = gptfl.mpi(3, "run", mine.path)
     assert again.wait() == 0, again.stderr
     assert mine.result() == undisturbed.result()
@@ -207,25 +216,6 @@ def test_a_killed_rank_ends_the_job_where_no_launcher_ends_the_others(
     teller = ranks[1 if victim == 0 else 0]
     assert f"rank {victim} on {os.uname().nodename} is gone: it was killed, or its node is down" in teller.stderr
     assert "the same command goes on" in teller.stderr
-
-
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_scheduler_that_ends_the_job_finds_the_code_that_asks_for_a_requeue(
-    gptfl: Commands, federation: Make, undisturbed: Federation, number: signal.Signals
-) -> None:
-    mine = federation()
-    command = gptfl.mpi(3, "run", mine.path)
-    wait_for(lambda: mine.owed(2))
-    for pid in _ranks(command):  # as srun does; a signal to mpiexec itself is for its MPI to pass on
-        os.kill(pid, number)
-    assert command.wait(15) == 75
-    assert "stopped; the same command goes on from here" in command.stderr
-    assert "Traceback" not in command.stderr
-    command.wait_until_gone()
-    if number == signal.SIGUSR1:
-        again = gptfl.mpi(3, "run", mine.path)
-        assert again.wait() == 0, again.stderr
-        assert mine.result() == undisturbed.result()
 
 
 def test_a_rank_that_waits_for_one_that_never_comes_can_be_stopped(gptfl: Commands, federation: Make) -> None:

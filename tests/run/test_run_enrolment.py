@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
+import ssl
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import secrets_on_the_wire
 import yaml
+from cryptography import x509
+from hospital import Hospital, pem
+from opened_line import OpenedLine
+from secrets_on_the_wire import scalar
 from support import RULES, Command, Commands, Federation, free_port, wait_for
 
 from gptfl_dist.config.document import dump_yaml
+from gptfl_dist.security.authority import Credentials, key_bytes, new_key
+from gptfl_dist.security.credentials import load_credentials
+from gptfl_dist.security.vault import Vault
 
-_LIFE = int(os.environ.get("GPTFL_CERTIFICATE_LIFE", "15"))  # seconds
+_LIFE = int(os.environ.get("GPTFL_CERTIFICATE_LIFE", "20"))  # seconds
 _LIVES = 4 if "GPTFL_CERTIFICATE_LIFE" in os.environ else 2  # that the federation goes on for
 
 
@@ -29,19 +41,26 @@ class Invited:
         self.gptfl = gptfl
         self.folder = folder
         self.names = federation.silos
+        self.keys = folder / "keys"
+        """The private keys that were made by the sides' own commands, a line of hex each."""
+        self._keeping = {"program": (sys.executable, str(Path(__file__).with_name("keys_kept.py")), str(self.keys))}
+        self.ports = {"exchange": free_port(), "enrolment": free_port()}
         content = yaml.safe_load(federation.path.read_text())
         content |= {
             "silos": [{"name": name} for name in self.names],
-            "exchange": {"listen": f"127.0.0.1:{free_port()}"},
-            "enrolment": {"hosts": ["localhost"], "listen": f"127.0.0.1:{free_port()}", **enrolment},
+            "exchange": {"listen": f"127.0.0.1:{self.ports['exchange']}"},
+            "enrolment": {"hosts": ["localhost"], "listen": f"127.0.0.1:{self.ports['enrolment']}", **enrolment},
         }
         federation.path.write_text(dump_yaml(content))
-        gptfl.run("authority", "init", federation.path)
+
+    def begin(self) -> Invited:
+        """Makes the authority."""
+        self.gptfl.run("authority", "init", self.federation.path)
+        return self
 
     def tell(self, *arguments: str | Path) -> Any:
         """What a command about this federation prints as JSON."""
-        first, *rest = arguments
-        return json.loads(self.gptfl.run(first, self.federation.path, *rest, "--format", "json").stdout)
+        return json.loads(self.gptfl.run(*arguments, self.federation.path, "--format", "json").stdout)
 
     def invitation(self, name: str) -> str:
         return self.gptfl.run("invite", self.federation.path, name).stdout.split()[-1]
@@ -51,20 +70,23 @@ class Invited:
 
     def join(self, name: str, line: str) -> Command:
         data = self.federation.folder / f"{name}.npz"
-        return self.gptfl.start("join", line, "--folder", self.home(name), "--data", data)
+        return self.gptfl.start("join", line, "--folder", self.home(name), "--data", data, **self._keeping)
 
     def coordinator(self) -> Command:
-        command = self.gptfl.start("coordinator", self.federation.path)
+        command = self.gptfl.start("coordinator", self.federation.path, **self._keeping)
         wait_for(lambda: "enrolling invited silos" in command.stderr)
         return command
 
-    def silo(self, name: str) -> Command:
+    def silo(self, name: str, port: int | None = None) -> Command:
+        """`port` is another way to the coordinator."""
         path = self.home(name) / "silo.yaml"
         settings = yaml.safe_load(path.read_text())
         settings |= {"device": "cpu"}
         settings["data"]["validation_share"] = 0.25
+        if port is not None:
+            settings["coordinator"]["address"] = f"localhost:{port}"
         path.write_text(dump_yaml(settings))
-        return self.gptfl.start("silo", path)
+        return self.gptfl.start("silo", path, **self._keeping)
 
     def standings(self) -> dict[str, str]:
         return {silo["silo"]: silo["standing"] for silo in self.tell("silos")}
@@ -73,9 +95,56 @@ class Invited:
 @pytest.fixture
 def invited(gptfl: Commands, federation: Callable[..., Federation], tmp_path: Path) -> Callable[..., Invited]:
     def make(settings: dict[str, Any] | None = None, **enrolment: Any) -> Invited:
-        return Invited(federation(**settings or {}), gptfl, tmp_path, **enrolment)
+        return Invited(federation(**settings or {}), gptfl, tmp_path, **enrolment).begin()
 
     return make
+
+
+def test_an_authority_of_ones_own_institution_renews_the_issuing_certificate_under_a_federation_at_work(
+    gptfl: Commands, federation: Callable[..., Federation], tmp_path: Path
+) -> None:
+    """The first is about to end, which is said everywhere; the second is installed while silos are at work."""
+    training = {"batch_size": 8, "learning_rate": 0.01, "warm_up_rounds": 0, "epochs": 1}
+    world = Invited(federation(training=training, federation={**RULES, "rounds": 2}), gptfl, tmp_path)
+    path, root, chain = world.federation.path, tmp_path / "root.pem", tmp_path / "chain.pem"
+    hospital = Hospital()
+    root.write_bytes(pem(hospital.root))
+
+    def signed_for(request: str, **days: int) -> None:
+        lives = {name: timedelta(days=count) for name, count in days.items()}
+        chain.write_bytes(hospital.sign(Path(request).read_bytes(), **lives))
+        gptfl.run("authority", "install", path, chain, root)
+
+    made = gptfl.run("authority", "init", path, "--external", "--format", "json").stdout
+    signed_for(json.loads(made)["request"], age=90, valid=9)
+    assert "issuing certificate ends in" in gptfl.run("authority", "rotate", path, "--format", "json").stdout
+    shown = gptfl.run("authority", "show", path).stdout
+    assert "warning      the issuing certificate ends in" in shown
+    assert "issuing.csr: have it signed, then: gptfl authority install" in shown
+    assert "warning: the issuing certificate ends in" in gptfl.run("silos", path).stderr
+
+    coordinator = world.coordinator()
+    wait_for(lambda: "the issuing certificate ends in" in coordinator.stderr)
+    silos = []
+    for name in world.names:  # the first joins below the old certificate, the second below the new one
+        joined = world.join(name, world.invitation(name))
+        assert joined.wait() == 0, joined.stderr
+        silos.append(world.silo(name))
+        if name == world.names[0]:
+            wait_for(lambda: "connected to the run" in silos[0].stderr)
+            assert "the issuing certificate ends in" in silos[0].stderr
+            signed_for(world.tell("authority", "show")["request"], age=0, valid=90)
+    for command in (coordinator, *silos):
+        assert command.wait() == 0, command.stderr
+    assert "the issuing certificate ends in" not in silos[1].stderr
+    after = world.tell("authority", "show")
+    assert (after["request"], after["warnings"]) == (None, [])
+    issuers = {name: chain_of(world.home(name) / "credentials" / "certificate.pem")[1] for name in world.names}
+    assert len(set(issuers.values())) == 2
+
+
+def chain_of(path: Path) -> list[x509.Certificate]:
+    return x509.load_pem_x509_certificates(path.read_bytes())
 
 
 def test_silos_join_by_invitation_and_no_private_key_leaves_its_machine(
@@ -105,26 +174,61 @@ def test_silos_join_by_invitation_and_no_private_key_leaves_its_machine(
         assert found.stdout.split() == [str(keys[name])]
 
 
-def test_certificates_renew_themselves_and_no_round_is_lost(invited: Callable[..., Invited]) -> None:
+def test_certificates_renew_themselves_no_round_is_lost_and_no_private_key_passes_inside_tls(
+    invited: Callable[..., Invited],
+) -> None:
+    """Between the sides stands who opens TLS with certificates of both, and keeps what he reads."""
     rules = {**RULES, "rounds": 9999, "max_time": f"{_LIFE * _LIVES:g}s"}
     world = invited({"federation": rules}, certificates=f"{_LIFE}s")
+    folder = world.federation.folder / "authority"
+    shown = Vault(folder, "tiny").open(timedelta(days=1)).issue_coordinator(["localhost"])
+
+    def credentials(name: str) -> Credentials:
+        home = world.home(name) / "credentials"
+        return load_credentials(*(home / f"{each}.pem" for each in ("authority", "certificate", "key")))[0]
+
     coordinator = world.coordinator()
-    for name in world.names:
-        assert world.join(name, world.invitation(name)).wait() == 0
-    silos = [world.silo(name) for name in world.names]
-    for command in (coordinator, *silos):
-        assert command.wait(_LIFE * _LIVES + 240.0) == 0, command.stderr
+    with (
+        OpenedLine(world.ports["enrolment"], shown, None) as enrolment,
+        OpenedLine(world.ports["exchange"], shown, credentials) as exchange,
+    ):
+        silos = []
+        for name in world.names:
+            line = world.invitation(name).replace(f":{world.ports['enrolment']}/", f":{enrolment.port}/")
+            assert world.join(name, line).wait() == 0
+            silos.append(world.silo(name, exchange.port))  # at once, for the certificate does not hold for long
+        decoy = new_key()
+        tell(enrolment.port, json.dumps({"key": key_bytes(decoy).decode()}))
+        for command in (coordinator, *silos):
+            assert command.wait(_LIFE * _LIVES + 240.0) == 0, command.stderr
+    passed = [bytes(said) for said in (*enrolment.passed, *exchange.passed)]
+    requests = sum(said.count(b"BEGIN CERTIFICATE REQUEST") for said in passed)
+    assert requests >= len(world.names) * (1 + _LIVES)
+    made = [bytes.fromhex(line) for line in world.keys.read_text().split()]
+    assert len(made) >= requests
+    told = scalar(key_bytes(decoy))
+    assert secrets_on_the_wire.found([*made, told], passed) == [told]
     assert "silo-1 left" not in coordinator.stderr  # it moves to a new connection, which nobody notices
     rounds = len(world.federation.summary()["arms"]["fedavg_random"]["curve"])
     for name in world.names:
         log = (world.home(name) / f"{name}-work" / "agent.jsonl").read_text()
-        assert log.count("the certificate was renewed") >= int(_LIVES)
+        assert log.count("the certificate was renewed") >= _LIVES
         told = world.gptfl.run("audit", "show", world.federation.path, "--silo", name).stdout
         assert told.count("  update accepted  ") == rounds
         assert told.count("  certificate renewed  ") == log.count("the certificate was renewed")
         assert "refused" not in told
         assert "failed" not in told
         assert "not connected" not in log.partition("connected to the run")[2]
+
+
+def tell(port: int, body: str) -> None:
+    """Sends a body to the enrolment port."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    line = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=20)
+    line.request("POST", "/v1/enrol", body)
+    assert line.getresponse().status == 403
+    line.close()
 
 
 def test_a_revoked_silo_is_out_at_once_and_the_others_go_on(invited: Callable[..., Invited]) -> None:

@@ -1,24 +1,30 @@
 """Two hospitals and a coordinator on hosts of their own, which are network namespaces: from empty folders to the end.
 
 Between the hospitals and the coordinator there is no route, only a proxy that knows CONNECT, delays and stalls. So
-nothing can dial a silo.
+nothing can dial a silo. Every byte on every interface is captured, and no private key is among them.
 """
 
 from __future__ import annotations
 
+import os
+import secrets
+import signal
 import subprocess
 import sys
 import uuid
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import secrets_on_the_wire
 import yaml
-from support import GPTFL, RULES, Command, Commands, Federation, wait_for
+from support import RULES, Command, Commands, Federation, wait_for
 
 from gptfl_dist.config.document import dump_yaml
 
 _PROXY_PORT = 3128
+_LIFE = 30.0  # seconds that a certificate holds, and that the federation goes on for
 
 
 class Hosts:
@@ -63,14 +69,58 @@ def hosts() -> Iterator[Hosts]:
     made.remove()
 
 
-def test_from_empty_folders_to_a_finished_federation_behind_a_proxy(
+class Wire:
+    """The capture of every byte on every interface of all hosts, and the private keys that were made on them."""
+
+    def __init__(self, hosts: Hosts, gptfl: Commands, folder: Path) -> None:
+        self._captured = []
+        for name in ("proxy", *hosts.address):
+            file = folder / f"{name}.capture"
+            program = (sys.executable, str(Path(secrets_on_the_wire.__file__)))
+            self._captured.append((gptfl.start(file, launcher=hosts.on(name), program=program), file))
+        for command, _ in self._captured:
+            wait_for(lambda: "capturing" in command.stdout)  # noqa: B023
+        self.keys = folder / "keys"
+
+    def stop(self) -> list[bytes]:
+        """Each frame and each stream."""
+        seen = []
+        for command, file in self._captured:
+            os.kill(command.process.pid, signal.SIGINT)
+            assert command.wait() == 0, command.stderr
+            assert ", 0 missed" in command.stdout
+            seen += secrets_on_the_wire.told(file)
+        return seen
+
+    def secrets(self) -> list[bytes]:
+        return [bytes.fromhex(line) for line in self.keys.read_text().split()]
+
+
+def tell(hosts: Hosts, secret: bytes) -> None:
+    """Sends a secret from a silo's host in two pieces of a stream, each of which says nothing yet."""
+    body = b64encode(b"?" + secret)
+    program = f"""
+import socket, time
+with socket.create_connection(("{hosts.proxy["silo-1"]}", {_PROXY_PORT})) as line:
+    for piece in {[body[:9], body[9:18], body[18:27], body[27:]]}:
+        line.sendall(piece)
+        time.sleep(0.1)
+"""
+    subprocess.run([*hosts.on("silo-1"), sys.executable, "-c", program], check=True)
+
+
+def test_from_empty_folders_to_a_finished_federation_behind_a_proxy_and_no_private_key_is_on_the_wire(
     hosts: Hosts, gptfl: Commands, federation: Callable[..., Federation], tmp_path: Path
 ) -> None:
-    world = federation(federation={**RULES, "rounds": 2})
+    wire = Wire(hosts, gptfl, tmp_path)
+    # For so long that both silos renew their certificates.
+    world = federation(epochs=2, federation={**RULES, "rounds": 9999, "max_time": f"{_LIFE:g}s"})
     content = yaml.safe_load(world.path.read_text())
     content["silos"] = [{"name": name} for name in world.silos]
     content["exchange"] = {"listen": "0.0.0.0:8443"}
-    content["enrolment"] = {"hosts": [hosts.address["coordinator"]], "listen": "0.0.0.0:8444"}
+    content["enrolment"] = {
+        "hosts": [hosts.address["coordinator"]], "listen": "0.0.0.0:8444", "certificates": f"{_LIFE:g}s"
+    }  # fmt: skip
     world.path.write_text(dump_yaml(content))
     proxy = gptfl.start(
         "0.0.0.0", str(_PROXY_PORT), launcher=hosts.on("proxy"),
@@ -80,7 +130,8 @@ def test_from_empty_folders_to_a_finished_federation_behind_a_proxy(
 
     def run_on(name: str, *words: str | Path) -> Command:
         through = {} if name == "coordinator" else {"https_proxy": f"http://{hosts.proxy[name]}:{_PROXY_PORT}"}
-        return gptfl.start(*words, launcher=hosts.on(name), program=GPTFL, **through)
+        program = (sys.executable, str(Path(__file__).with_name("keys_kept.py")), str(wire.keys))
+        return gptfl.start(*words, launcher=hosts.on(name), program=program, **through)
 
     def done_on(name: str, *words: str | Path) -> Command:
         command = run_on(name, *words)
@@ -104,7 +155,22 @@ def test_from_empty_folders_to_a_finished_federation_behind_a_proxy(
         silos.append(run_on(name, "silo", home / "silo.yaml"))
     for command in (coordinator, *silos):
         assert command.wait() == 0, command.stderr
-    assert len(world.summary()["arms"]["fedavg_random"]["curve"]) == 2
+    rounds = world.summary()["arms"]["fedavg_random"]["curve"]
+    assert len(rounds) > 1
+    logs = [(tmp_path / name / f"{name}-work" / "agent.jsonl").read_text() for name in world.silos]
+    assert all("the certificate was renewed" in log for log in logs)
     program = f"import socket; socket.create_connection(('{hosts.address['silo-1']}', 1), 5)"
     dialled = subprocess.run([*hosts.on("coordinator"), sys.executable, "-c", program], capture_output=True, text=True)
     assert "Network is unreachable" in dialled.stderr  # nothing can dial a silo
+
+    # No private key of anybody's was on any wire; two that are told on purpose are found by the same search.
+    decoys = [secrets.token_bytes(32) for _ in range(2)]
+    for decoy in decoys:
+        tell(hosts, decoy)
+    made, seen = wire.secrets(), wire.stop()
+    at_work = [path for name in world.silos for path in (tmp_path / name / "credentials").glob("key.pem*")]
+    at_work += (world.folder / "authority").glob("*.key")
+    assert len(at_work) == 4  # of two silos, root and issuing
+    assert {secrets_on_the_wire.scalar(path.read_bytes()) for path in at_work} < set(made)
+    assert len(made) >= len(at_work) + len(world.silos) + 1  # the silos' first keys, and the coordinator's own
+    assert secrets_on_the_wire.found([*made, *decoys], seen) == decoys

@@ -159,24 +159,20 @@ def test_the_coordinators_operator_reads_that_a_job_waits(
     finish(command, mine, undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_run_leaves_no_job_and_goes_on_in_its_round(
-    gptfl: Commands,
-    federation: Callable[..., Federation],
-    undisturbed: Federation,
-    slurm: SlurmCluster,
-    number: signal.Signals,
+    gptfl: Commands, federation: Callable[..., Federation], undisturbed: Federation, slurm: SlurmCluster
 ) -> None:
     mine = launched(federation(), **BY_SLURM, lease="30s")
-    command = gptfl.start("run", mine.path)
-    wait_for(lambda: "silo-1" in mine.owed(2), 200)
-    first = slurm.jobs()
-    os.kill(command.process.pid, number)
-    command.wait()
-    if number == signal.SIGINT:
-        wait_for(lambda: slurm.jobs() == [])
-    else:
-        assert slurm.jobs() == first  # nobody was left to cancel it
+    for round_, number in ((2, signal.SIGINT), (3, signal.SIGKILL)):
+        command = gptfl.start("run", mine.path)
+        wait_for(lambda: "silo-1" in mine.owed(round_), 200)  # noqa: B023
+        first = slurm.jobs()
+        os.kill(command.process.pid, number)
+        command.wait()
+        if number == signal.SIGINT:
+            wait_for(lambda: slurm.jobs() == [])
+        else:
+            assert slurm.jobs() == first  # nobody was left to cancel it
     again = gptfl.start("run", mine.path)
     finish(again, mine, undisturbed)
     wait_for(lambda: slurm.jobs() == [])

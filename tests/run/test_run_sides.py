@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from audited import each_once, events
 from support import Command, Commands, Federation, free_port, wait_for
 
 from gptfl_dist.config.document import dump_yaml
@@ -88,12 +89,16 @@ def test_a_killed_coordinator_goes_on_in_its_round_and_silos_come_back(sides: Si
     wait_for(lambda: sides.federation.owed(2))
     os.kill(coordinator.process.pid, signal.SIGKILL)
     coordinator.wait_until_gone()
+    assert audit_of(sides.federation.run_folder).faults == []
     again = sides.coordinator()
     _finish(again, *silos)
     assert sides.federation.result() == undisturbed.result()
-    told = audit_of(sides.federation.run_folder).verification.entries.values()
+    audit = audit_of(sides.federation.run_folder)
+    assert audit.faults == []
+    each_once(audit)
+    assert [len(events(audit, f"run {what}")) for what in ("started", "resumed", "ended")] == [1, 1, 1]
     for name in sides.federation.silos:
-        accepted = [entry for entry in told if entry["event"] == "update accepted" and entry["silo"] == name]
+        accepted = [entry for entry in events(audit, "update accepted") if entry["silo"] == name]
         assert [entry["round"] for entry in accepted] == [1, 2, 3]  # none was asked for twice
         assert "connected again" in _log(sides, name)
 

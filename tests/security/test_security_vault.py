@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import stat
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from hospital import Hospital, pem
 
 from gptfl_dist.errors import IdentityError, ProtocolError, StorageError
 from gptfl_dist.files import write_file
-from gptfl_dist.security.authority import Credentials, make_root, new_key
+from gptfl_dist.security.authority import Credentials, cross_signed, make_root, new_key
 from gptfl_dist.security.identity import Identity
 from gptfl_dist.security.session import Session
 from gptfl_dist.security.vault import Vault
@@ -94,13 +95,14 @@ def test_a_second_rotation_waits_for_the_end_of_the_first(vault):
     vault.rotate()
 
 
-@pytest.mark.parametrize("written", range(4))
-def test_a_rotation_that_was_cut_short_leaves_an_authority_that_works(vault, monkeypatch, written):
-    silo = vault.open(DAY).issue_silo("alice")
-    left = [None] * written
+class Killed(BaseException):
+    pass
 
-    class Killed(BaseException):
-        pass
+
+@contextlib.contextmanager
+def stopped_after(monkeypatch, written):
+    """The process is killed in the block, once it has written so many files."""
+    left = [None] * written
 
     def write(path, content):
         if not left:
@@ -108,11 +110,18 @@ def test_a_rotation_that_was_cut_short_leaves_an_authority_that_works(vault, mon
         left.pop()
         write_file(path, content)
 
-    monkeypatch.setattr("gptfl_dist.security.credentials.write_file", write)
-    monkeypatch.setattr("gptfl_dist.security.vault.write_file", write)
-    with pytest.raises(Killed):
+    with monkeypatch.context() as patched:
+        patched.setattr("gptfl_dist.security.credentials.write_file", write)
+        patched.setattr("gptfl_dist.security.vault.write_file", write)
+        with pytest.raises(Killed):
+            yield
+
+
+@pytest.mark.parametrize("written", range(4))
+def test_a_rotation_that_was_cut_short_leaves_an_authority_that_works(vault, monkeypatch, written):
+    silo = vault.open(DAY).issue_silo("alice")
+    with stopped_after(monkeypatch, written):
         vault.rotate()
-    monkeypatch.undo()
     assert meet(vault.open(DAY).issue_coordinator(["localhost"]), silo)
     vault.rotate()
     assert meet(vault.open(DAY).issue_coordinator(["localhost"]), silo)
@@ -128,55 +137,122 @@ def test_keys_that_others_may_read_are_not_used(vault, name):
         vault.rotate() if name == "root.key" else vault.open(DAY)
 
 
-def signed(request: bytes, ca: bool | None = True) -> tuple[bytes, bytes]:
-    """(certificate, root) of an authority of an institution's own for a request."""
-    key = new_key()
-    root = x509.load_pem_x509_certificate(make_root("hospital", key))
-    asked = x509.load_pem_x509_csr(request)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(asked.subject)
-        .issuer_name(root.subject)
-        .public_key(asked.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(datetime.now(UTC) - DAY)
-        .not_valid_after(datetime.now(UTC) + DAY)
-    )
-    if ca is not None:
-        certificate = certificate.add_extension(x509.BasicConstraints(ca=ca, path_length=0 if ca else None), True)
-    certificate = certificate.sign(key, hashes.SHA256())
-    return tuple(each.public_bytes(serialization.Encoding.PEM) for each in (certificate, root))
+def install(vault: Vault, chain: bytes, roots: bytes) -> None:
+    folder = vault.folder.parent
+    (folder / "chain.pem").write_bytes(chain)
+    (folder / "root.pem").write_bytes(roots)
+    vault.install_issuing(folder / "chain.pem", folder / "root.pem")
 
 
-def test_an_institutions_own_authority_can_stand_above(tmp_path):
-    vault = Vault(tmp_path / "authority", "fed")
-    certificate, root = signed(vault.request_issuing().read_bytes())
+@pytest.fixture
+def below(tmp_path):
+    """An authority below a hospital's, and that."""
+    hospital, vault = Hospital(), Vault(tmp_path / "authority", "fed")
     assert not vault.exists
-    (tmp_path / "chain.pem").write_bytes(certificate)
-    (tmp_path / "root.pem").write_bytes(root)
-    vault.install_issuing(tmp_path / "chain.pem", tmp_path / "root.pem")
+    install(vault, hospital.sign(vault.request_issuing().read_bytes()), pem(hospital.root))
+    return vault, hospital
+
+
+def test_an_institutions_own_authority_can_stand_above(below):
+    vault, hospital = below
     authority = vault.open(DAY)
     assert meet(authority.issue_coordinator(["localhost"]), authority.issue_silo("alice"))
-    assert authority.roots == root
+    assert authority.roots == pem(hospital.root)
+    assert vault.request is None
+
+
+def test_its_issuing_certificate_is_replaced_and_nobody_is_cut_off(below):
+    """The old one is used until the new one is there, then sides of both meet; a request that waits is kept."""
+    vault, hospital = below
+    old = vault.open(DAY)
+    request = vault.request_next()
+    assert vault.request == request
+    asked = x509.load_pem_x509_csr(vault.request_next().read_bytes())
+    assert vault.open(DAY).chain == old.chain
+    chain = hospital.sign(request.read_bytes())
+    assert x509.load_pem_x509_certificate(chain).public_key() == asked.public_key()
+    install(vault, chain, pem(hospital.root))
+    new = Vault(vault.folder, "fed").open(DAY)
+    assert new.chain == chain != old.chain
+    for coordinator in (old, new):
+        for silo in (old, new):
+            assert meet(coordinator.issue_coordinator(["localhost"]), silo.issue_silo("alice"))
+    assert vault.request is None
+    assert stat.S_IMODE((vault.folder / "issuing.key").stat().st_mode) == 0o600
+    with pytest.raises(IdentityError, match="no root was replaced"):  # its root is what it was
+        vault.drop_old_root()
+
+
+def test_a_certificate_that_was_renewed_for_the_same_key_is_taken_too(below):
+    vault, hospital = below
+    old = vault.open(DAY)
+    chain = hospital.sign((vault.folder / "issuing.csr").read_bytes(), valid=5 * DAY)
+    install(vault, chain, pem(hospital.root))
+    assert vault.open(DAY).chain == chain
+    assert meet(vault.open(DAY).issue_coordinator(["localhost"]), old.issue_silo("alice"))
+
+
+def test_a_new_root_above_it_comes_by_a_bridge_from_the_old_one(below):
+    vault, hospital = below
+    old_silo = vault.open(DAY).issue_silo("alice")
+    successor = Hospital()
+    chain = successor.sign(vault.request_next().read_bytes())
+    with pytest.raises(IdentityError, match="leads to none of the roots that silos trust today") as error:
+        install(vault, chain, pem(successor.root))
+    assert "that the old root signed" in error.value.hint
+    bridge = cross_signed(pem(successor.root), hospital.root, hospital.key)
+    install(vault, chain + bridge, pem(successor.root))
+    new = vault.open(DAY)
+    assert vault.roots() == [successor.root, hospital.root]
+    assert meet(new.issue_coordinator(["localhost"]), old_silo)
+    assert meet(new.issue_coordinator(["localhost"]), new.issue_silo("alice"))
+    vault.drop_old_root()
+    last = vault.open(DAY)
+    assert (last.chain, last.roots) == (chain, pem(successor.root))
+    assert meet(last.issue_coordinator(["localhost"]), new.issue_silo("alice"))
+    assert not meet(last.issue_coordinator(["localhost"]), old_silo)
+
+
+@pytest.mark.parametrize("written", range(3))
+def test_an_installation_that_was_cut_short_leaves_an_authority_that_works(below, monkeypatch, written):
+    vault, hospital = below
+    silo = vault.open(DAY).issue_silo("alice")
+    chain = hospital.sign(vault.request_next().read_bytes())
+    with stopped_after(monkeypatch, written):
+        install(vault, chain, pem(hospital.root))
+    assert meet(vault.open(DAY).issue_coordinator(["localhost"]), silo)
+    install(vault, chain, pem(hospital.root))
+    assert vault.open(DAY).chain == chain
+    assert meet(vault.open(DAY).issue_coordinator(["localhost"]), silo)
 
 
 @pytest.mark.parametrize(
     ("certificate", "said"),
     [
-        (lambda request: signed(request, ca=False)[0], "may not sign certificates"),
-        (lambda request: signed(request, ca=None)[0], "may not sign certificates"),
-        (lambda request: signed(request)[0], "was not issued by"),  # by another root than the one beside it
-        (lambda request: make_root("fed", new_key()), "is no certificate for"),
+        (lambda hospital, request: hospital.sign(request, ca=False), "may not sign certificates"),
+        (lambda hospital, request: hospital.sign(request, ca=None), "may not sign certificates"),
+        (lambda hospital, request: Hospital().sign(request), "was not issued by"),
+        (lambda hospital, request: make_root("fed", new_key()), "is no certificate for"),
+        (lambda hospital, request: hospital.sign(request, valid=-DAY / 2), "12 h too late"),
     ],
 )
 def test_what_is_no_issuing_certificate_of_ours_is_not_installed(tmp_path, certificate, said):
-    vault = Vault(tmp_path / "authority", "fed")
+    vault, hospital = Vault(tmp_path / "authority", "fed"), Hospital()
     request = vault.request_issuing().read_bytes()
-    (tmp_path / "chain.pem").write_bytes(certificate(request))
-    (tmp_path / "root.pem").write_bytes(make_root("hospital", new_key()))
     with pytest.raises(IdentityError, match=said):
-        vault.install_issuing(tmp_path / "chain.pem", tmp_path / "root.pem")
+        install(vault, certificate(hospital, request), pem(hospital.root))
     assert not vault.exists
+
+
+def test_no_certificate_outlives_the_one_that_signed_it(tmp_path):
+    vault, hospital = Vault(tmp_path / "authority", "fed"), Hospital()
+    install(vault, hospital.sign(vault.request_issuing().read_bytes(), valid=DAY / 2), pem(hospital.root))
+    made = x509.load_pem_x509_certificate(vault.open(7 * DAY).issue_silo("alice").certificate)
+    assert made.not_valid_after_utc <= vault.issuing().not_valid_after_utc
+    install(vault, hospital.sign(vault.request_next().read_bytes(), valid=DAY / 1441), pem(hospital.root))
+    with pytest.raises(IdentityError, match="signs no more") as error:
+        vault.open(7 * DAY).issue_silo("alice")
+    assert "gptfl authority rotate" in error.value.hint
 
 
 def test_where_there_is_none_it_says_how_to_make_one(tmp_path):

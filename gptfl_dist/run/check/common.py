@@ -11,9 +11,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple
+
+from cryptography import x509
 
 from gptfl_dist.config.silo import Coordinator, SiloFile
 from gptfl_dist.errors import (
@@ -24,9 +24,9 @@ from gptfl_dist.errors import (
 )
 from gptfl_dist.files import storage_error
 from gptfl_dist.run.check.findings import Doubt
-
-_EXPIRES_SOON = timedelta(days=7)
-_SHARE_LEFT = 1 / 6  # of its life, when one that renews itself would have done so
+from gptfl_dist.security.authority import Credentials
+from gptfl_dist.security.credentials import load_credentials
+from gptfl_dist.security.expiry import ending
 
 
 @contextlib.contextmanager
@@ -65,24 +65,10 @@ def nearest(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if place.exists())
 
 
-class Validity(NamedTuple):
-    """From when to when a certificate holds."""
-
-    start: datetime
-    end: datetime
-
-
 def check_credentials(
     authority: Path, certificate: Path, key: Path, role: str, name: str | None, federation: str | None
-) -> Validity:
-    """Checks one side's three files; `name` and `federation` where they are known.
-
-    Returns when the first of them expires.
-    """
-    from cryptography import x509
-
-    from gptfl_dist.security.credentials import load_credentials
-
+) -> Credentials:
+    """Checks one side's three files, and returns them; `name` and `federation` where they are known."""
     section = "exchange" if role == "coordinator" else "coordinator"
     credentials, identity = load_credentials(authority, certificate, key, section=section)
     if identity.role != role or name not in (None, identity.name) or federation not in (None, identity.federation):
@@ -92,21 +78,20 @@ def check_credentials(
             + (f" of {federation}" if federation else ""),
             hint="use the set that was made for this side",
         )
-    both = [x509.load_pem_x509_certificate(pem) for pem in (credentials.authority, credentials.certificate)]
-    first = min(both, key=lambda read: read.not_valid_after_utc)
-    return Validity(first.not_valid_before_utc, first.not_valid_after_utc)
+    return credentials
 
 
-def valid_until(valid: Validity, whose: str, *, renewed: bool = False) -> str:
-    """Raises Doubt where a certificate expires soon; one that is `renewed` by itself may have a short life."""
-    left = valid.end - datetime.now(UTC)
-    if left < (min(_EXPIRES_SOON, _SHARE_LEFT * (valid.end - valid.start)) if renewed else _EXPIRES_SOON):
-        raise Doubt(
-            f"{whose}, expire in {left.days} days and {left.seconds // 3600} hours ({valid.end:%F %T} UTC)",
-            "gptfl silo renews what an authority of the coordinator's made; else make new sets in time: "
-            "gptfl credentials FEDERATION_FILE --host NAME --out NEW_FOLDER",
-        )
-    return f"{whose}, valid until {valid.end:%F}"
+def valid_until(credentials: Credentials, whose: str, *, renewed: bool = False) -> str:
+    """Raises Doubt where a certificate ends soon; one that is `renewed` by itself may have a short life."""
+    if soon := ending(credentials, renewed=renewed):
+        raise ending_soon(whose, soon)
+    end = x509.load_pem_x509_certificate(credentials.certificate).not_valid_after_utc
+    return f"{whose}, valid until {end:%F}"
+
+
+def ending_soon(whose: str, told: list[str]) -> Doubt:
+    """The warning of certificates that end soon, as `ending` tells of them."""
+    return Doubt(f"{whose}: {'; '.join(told)}", "replace them in time: see docs/institutions.md")
 
 
 def not_dialled(side: Coordinator) -> str:
@@ -125,8 +110,6 @@ def reach(side: Coordinator) -> str:
 
 def host_names(certificate: Path) -> set[str]:
     """The host names and addresses that a certificate holds for."""
-    from cryptography import x509
-
     read = x509.load_pem_x509_certificate(certificate.read_bytes())
     names = read.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return {*names.get_values_for_type(x509.DNSName), *(str(a) for a in names.get_values_for_type(x509.IPAddress))}

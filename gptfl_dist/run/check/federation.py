@@ -32,6 +32,7 @@ from gptfl_dist.run.candidates import candidate_files
 from gptfl_dist.run.check.common import (
     check_credentials,
     code_beside,
+    ending_soon,
     host_names,
     launcher_found,
     nearest,
@@ -42,6 +43,7 @@ from gptfl_dist.run.check.common import (
 from gptfl_dist.run.check.findings import Checklist, Doubt
 from gptfl_dist.run.credentials import kept_authority
 from gptfl_dist.run.filter import FILTER_SOURCE, load_judge
+from gptfl_dist.security.vault import Vault
 from gptfl_dist.weights import Codec
 
 if TYPE_CHECKING:
@@ -403,10 +405,10 @@ def _silo_credentials(file: FederationFile, entry: SiloEntry, silo_path: Path) -
     if side is None:
         raise IdentityError(
             f"collective.trust is tls, and {silo_path} names no certificates under coordinator",
-            hint="name the authority, certificate and key that `gptfl credentials` made for this silo",
+            hint="name the files that `gptfl join` got for this silo, or that `gptfl credentials` made for it",
         )
-    valid = check_credentials(side.authority, side.certificate, side.key, "silo", entry.name, file.name)
-    return valid_until(valid, f"those of {entry.name}")
+    shown = check_credentials(side.authority, side.certificate, side.key, "silo", entry.name, file.name)
+    return valid_until(shown, f"those of {entry.name}")
 
 
 def _coordinator_credentials(file: FederationFile) -> str:
@@ -418,6 +420,8 @@ def _coordinator_credentials(file: FederationFile) -> str:
                 hint="set exchange.listen to 0.0.0.0:8443, say",
             )
         kept_authority(file, file.enrolment)
+        if soon := Vault(file.enrolment.authority, file.name).warnings():
+            raise ending_soon(str(file.enrolment.authority), soon)
         return f"{file.enrolment.authority} makes them, for {', '.join(file.enrolment.hosts)}"
     if exchange.authority is None or exchange.certificate is None or exchange.key is None:
         if file.collective.trust == "tls":
@@ -426,7 +430,7 @@ def _coordinator_credentials(file: FederationFile) -> str:
                 hint="make them with: gptfl credentials FEDERATION_FILE --host NAME, and name them in the file",
             )
         return "none named: gptfl run makes its own; gptfl coordinator needs them"
-    valid = check_credentials(exchange.authority, exchange.certificate, exchange.key, "coordinator", None, file.name)
+    shown = check_credentials(exchange.authority, exchange.certificate, exchange.key, "coordinator", None, file.name)
     dialled = {host_of(exchange.listen): "exchange.listen"}
     for entry in file.silos:
         if entry.file is not None and entry.file.exists() and (side := load_silo(entry.file).coordinator) is not None:
@@ -440,7 +444,7 @@ def _coordinator_credentials(file: FederationFile) -> str:
         if setting != "exchange.listen":
             raise IdentityError(f"{found}: the silo would refuse it", hint=hint)
         raise Doubt(found, f"well if silos dial another name; if not, {hint}")
-    return valid_until(valid, f"the coordinator's, for {', '.join(sorted(names))}")
+    return valid_until(shown, f"the coordinator's, for {', '.join(sorted(names))}")
 
 
 def _listen(address: str) -> str:

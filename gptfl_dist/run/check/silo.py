@@ -72,5 +72,5 @@ def _silo_code(path: Path, silo: SiloFile) -> str:
 
 
 def _silo_credentials(silo: SiloFile, side: Coordinator) -> str:
-    valid = check_credentials(side.authority, side.certificate, side.key, "silo", silo.name, None)
-    return valid_until(valid, f"those of {silo.name}", renewed=True)
+    shown = check_credentials(side.authority, side.certificate, side.key, "silo", silo.name, None)
+    return valid_until(shown, f"those of {silo.name}", renewed=True)
