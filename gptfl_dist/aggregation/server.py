@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gptfl_dist.config.federation import Strategy
+from gptfl_dist.config.strategy import Strategy
 from gptfl_dist.errors import ModelError, StorageError
 from gptfl_dist.files import replacing, write_at
 from gptfl_dist.weights import FLOATS, ITEM_SIZE, Layout, WeightsFile

@@ -21,12 +21,12 @@ from pydantic import (
 )
 
 from gptfl_dist.config.base import Address, Name, Section
+from gptfl_dist.config.strategy import Momentum, Strategy
 from gptfl_dist.config.units import Duration, Rate, Size
 
 _FILLED_IN = ("templates", "styles")
 
 Share = Annotated[float, Field(gt=0, lt=1)]
-Momentum = Annotated[float, Field(ge=0, lt=1)]
 Arm = Literal["synthetic_only", "fedavg_random", "gptfl"]
 Device = Annotated[
     str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="a device: auto, cpu, cuda, cuda:1 or mps")
@@ -279,30 +279,6 @@ class Federation(Section):
         return self
 
 
-class Strategy(Section):
-    """How the mean update becomes the next weights: the server's optimiser (FedOpt, arXiv:2003.00295, algorithm 2)."""
-
-    optimizer: Literal["sgd", "adam", "yogi", "adagrad"] = "sgd"
-    learning_rate: PositiveFloat | None = None
-    momentum: Momentum | None = None
-    second_momentum: Momentum = 0.99
-    adaptivity: PositiveFloat = 1e-3
-
-    @property
-    def step(self) -> float:
-        """The learning rate; where it is left out, that of plain averaging, or a small one for adaptive optimisers."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        return 1.0 if self.optimizer == "sgd" else 0.01
-
-    @property
-    def first_momentum(self) -> float:
-        """The momentum; where it is left out, what is usual with the optimiser."""
-        if self.momentum is not None:
-            return self.momentum
-        return 0.9 if self.optimizer in ("adam", "yogi") else 0.0
-
-
 class Limits(Section):
     """What one silo may ask of the coordinator, as one operator may. Who goes beyond is slowed or refused, alone."""
 
@@ -408,6 +384,8 @@ class FederationFile(Section):
             f"compression.up is {self.compression.up}": self.compression.up != "none",
             f"compression.down is {self.compression.down}": self.compression.down != "none",
             f"collective.trust is {self.collective.trust}": self.collective.trust != "plain",
+            f"strategy.rule is {self.strategy.rule}": self.strategy.rule != "mean",
+            f"strategy.clip_norm is {self.strategy.clip_norm}": self.strategy.clip_norm is not None,
         }
         for setting, given in needs.items():
             if given and self.collective.reduction == "fast":
@@ -415,6 +393,23 @@ class FederationFile(Section):
                     f"collective.reduction is fast, which sums the plain updates of one round, but {setting}: "
                     "set collective.reduction to exact"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_for_the_rule(self) -> Self:
+        strategy, training = self.strategy, self.training
+        quorum = self.federation.quorum_of(len(self.silos))
+        if quorum < strategy.fewest:
+            raise ValueError(
+                f"strategy.rule is {strategy.rule}, which needs {strategy.fewest} updates to bear {strategy.borne} "
+                f"malicious silo(s), but a round may end with {quorum}: raise federation.quorum, or lower "
+                "strategy.malicious"
+            )
+        if strategy.rule == "fednova" and training.proximal * max(training.learning_rates) >= 1:
+            raise ValueError(
+                f"training.proximal is {training.proximal:g}, which at a rate of {max(training.learning_rates):g} "
+                "pulls beyond the received weights, and strategy.rule fednova knows no length of such a walk: lower one"
+            )
         return self
 
     @model_validator(mode="after")

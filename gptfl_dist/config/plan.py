@@ -11,7 +11,8 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from gptfl_dist.config.base import Name, Section
-from gptfl_dist.config.federation import Compression, FederationFile, Model, Momentum, Task, Training
+from gptfl_dist.config.federation import Compression, FederationFile, Model, Task, Training
+from gptfl_dist.config.strategy import Momentum
 
 
 class Plan(Section):
@@ -63,6 +64,11 @@ class LocalTraining(Section):
                 "trained": "head" if round_ <= training.head_rounds else "all",
             }
         )
+
+
+def batch_count(samples: int, batch_size: int) -> int:
+    """How many batches an epoch has. A single leftover joins the batch before it: a batch norm cannot train on it."""
+    return max(1, samples // batch_size + (samples % batch_size > 1))
 
 
 def rate_factor(training: Training, round_: int, rounds: int) -> float:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gptfl_dist.config.federation import Task
-from gptfl_dist.config.plan import LocalTraining
+from gptfl_dist.config.plan import LocalTraining, batch_count
 from gptfl_dist.errors import DataError, TrainerError
 from gptfl_dist.learning.augment import augment
 from gptfl_dist.learning.data import ImageSet
@@ -106,11 +106,6 @@ def _pull_back(parameters: list[nn.Parameter], received: list[torch.Tensor], str
     for parameter, anchor in zip(parameters, received, strict=True):
         pull = (parameter.detach() - anchor) * strength
         parameter.grad = pull if parameter.grad is None else parameter.grad + pull
-
-
-def batch_count(samples: int, batch_size: int) -> int:
-    """How many batches `batches` gives."""
-    return max(1, samples // batch_size + (samples % batch_size > 1))
 
 
 def batches(samples: int, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptfl_dist.aggregation.rules import rule_of
 from gptfl_dist.aggregation.server import moment_names
 from gptfl_dist.config.base import host_of, port_of
 from gptfl_dist.config.federation import FederationFile, Filter, Generator, SiloEntry
 from gptfl_dist.config.load import load_silo
 from gptfl_dist.config.plan import LocalTraining, Plan
+from gptfl_dist.config.strategy import ROBUST
 from gptfl_dist.errors import (
     ConfigError,
     GeneratorError,
@@ -59,6 +61,7 @@ def check_federation(checks: Checklist, path: Path, file: FederationFile) -> Non
         for name, candidate in (candidate_files(file) or {"": file}).items():
             _synthesis(checks, candidate, f" of {name}" if name else "")
     checks.run("training", lambda: _recipe(file))
+    checks.run("strategy", lambda: _strategy(path, file))
     checks.run("compression", lambda: _compression(path, file))
     checks.run("run folder", lambda: writable(file.run_folder))
     if _synthesises(file):
@@ -172,6 +175,15 @@ def _recipe(file: FederationFile) -> str:
             f", each of {file.federation.wanted_of(len(file.silos))} updates of {len(file.silos)} silos, asynchronous"
         )
     return told
+
+
+def _strategy(path: Path, file: FederationFile) -> str:
+    """Imports the rule, and says how many malicious silos it bears."""
+    strategy, quorum = file.strategy, file.federation.quorum_of(len(file.silos))
+    with code_beside(path):
+        rule_of(strategy)
+    told = f"{strategy.rule} of {quorum} updates or more, {strategy.optimizer}"
+    return f"{told}; bears {strategy.borne} malicious silo(s) a round" if strategy.rule in ROBUST else told
 
 
 def _compression(path: Path, file: FederationFile) -> str:
