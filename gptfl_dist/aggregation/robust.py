@@ -38,10 +38,11 @@ def trimmed_mean(updates: Updates, strategy: Strategy) -> Callable[[Array], Arra
 
 
 def _middle(block: Array, left_out: int) -> Array:
-    """The mean of what is left of each row without so many of its smallest and largest numbers."""
-    # Rows are short: to sort them takes a tenth of the time that to part them at the middle does.
-    ordered = np.sort(block, axis=1)[:, left_out : block.shape[1] - left_out]
-    middle: Array = ordered.mean(axis=1)
+    """The mean of what is left of each column without so many of its smallest and largest numbers."""
+    columns = np.ascontiguousarray(block.T)
+    columns.sort(axis=1)  # they are short: to part them at the middle takes ten times as long
+    kept = columns[:, left_out : len(block) - left_out]
+    middle: Array = kept @ np.full(kept.shape[1], 1 / kept.shape[1], kept.dtype)
     return middle
 
 

@@ -2,7 +2,7 @@
 
 A rule is a function of the updates (`Updates`) and the section `strategy`. It returns either a weight for each update,
 (K,), whose weighted sum is taken; or a function that makes the numbers of a block, (n,), of those of all updates,
-(n, K), which is then called for each block. It is one of ours (`mean`, `fednova`, and those of `robust`), one that an
+(K, n), which is then called for each block. It is one of ours (`mean`, `fednova`, and those of `robust`), one that an
 installed package offers under the entry points `gptfl_dist.strategies`, or one that the coordinator's file names as
 package.module:function. Such code is the coordinator's own and runs there alone.
 """
@@ -79,7 +79,7 @@ def next_weights(
             if not block.floating:
                 yield counted(block, base, updates.readers, increase)
                 continue
-            read = updates.read(block)
+            read = updates.read(block, block.wide)
             with _blamed(name):
                 found = made(read)
             combined = _checked(name, found, block.count).astype(block.wide, copy=False)
@@ -115,6 +115,6 @@ def _checked(rule: str, found: object, count: int) -> Array:
     if made.shape != (count,) or made.dtype.kind not in "fiu" or not np.isfinite(made).all():
         raise FederationError(
             f"strategy.rule {rule} returned {made.dtype} of shape {made.shape}, expected {count} finite numbers",
-            hint="it returns a weight for each update, or a function of a block (n, K) that returns (n,)",
+            hint="it returns a weight for each update, or a function of a block (K, n) that returns (n,)",
         )
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,8 +53,8 @@ class Updates:
         with np.errstate(over="ignore", invalid="ignore"):
             for block in blocks_of(self.layout, self.elements):
                 if block.floating:
-                    columns = self.read(block).astype(np.float64)
-                    total += columns.T @ columns
+                    rows = self.read(block, np.dtype(np.float64))
+                    total += rows @ rows.T
         return total
 
     @cached_property
@@ -69,13 +70,13 @@ class Updates:
         """How many numbers of each update are to be read at a time."""
         return max(_FEWEST, _TOGETHER // len(self))
 
-    def read(self, block: Block) -> Array:
-        """(n, K) A block of floating elements of all updates."""
-        found = np.empty((block.count, len(self)), block.wide)
+    def read(self, block: Block, dtype: np.dtype[np.floating[Any]]) -> Array:
+        """(K, n) A block of floating elements of all updates."""
+        found = np.empty((len(self), block.count), dtype)
         memory = memoryview(bytearray(block.size))
-        for column, (reader, factor) in enumerate(zip(self.readers, self.factors, strict=True)):
+        for row, reader, factor in zip(found, self.readers, self.factors, strict=True):
             reader.read_into(block.start, memory)
-            found[:, column] = numbers(memory, block.dtype)
+            row[:] = numbers(memory, block.dtype)
             if factor != 1:
-                found[:, column] *= block.wide.type(factor)
+                row *= factor
         return found

@@ -210,7 +210,7 @@ def test_a_rule_of_ones_own_may_weigh_updates_or_combine_blocks() -> None:
     rows = np.arange(12.0).reshape(4, 3)
     updates = updates_of(rows)
     base = Flat(bytes(updates.layout.nbytes))
-    for rule in (lambda u, s: np.array([0, 0.5, 0.5, 0]), lambda u, s: lambda block: block[:, 1:3].mean(axis=1)):
+    for rule in (lambda u, s: np.array([0, 0.5, 0.5, 0]), lambda u, s: lambda block: block[1:3].mean(axis=0)):
         flat = b"".join(next_weights(rule, Strategy(rule="mine:rule"), base, updates, lambda place, w, mean: w + mean))
         (place,) = (t.offset for t in updates.layout.tensors if t.name == "w")
         assert np.frombuffer(flat[place : place + 24], "<f8").tolist() == [4.5, 5.5, 6.5]
@@ -226,7 +226,7 @@ def broken(updates, strategy):
         (broken, r"strategy\.rule mine:rule failed: ZeroDivisionError: no updates of mine"),
         (lambda u, s: [1.0], r"returned float64 of shape \(1,\), expected 4 finite numbers"),
         (lambda u, s: np.full(4, np.nan), "expected 4 finite numbers"),
-        (lambda u, s: lambda block: block, r"of shape \(3, 4\), expected 3 finite numbers"),
+        (lambda u, s: lambda block: block, r"of shape \(4, 3\), expected 3 finite numbers"),
         (lambda u, s: lambda block: 1 / 0, "failed: ZeroDivisionError"),
         (lambda u, s: "mean", "expected 4 finite numbers"),
     ],
