@@ -2,9 +2,9 @@
 
 A rule is a function of the updates (`Updates`) and the section `strategy`. It returns either a weight for each update,
 (K,), whose weighted sum is taken; or a function that makes the numbers of a block, (n,), of those of all updates,
-(K, n), which is then called for each block. It is one of ours (`mean`, `fednova`, and those of `robust`), one that an
-installed package offers under the entry points `gptfl_dist.strategies`, or one that the coordinator's file names as
-package.module:function. Such code is the coordinator's own and runs there alone.
+(K, n), which is then called for each block. It is one of ours (`mean`, those of `fednova`, `scaffold` and `robust`),
+one that an installed package offers under the entry points `gptfl_dist.strategies`, or one that the coordinator's file
+names as package.module:function. Such code is the coordinator's own and runs there alone.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from gptfl_dist.aggregation.blocks import Array, Increase, blocks_of, counted
 from gptfl_dist.aggregation.fednova import fednova
 from gptfl_dist.aggregation.mean import Step, weighted_mean
 from gptfl_dist.aggregation.robust import geometric_median, krum, median, multi_krum, trimmed_mean
+from gptfl_dist.aggregation.scaffold import scaffold
 from gptfl_dist.aggregation.updates import Updates, Vector
-from gptfl_dist.config.strategy import GROUP, Strategy
+from gptfl_dist.config.strategy import GROUP, PLAIN, Strategy
 from gptfl_dist.errors import FederationError, GptflError, first_line
 from gptfl_dist.learning.code import import_function
 from gptfl_dist.weights import FlatReader
@@ -42,9 +43,10 @@ OURS: dict[str, Rule] = {
     "multi_krum": multi_krum,
     "geometric_median": geometric_median,
     "fednova": fednova,
+    "scaffold": scaffold,
 }
 
-_ONCE = ("mean", "fednova", "median", "trimmed_mean")
+_ONCE = (*PLAIN, "median", "trimmed_mean")
 
 
 def rule_of(strategy: Strategy) -> Rule:
@@ -71,7 +73,7 @@ def next_weights(
     fails, or returns something else than numbers of the right shape.
     """
     name = strategy.rule
-    increase: Increase = "largest" if name in ("mean", "fednova") else "middle"
+    increase: Increase = "largest" if name in PLAIN else "middle"
     with _blamed(name):
         made = rule(updates, strategy)
     if callable(made):

@@ -213,6 +213,9 @@ class Training(Section):
     momentum: Momentum = 0.0
     weight_decay: NonNegativeFloat = 0.0
     proximal: NonNegativeFloat = 0.0
+    contrastive: NonNegativeFloat = 0.0
+    temperature: PositiveFloat = 0.5
+    private_norms: bool = False
     clip_norm: PositiveFloat | None = 1.0
     augmentation: bool = False
     threads: PositiveInt = 1
@@ -386,6 +389,8 @@ class FederationFile(Section):
             f"collective.trust is {self.collective.trust}": self.collective.trust != "plain",
             f"strategy.rule is {self.strategy.rule}": self.strategy.rule != "mean",
             f"strategy.clip_norm is {self.strategy.clip_norm}": self.strategy.clip_norm is not None,
+            f"training.contrastive is {self.training.contrastive:g}": self.training.contrastive > 0,
+            "training.private_norms is true": self.training.private_norms,
         }
         for setting, given in needs.items():
             if given and self.collective.reduction == "fast":
@@ -410,6 +415,21 @@ class FederationFile(Section):
                 f"training.proximal is {training.proximal:g}, which at a rate of {max(training.learning_rates):g} "
                 "pulls beyond the received weights, and strategy.rule fednova knows no length of such a walk: lower one"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _as_scaffold_is_defined(self) -> Self:
+        needs = {
+            f"federation.mode is {self.federation.mode}": self.federation.mode != "synchronous",
+            f"federation.late is {self.federation.late}": self.federation.late != "drop",
+            f"training.momentum is {self.training.momentum:g}": self.training.momentum > 0,
+        }
+        for setting, given in needs.items():
+            if given and self.strategy.rule == "scaffold":
+                raise ValueError(
+                    f"strategy.rule is scaffold, whose control variates are the mean gradients of plain SGD in the "
+                    f"same round, but {setting}: leave it out, or take another rule"
+                )
         return self
 
     @model_validator(mode="after")

@@ -14,6 +14,10 @@ from gptfl_dist.config.base import Name, Section
 from gptfl_dist.config.federation import Compression, FederationFile, Model, Task, Training
 from gptfl_dist.config.strategy import Momentum
 
+Kept = Literal["control", "previous", "norms"]
+"""What silos keep from one of their updates to the next: the control variate (SCAFFOLD), the model that they came to
+(MOON), their own normalisation layers (FedBN)."""
+
 
 class Plan(Section):
     """What a silo must know before it can build the model and read its data."""
@@ -24,10 +28,16 @@ class Plan(Section):
     task: Task
     model: Model
     compression: Compression = Compression()
+    kept: list[Kept] = Field(default=[])
 
     @classmethod
     def of(cls, file: FederationFile) -> Plan:
         """The plan of a federation file."""
+        kept: dict[Kept, bool] = {
+            "control": file.strategy.rule == "scaffold",
+            "previous": file.training.contrastive > 0,
+            "norms": file.training.private_norms,
+        }
         return cls(
             federation=file.name,
             seed=file.seed,
@@ -35,6 +45,7 @@ class Plan(Section):
             task=file.task,
             model=file.model,
             compression=file.compression,
+            kept=[name for name, wanted in kept.items() if wanted],
         )
 
 
@@ -47,6 +58,8 @@ class LocalTraining(Section):
     momentum: Momentum
     weight_decay: NonNegativeFloat
     proximal: NonNegativeFloat = 0.0
+    contrastive: NonNegativeFloat = 0.0
+    temperature: PositiveFloat = 0.5
     clip_norm: PositiveFloat | None = None
     augmentation: bool
     threads: PositiveInt

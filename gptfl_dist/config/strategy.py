@@ -14,7 +14,9 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 ROBUST = {"median": 0, "trimmed_mean": 0, "krum": 2, "multi_krum": 2, "geometric_median": 0}
 """The rules that bear f malicious silos of n, each with c where it needs n > 2f + c; see `aggregation.robust`."""
-RULES = ("mean", *ROBUST, "fednova")
+PLAIN = ("mean", "fednova", "scaffold")
+"""The rules that are means of all updates, and bear no malicious silo."""
+RULES = (*PLAIN, *ROBUST)
 GROUP = "gptfl_dist.strategies"
 """The entry points under which packages offer rules of their own."""
 
@@ -48,7 +50,7 @@ class Strategy(Section):
 
     @model_validator(mode="after")
     def _malicious_where_borne(self) -> Self:
-        if self.malicious is not None and self.rule in ("mean", "fednova"):
+        if self.malicious is not None and self.rule in PLAIN:
             raise ValueError(
                 f"malicious is {self.malicious}, but rule is {self.rule}, which bears no malicious silo: "
                 f"take {', '.join(ROBUST)}, or leave malicious out"

@@ -8,12 +8,14 @@ from pathlib import Path
 from gptfl_dist.aggregation.factors import clipping, freshness
 from gptfl_dist.aggregation.mean import weighted_mean
 from gptfl_dist.aggregation.rules import next_weights, reads_once, rule_of
-from gptfl_dist.aggregation.server import stepping
+from gptfl_dist.aggregation.scaffold import next_control
+from gptfl_dist.aggregation.server import ServerOptimizer, control_of, stepping
 from gptfl_dist.aggregation.updates import Updates
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.ledger.store import Ledger
 from gptfl_dist.run.arm import ArmRun
 from gptfl_dist.weights import FlatReader, Layout
+from gptfl_dist.weights.beside import control_part, model_part
 
 
 def state_of(ledger: Ledger, round_: int, base: str) -> Path | None:
@@ -58,6 +60,8 @@ class Aggregation:
             seen = self._seen(arm, updates, samples, counted)
             blocks = next_weights(self._rule, strategy, arm.weights, seen, optimizer.step)
             digest = ledger.add_weights(self._layout, blocks)
+            if strategy.rule == "scaffold":
+                self._keep_control(updates, old, optimizer)
         return digest
 
     def _seen(
@@ -65,6 +69,8 @@ class Aggregation:
     ) -> Updates:
         """The updates of a round as its rule sees them."""
         strategy = self._file.strategy
+        if strategy.rule == "scaffold":
+            readers = {silo: model_part(self._layout, reader) for silo, reader in readers.items()}
         fresh = freshness({silo: arm.round - given for silo, given in counted.items()}, self._file.federation.staleness)
         short = clipping(self._layout, readers, strategy.clip_norm)
         silos = tuple(sorted(readers))
@@ -76,3 +82,9 @@ class Aggregation:
             trainings=tuple(arm.training(counted[silo]) for silo in silos),
             factors=tuple(fresh[silo] * short[silo] for silo in silos),
         )
+
+    def _keep_control(self, updates: Mapping[str, FlatReader], old: Path | None, optimizer: ServerOptimizer) -> None:
+        """Makes the control variate of the next round of the old one, and the increases that came with the updates."""
+        increases = [control_part(self._layout, updates[silo]) for silo in sorted(updates)]
+        with control_of(self._file.strategy, self._layout, old) as control:
+            optimizer.keep_control(next_control(self._layout, control, increases, len(self._file.silos)))

@@ -29,6 +29,7 @@ from gptfl_dist.run.trainer import Trainer
 from gptfl_dist.testing.exchange import MemoryNetwork, MemorySiloExchange
 from gptfl_dist.weights import Layout
 from gptfl_dist.weights.flat import FlatModel
+from gptfl_dist.weights.kept import NOTHING_KEPT, KeptFiles
 
 Spoil = Callable[[FlatModel, Path], None]
 """What a malicious silo does to its trained model, given the received weights, before the update is taken."""
@@ -56,19 +57,22 @@ class TrainerInLoop:
         self.trainer = await asyncio.to_thread(Trainer, plan, self._silo, self._folder)
         require_layout(layout, self.trainer.layout)
 
-    async def run(self, order: Order, weights: Path, update: Path, progress: Progress) -> Result:
-        result = await asyncio.to_thread(self._carry_out, order, weights, update)
+    async def run(
+        self, order: Order, weights: Path, update: Path, progress: Progress, kept: KeptFiles = NOTHING_KEPT
+    ) -> Result:
+        result = await asyncio.to_thread(self._carry_out, order, weights, update, kept)
         self.orders.append(order)
         self.told.append(result.metrics)
         return result
 
-    def _carry_out(self, order: Order, weights: Path, update: Path) -> Result:
+    def _carry_out(self, order: Order, weights: Path, update: Path, kept: KeptFiles) -> Result:
         if order.training is None:
-            found = self.trainer.evaluate(weights)
+            found = self.trainer.evaluate(weights, kept=kept.before)
         else:
             found = self.trainer.train(
-                round_=order.round, settings=order.training, weights=weights, update=update, progress=lambda a, b: None
-            )
+                round_=order.round, settings=order.training, weights=weights, update=update,
+                progress=lambda done, total: None, kept=kept.before, keep=kept.after,
+            )  # fmt: skip
         digest = found.digest
         if self._spoil is not None and order.training is not None:
             self._spoil(self.trainer.flat, weights)
