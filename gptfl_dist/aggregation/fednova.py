@@ -1,8 +1,7 @@
 """FedNova (arXiv:2007.07481): silos that made more steps in a round do not pull the model towards their own optimum.
 
 With plain averaging a silo's update counts by its samples and once more by its number of steps. FedNova divides each
-update by the length of its walk, ||a_i||_1, and multiplies the mean by the mean length (equation 6 with tau_eff as in
-section 4.1):
+update by the length of its walk, ||a_i||_1, and multiplies the mean by the mean length (section 5):
 
     sum_i p_i tau_eff / ||a_i||_1 d_i,    tau_eff = sum_i p_i ||a_i||_1,    p_i = n_i / n
 

@@ -23,7 +23,7 @@ from gptfl_dist.aggregation.updates import Updates, Vector
 from gptfl_dist.config.strategy import Strategy
 
 _NEAREST = 1e-6
-"""The smoothing of the geometric median: what is nearer counts as so far away (RFA, section 5, has the same)."""
+"""The smoothing of the geometric median, nu of RFA: what is nearer counts as so far away."""
 _STEADY = 1e-12  # the change of each weight, to its size, at which they are settled
 _LONGEST = 1_000  # iterations
 

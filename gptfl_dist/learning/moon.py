@@ -2,7 +2,7 @@
 unlike what the silo's own model of its last round saw.
 
 With z the features of the model that is trained, z_glob those of the received one and z_prev those of the model that
-this silo came to last (equation 3, mu times which is added to the loss):
+this silo came to last (section 3.3; mu times this is added to the loss):
 
     -log( exp(sim(z, z_glob) / tau) / (exp(sim(z, z_glob) / tau) + exp(sim(z, z_prev) / tau)) )
 
@@ -77,7 +77,7 @@ class Contrast:
 
 
 def contrast(ours: torch.Tensor, received: torch.Tensor, previous: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The mean of equation 3 over features (N, D) of the three models."""
+    """The mean of the term over features (N, D) of the three models."""
     alike = [F.cosine_similarity(ours, other, dim=1) / temperature for other in (received, previous)]
     choices = torch.stack(alike, dim=1)
     return F.cross_entropy(choices, torch.zeros(len(choices), dtype=torch.int64, device=choices.device))

@@ -91,7 +91,7 @@ def test_what_is_not_trained_in_a_round_keeps_its_control_variate(
 
 
 @given(st.integers(0, 2**32), st.integers(1, 5), st.floats(0.1, 2.0))
-def test_the_contrastive_loss_is_equation_3_of_moon(seed: int, count: int, temperature: float) -> None:
+def test_the_contrastive_loss_is_the_papers(seed: int, count: int, temperature: float) -> None:
     draw = torch.Generator().manual_seed(seed)
     ours, received, previous = (torch.randn(count, 7, generator=draw, dtype=torch.float64) for _ in range(3))
 
