@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from gptfl_dist.weights import BLOCK, FLOATS, ITEM_SIZE, FlatReader, Layout
+from gptfl_dist.weights.file import blocks
 from gptfl_dist.weights.numbers import numbers
 
 
@@ -46,10 +47,8 @@ class RunningNorm:
 
 def norm(layout: Layout, update: FlatReader) -> float:
     """The Euclidean norm of all floating elements of an update; NaN where one of them is NaN or infinite."""
-    running, memory = RunningNorm(layout), memoryview(bytearray(BLOCK))
-    for offset in range(0, layout.nbytes, BLOCK):
-        block = memory[: layout.nbytes - offset]
-        update.read_into(offset, block)
+    running = RunningNorm(layout)
+    for block in blocks(update, layout.nbytes):
         running.add(block)
     return running.value
 

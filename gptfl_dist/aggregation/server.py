@@ -1,14 +1,14 @@
 """The server's optimiser: from the mean update of a round to what is added to the weights.
 
-Its state (up to two numbers for each weight, and a float32 master of weights in half precision) lies in a file of its
-own beside the weights that it belongs to. It is read and written block by block, so memory does not grow with the
-model. The formulas are those of FedOpt (arXiv:2003.00295, algorithm 2) and, for `sgd` with momentum, of FedAvgM
-(arXiv:1909.06335, section 4.1).
+Its state (up to two numbers for each weight, a float32 master of weights in half precision, and the control variate of
+SCAFFOLD) lies in a file of its own beside the weights that it belongs to. It is read and written block by block, so
+memory does not grow with the model. The formulas are those of FedOpt (arXiv:2003.00295, algorithm 2) and, for `sgd`
+with momentum, of FedAvgM (arXiv:1909.06335, section 4.1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,16 +17,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gptfl_dist.config.federation import Strategy
+from gptfl_dist.config.strategy import Strategy
 from gptfl_dist.errors import ModelError, StorageError
 from gptfl_dist.files import replacing
-from gptfl_dist.weights import FLOATS, ITEM_SIZE, Layout, WeightsFile
+from gptfl_dist.weights import FLOATS, ITEM_SIZE, FlatReader, Layout, WeightsFile
+from gptfl_dist.weights.beside import Pieces
 from gptfl_dist.weights.file import header_of
 from gptfl_dist.weights.sealed import writer
 
 Array = NDArray[np.floating[Any]]
 Moment = NDArray[np.float64]
 _Write = Callable[[int, memoryview], None]
+_CONTROL = "control"
 _ANEW = "bring the run folder back from a backup, or start anew with --fresh"
 
 
@@ -94,6 +96,14 @@ class ServerOptimizer:
         self._write("master", place - self._first_half, stepped)
         return stepped
 
+    def keep_control(self, blocks: Iterable[bytes | memoryview]) -> None:
+        """Makes these blocks, in order, the control variate of the next round."""
+        assert self._put is not None
+        place = self._start + self._offsets[_CONTROL]
+        for block in blocks:
+            self._put(place, memoryview(block))
+            place += len(block)
+
     def _read(self, name: str, place: int, count: int) -> Moment:
         assert self._old is not None
         block = np.empty(count, "<f4")
@@ -111,10 +121,12 @@ def _first_half(layout: Layout) -> int:
 
 
 def _state_layout(strategy: Strategy, layout: Layout) -> Layout:
-    """What is remembered from round to round: each moment, and the master of what has half precision."""
+    """What is remembered from round to round: moments, the master of half precision, the control variate."""
     halves = layout.parameters - _first_half(layout)
     moments = [(name, (layout.parameters,), "F32") for name in moment_names(strategy)]
-    return Layout.of([*moments, ("master", (halves,), "F32")] if halves else moments)
+    master = [("master", (halves,), "F32")] if halves else []
+    control = [(_CONTROL, (layout.parameters,), "F32")] if strategy.rule == "scaffold" else []
+    return Layout.of([*moments, *master, *control])
 
 
 @contextmanager
@@ -138,6 +150,23 @@ def stepping(
         out.write(fd, 0, memoryview(header))
         yield ServerOptimizer(strategy, layout, state, partial(out.write, fd))
         out.finish(fd)
+
+
+@contextmanager
+def control_of(strategy: Strategy, layout: Layout, state: Path | None) -> Iterator[FlatReader]:
+    """The control variate in a state; zeros where there is none yet. Raises StorageError as `stepping`."""
+    if state is None:
+        yield _Zeros()
+        return
+    shape = _state_layout(strategy, layout)
+    offset = next(tensor.offset for tensor in shape.tensors if tensor.name == _CONTROL)
+    with _opened(state, shape) as file:
+        yield Pieces((4 * layout.parameters, file, offset))
+
+
+class _Zeros:
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        buffer[:] = bytes(len(buffer))
 
 
 def _opened(path: Path, shape: Layout) -> WeightsFile:

@@ -22,12 +22,12 @@ from pydantic import (
 
 from gptfl_dist.config.at_rest import AtRest
 from gptfl_dist.config.base import Address, Name, Section
+from gptfl_dist.config.strategy import Momentum, Strategy
 from gptfl_dist.config.units import Duration, Rate, Size
 
 _FILLED_IN = ("templates", "styles")
 
 Share = Annotated[float, Field(gt=0, lt=1)]
-Momentum = Annotated[float, Field(ge=0, lt=1)]
 Arm = Literal["synthetic_only", "fedavg_random", "gptfl"]
 Device = Annotated[
     str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="a device: auto, cpu, cuda, cuda:1 or mps")
@@ -214,6 +214,9 @@ class Training(Section):
     momentum: Momentum = 0.0
     weight_decay: NonNegativeFloat = 0.0
     proximal: NonNegativeFloat = 0.0
+    contrastive: NonNegativeFloat = 0.0
+    temperature: PositiveFloat = 0.5
+    private_norms: bool = False
     clip_norm: PositiveFloat | None = 1.0
     augmentation: bool = False
     threads: PositiveInt = 1
@@ -278,30 +281,6 @@ class Federation(Section):
                 f"max_staleness is {self.max_staleness}, but no update is stale: mode is synchronous and late is drop"
             )
         return self
-
-
-class Strategy(Section):
-    """How the mean update becomes the next weights: the server's optimiser (FedOpt, arXiv:2003.00295, algorithm 2)."""
-
-    optimizer: Literal["sgd", "adam", "yogi", "adagrad"] = "sgd"
-    learning_rate: PositiveFloat | None = None
-    momentum: Momentum | None = None
-    second_momentum: Momentum = 0.99
-    adaptivity: PositiveFloat = 1e-3
-
-    @property
-    def step(self) -> float:
-        """The learning rate; where it is left out, that of plain averaging, or a small one for adaptive optimisers."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        return 1.0 if self.optimizer == "sgd" else 0.01
-
-    @property
-    def first_momentum(self) -> float:
-        """The momentum; where it is left out, what is usual with the optimiser."""
-        if self.momentum is not None:
-            return self.momentum
-        return 0.9 if self.optimizer in ("adam", "yogi") else 0.0
 
 
 class Limits(Section):
@@ -410,12 +389,48 @@ class FederationFile(Section):
             f"compression.up is {self.compression.up}": self.compression.up != "none",
             f"compression.down is {self.compression.down}": self.compression.down != "none",
             f"collective.trust is {self.collective.trust}": self.collective.trust != "plain",
+            f"strategy.rule is {self.strategy.rule}": self.strategy.rule != "mean",
+            f"strategy.clip_norm is {self.strategy.clip_norm}": self.strategy.clip_norm is not None,
+            f"training.contrastive is {self.training.contrastive:g}": self.training.contrastive > 0,
+            "training.private_norms is true": self.training.private_norms,
         }
         for setting, given in needs.items():
             if given and self.collective.reduction == "fast":
                 raise ValueError(
                     f"collective.reduction is fast, which sums the plain updates of one round, but {setting}: "
                     "set collective.reduction to exact"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_for_the_rule(self) -> Self:
+        strategy, training = self.strategy, self.training
+        quorum = self.federation.quorum_of(len(self.silos))
+        if quorum < strategy.fewest:
+            raise ValueError(
+                f"strategy.rule is {strategy.rule}, which needs {strategy.fewest} updates to bear {strategy.borne} "
+                f"malicious silo(s), but a round may end with {quorum}: raise federation.quorum, or lower "
+                "strategy.malicious"
+            )
+        if strategy.rule == "fednova" and training.proximal * max(training.learning_rates) >= 1:
+            raise ValueError(
+                f"training.proximal is {training.proximal:g}, which at a rate of {max(training.learning_rates):g} "
+                "pulls beyond the received weights, and strategy.rule fednova knows no length of such a walk: lower one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _as_scaffold_is_defined(self) -> Self:
+        needs = {
+            f"federation.mode is {self.federation.mode}": self.federation.mode != "synchronous",
+            f"federation.late is {self.federation.late}": self.federation.late != "drop",
+            f"training.momentum is {self.training.momentum:g}": self.training.momentum > 0,
+        }
+        for setting, given in needs.items():
+            if given and self.strategy.rule == "scaffold":
+                raise ValueError(
+                    f"strategy.rule is scaffold, whose control variates are the mean gradients of plain SGD in the "
+                    f"same round, but {setting}: leave it out, or take another rule"
                 )
         return self
 

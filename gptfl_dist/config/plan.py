@@ -11,7 +11,12 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from gptfl_dist.config.base import Name, Section
-from gptfl_dist.config.federation import Compression, FederationFile, Model, Momentum, Task, Training
+from gptfl_dist.config.federation import Compression, FederationFile, Model, Task, Training
+from gptfl_dist.config.strategy import Momentum
+
+Kept = Literal["control", "previous", "norms"]
+"""What silos keep from one of their updates to the next: the control variate (SCAFFOLD), the model that they came to
+(MOON), their own normalisation layers (FedBN)."""
 
 
 class Plan(Section):
@@ -23,10 +28,16 @@ class Plan(Section):
     task: Task
     model: Model
     compression: Compression = Compression()
+    kept: list[Kept] = Field(default=[])
 
     @classmethod
     def of(cls, file: FederationFile) -> Plan:
         """The plan of a federation file."""
+        kept: dict[Kept, bool] = {
+            "control": file.strategy.rule == "scaffold",
+            "previous": file.training.contrastive > 0,
+            "norms": file.training.private_norms,
+        }
         return cls(
             federation=file.name,
             seed=file.seed,
@@ -34,6 +45,7 @@ class Plan(Section):
             task=file.task,
             model=file.model,
             compression=file.compression,
+            kept=[name for name, wanted in kept.items() if wanted],
         )
 
 
@@ -46,6 +58,8 @@ class LocalTraining(Section):
     momentum: Momentum
     weight_decay: NonNegativeFloat
     proximal: NonNegativeFloat = 0.0
+    contrastive: NonNegativeFloat = 0.0
+    temperature: PositiveFloat = 0.5
     clip_norm: PositiveFloat | None = None
     augmentation: bool
     threads: PositiveInt
@@ -63,6 +77,11 @@ class LocalTraining(Section):
                 "trained": "head" if round_ <= training.head_rounds else "all",
             }
         )
+
+
+def batch_count(samples: int, batch_size: int) -> int:
+    """How many batches an epoch has. A single leftover joins the batch before it: a batch norm cannot train on it."""
+    return max(1, samples // batch_size + (samples % batch_size > 1))
 
 
 def rate_factor(training: Training, round_: int, rounds: int) -> float:

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from gptfl_dist import errors
 from gptfl_dist.errors import GptflError, LaunchError, TrainerError
-from gptfl_dist.launch.folder import DIGEST, Message, await_weights, pauses, trainer_line
+from gptfl_dist.launch.folder import Message, await_files, pauses, trainer_line
 
 ENV = "GPTFL_CHANNEL"
 LONGEST_MESSAGE = 64 << 20
@@ -108,15 +108,14 @@ class _FolderLine:
         self._told = -_PROGRESS_EVERY  # when a progress was told last
 
     def receive(self, within: float | None) -> Message | None:
-        """Raises StorageError where the weights that a message speaks of do not come."""
+        """Raises StorageError where the files that a message speaks of do not come."""
         deadline = math.inf if within is None else time.monotonic() + within
         pause = pauses()
         while (message := self._files.take()) is None:
             if time.monotonic() > deadline:
                 return None
             time.sleep(next(pause))
-        if DIGEST in message:
-            await_weights(message)
+        await_files(message)
         return message
 
     def send(self, message: Message) -> None:

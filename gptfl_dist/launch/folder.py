@@ -1,7 +1,8 @@
 """The line between an agent and a trainer on another machine: files in a folder that both see, one folder a launch.
 
     session/agent-000001.json     what the agent says; trainer-000001.json what the trainer says, each in order
-    session/weights-1.safetensors, update-1.safetensors     named with their digests in the messages
+    session/weights-1.safetensors, update-1.safetensors     named with their digests in the messages; likewise kept-1
+                                  and keep-1, what the silo kept of its last update and keeps of this one
     session/lease                 renewed by the agent; whoever finds it unchanged for too long ends (`guard`)
     session/exit-0                how the process of a rank ended
 
@@ -30,12 +31,19 @@ from blake3 import blake3
 
 from gptfl_dist.errors import GptflError, StorageError
 from gptfl_dist.files import replacing, storage_error, write_at
-from gptfl_dist.weights import BLOCK, WeightsFile, overwrite_weights, write_weights
+from gptfl_dist.weights import WeightsFile, overwrite_weights, write_weights
+from gptfl_dist.weights.file import blocks
 
 LEASE = "lease"
 EXIT = "exit-"
-DIGEST = "weights_digest"
-"""What a message to the trainer holds beside the path of the weights."""
+IN, OUT = ("weights", "kept"), ("update", "keep")
+"""What in a message to the trainer is the path of a file that it reads, or that it is to write."""
+
+
+def digest_name(name: str) -> str:
+    """Under which a message says the digest of one of its files; that of the update is the answer's `digest`."""
+    return "digest" if name == "update" else f"{name}_digest"
+
 
 VISIBLE_WITHIN = 60.0  # seconds until a file that was announced must be seen whole; NFS remembers for up to 60
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
@@ -118,32 +126,34 @@ class Session:
         _write(self.folder / LEASE, str(self._renewed).encode())
 
     def send(self, message: Message) -> Message:
-        """Sends a message; weights are copied, and an update is asked for, in the folder. Returns what was sent."""
+        """Sends a message; its files are copied, and its answer's asked for, in the folder. Returns what was sent."""
         self._orders += 1
-        if "weights" in message:
-            placed = self.folder / f"weights-{self._orders}.safetensors"
-            digest = _copy(Path(message["weights"]), placed)
-            message = {**message, "weights": str(placed), DIGEST: digest}
-        if "update" in message:
-            message = {**message, "update": str(self.folder / f"update-{self._orders}.safetensors")}
+        placed = {name: self.folder / f"{name}-{self._orders}.safetensors" for name in (*IN, *OUT) if name in message}
+        digests = {digest_name(name): _copy(Path(message[name]), placed[name]) for name in IN if name in message}
+        message = {**message, **{name: str(path) for name, path in placed.items()}, **digests}
         self._line.send(message)
         return message
 
     def take(self) -> Message | None:
         return self._line.take()
 
-    def bring(self, sent: Message, answer: Message, update: Path) -> None:
-        """Copies the update that an answer speaks of to `update`. Raises StorageError where it does not come."""
+    def bring(self, asked: Message, sent: Message, answer: Message) -> None:
+        """Copies the files that an answer speaks of to where they were asked for. Raises StorageError."""
+        for name in OUT:
+            if answer.get(digest_name(name)):
+                self._bring(name, Path(sent[name]), answer[digest_name(name)], Path(asked[name]))
+
+    def _bring(self, name: str, source: Path, digest: str, target: Path) -> None:
         deadline = time.monotonic() + VISIBLE_WITHIN
         for pause in pauses():
             found = "is not there"
-            with contextlib.suppress(GptflError), WeightsFile(Path(sent["update"])) as file:
-                if overwrite_weights(update, file.layout, _blocks(file)) == answer["digest"]:
+            with contextlib.suppress(GptflError), WeightsFile(source) as file:
+                if overwrite_weights(target, file.layout, blocks(file, file.nbytes)) == digest:
                     return
                 found = "has another digest than the trainer said"
             if time.monotonic() > deadline:
                 raise StorageError(
-                    f"the update {sent['update']} {found} after {VISIBLE_WITHIN:g} s",
+                    f"the {name} {source} {found} after {VISIBLE_WITHIN:g} s",
                     hint="launch.folder must be one folder of one file system for the agent and the trainer",
                 )
             time.sleep(pause)
@@ -151,7 +161,7 @@ class Session:
 
     def clear(self, sent: Message) -> None:
         """Removes the files of a message that was answered."""
-        for name in ("weights", "update"):
+        for name in (*IN, *OUT):
             if name in sent:
                 with contextlib.suppress(OSError):
                     Path(sent[name]).unlink(missing_ok=True)
@@ -169,16 +179,22 @@ class Session:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def await_weights(message: Message) -> None:
-    """In the trainer: returns once the weights of a message are here and whole. Raises StorageError."""
-    path, deadline = Path(message["weights"]), time.monotonic() + VISIBLE_WITHIN
+def await_files(message: Message) -> None:
+    """In the trainer: returns once the files of a message are here and whole. Raises StorageError."""
+    for name in IN:
+        if name in message:
+            _await(name, Path(message[name]), message[digest_name(name)])
+
+
+def _await(name: str, path: Path, digest: str) -> None:
+    deadline = time.monotonic() + VISIBLE_WITHIN
     for pause in pauses():
         with contextlib.suppress(GptflError), WeightsFile(path) as file:
-            if file.digest() == message[DIGEST]:
+            if file.digest() == digest:
                 return
         if time.monotonic() > deadline:
             raise StorageError(
-                f"the weights {path} are not here, or not whole, after {VISIBLE_WITHIN:g} s",
+                f"the {name} {path} are not here, or not whole, after {VISIBLE_WITHIN:g} s",
                 hint="launch.folder must be one folder of one file system for the agent and the trainer",
             )
         time.sleep(pause)
@@ -187,15 +203,7 @@ def await_weights(message: Message) -> None:
 
 def _copy(source: Path, target: Path) -> str:
     with WeightsFile(source) as file:
-        return write_weights(target, file.layout, _blocks(file), durable=False)
-
-
-def _blocks(file: WeightsFile) -> Iterator[memoryview]:
-    memory = memoryview(bytearray(min(BLOCK, file.nbytes)))
-    for start in range(0, file.nbytes, BLOCK):
-        block = memory[: file.nbytes - start]
-        file.read_into(start, block)
-        yield block
+        return write_weights(target, file.layout, blocks(file, file.nbytes), durable=False)
 
 
 def _write(path: Path, content: bytes) -> None:

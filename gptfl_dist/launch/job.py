@@ -72,8 +72,7 @@ class TrainerJob:
                     break
                 else:
                     raise TrainerError(f"the trainer answered {received['type']!r}, expected {answer!r}")
-            if received.get("digest"):
-                await asyncio.to_thread(session.bring, sent, received, Path(message["update"]))
+            await asyncio.to_thread(session.bring, message, sent, received)
             await asyncio.to_thread(session.clear, sent)
             return received
         except ValueError:

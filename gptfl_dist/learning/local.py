@@ -3,6 +3,9 @@
 Nothing outlives the call but the weights: a new optimiser each time, every draw from the seed. With
 `settings.trained` at `head`, the last layer alone is trained and the rest runs as in evaluation. A silo of several
 ranks trains data-parallel (`shared`): on the batches of one rank, to the same weights but for rounding.
+
+Strategies add terms of their own, each in a module: `proximal` to the gradient, `moon` to the loss, `scaffold` to the
+gradient once it was clipped.
 """
 
 from __future__ import annotations
@@ -10,13 +13,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from gptfl_dist.config.federation import Task
-from gptfl_dist.config.plan import LocalTraining
+from gptfl_dist.config.plan import LocalTraining, batch_count
 from gptfl_dist.errors import DataError, TrainerError
 from gptfl_dist.learning.augment import augment
 from gptfl_dist.learning.data import ImageSet
@@ -24,8 +28,11 @@ from gptfl_dist.learning.descent import Descent
 from gptfl_dist.learning.device import resolve_device
 from gptfl_dist.learning.group import ALONE, Group
 from gptfl_dist.learning.models import head_of, logits
+from gptfl_dist.learning.moon import Contrast
 from gptfl_dist.learning.parallel import shared
 from gptfl_dist.learning.preprocess import normalise
+from gptfl_dist.learning.proximal import Proximal
+from gptfl_dist.learning.scaffold import Control
 from gptfl_dist.learning.seeding import derive_seed, deterministic
 
 
@@ -39,11 +46,14 @@ def train(
     device: str,
     progress: Callable[[int, int], None],
     group: Group = ALONE,
+    control: Control | None = None,
+    previous: nn.Module | None = None,
 ) -> dict[str, float]:
     """Trains `model` in place and leaves it on the device: `settings.epochs` epochs over `data`, shuffled by `seed`.
 
     Every rank of the group calls it with the same model and data and has the same result.
-    Sets torch's threads and global seeds (see `deterministic`). `progress(done, total)` counts batches.
+    Sets torch's threads and global seeds (see `deterministic`). `progress(done, total)` counts batches. `control` is
+    SCAFFOLD's, which is brought up to date; `previous` the silo's own model of its last round, for MOON.
     Returns `train_loss` (mean of the last epoch), `samples` (of the data set) and `seconds`.
     Raises TrainerError where the loss is no longer finite, DataError where there is no data.
     """
@@ -57,7 +67,9 @@ def train(
     model.eval()
     trained.train()
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    received = [parameter.detach().clone() for parameter in parameters] if settings.proximal else []
+    proximal = Proximal(parameters, settings.proximal) if settings.proximal else None
+    if control is not None:
+        control.start(parameters)
     optimiser = Descent(
         parameters,
         learning_rate=settings.learning_rate,
@@ -68,7 +80,11 @@ def train(
     warping = torch.Generator().manual_seed(derive_seed(seed, "augment"))
     total = settings.epochs * batch_count(len(data), settings.batch_size)
     done = 0
-    with shared(model, parameters, group) as share:
+    with ExitStack() as stack:
+        contrast = None
+        if previous is not None and settings.contrastive and settings.trained == "all":
+            contrast = stack.enter_context(Contrast(model, previous, settings.contrastive, settings.temperature))
+        share = stack.enter_context(shared(model, parameters, group))
         for _ in range(settings.epochs):
             epoch_loss = 0.0
             for chosen in batches(len(data), settings.batch_size, shuffling):
@@ -78,6 +94,8 @@ def train(
                     images = augment(images, warping, batch=len(chosen), part=part)
                 labels = data.labels[chosen[part]].to(target)
                 loss = F.cross_entropy(logits(share.network, images), labels) * factor
+                if contrast is not None:
+                    loss = loss + contrast.loss(images) * factor
                 value = share.mean(loss)
                 if not math.isfinite(value):
                     raise TrainerError(
@@ -87,31 +105,23 @@ def train(
                     )
                 optimiser.zero_grad()
                 loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
-                if settings.proximal:
-                    _pull_back(parameters, received, settings.proximal)
+                if proximal is not None:
+                    proximal.add()
                 if settings.clip_norm is not None:
                     torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+                if control is not None:
+                    control.correct()
                 optimiser.step()
                 epoch_loss += value * len(chosen)
                 done += 1
                 progress(done, total)
+    if control is not None:
+        control.finish(settings.learning_rate)
     return {
         "train_loss": epoch_loss / len(data),
         "samples": float(len(data)),
         "seconds": time.monotonic() - started,
     }
-
-
-def _pull_back(parameters: list[nn.Parameter], received: list[torch.Tensor], strength: float) -> None:
-    """Adds the gradient of mu / 2 * ||w - w_received||^2 (FedProx, arXiv:1812.06127, equation 2)."""
-    for parameter, anchor in zip(parameters, received, strict=True):
-        pull = (parameter.detach() - anchor) * strength
-        parameter.grad = pull if parameter.grad is None else parameter.grad + pull
-
-
-def batch_count(samples: int, batch_size: int) -> int:
-    """How many batches `batches` gives."""
-    return max(1, samples // batch_size + (samples % batch_size > 1))
 
 
 def batches(samples: int, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gptfl_dist.config.federation import Pretraining, Task
+from gptfl_dist.config.plan import batch_count
 from gptfl_dist.errors import TrainerError
 from gptfl_dist.learning.augment import augment
 from gptfl_dist.learning.checkpoint import Checkpoint, State, unpack
@@ -25,7 +26,7 @@ from gptfl_dist.learning.data import ImageSet, split
 from gptfl_dist.learning.device import resolve_device
 from gptfl_dist.learning.evaluate import evaluate
 from gptfl_dist.learning.group import ALONE, Group
-from gptfl_dist.learning.local import batch_count, batches
+from gptfl_dist.learning.local import batches
 from gptfl_dist.learning.models import logits
 from gptfl_dist.learning.parallel import shared
 from gptfl_dist.learning.preprocess import normalise

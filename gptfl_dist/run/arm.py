@@ -119,10 +119,12 @@ class ArmRun:
 
     def order(self, kind: Kind, nonce: str, round_: int, given: str, follows: str) -> Order:
         """An order of a round of this arm; `follows` is the nonce of the silo's last committed update before."""
-        training = None
-        if kind == "train":
-            training = LocalTraining.of(self._file, self.plan.learning_rate, round_)
+        training = self.training(round_) if kind == "train" else None
         return Order(kind, nonce, self.plan.name, round_, given, self._seconds, training, follows, self._epoch)
+
+    def training(self, round_: int) -> LocalTraining:
+        """What silos that are called on in a round are ordered to do."""
+        return LocalTraining.of(self._file, self.plan.learning_rate, round_)
 
     def begin_counting(self, traffic: Traffic) -> None:
         """From now on time counts for the round; bytes do since the round before was closed."""

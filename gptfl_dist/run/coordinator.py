@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from gptfl_dist import __version__
+from gptfl_dist.aggregation.rules import rule_of
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import load_federation
 from gptfl_dist.errors import ConfigError, DataError, GptflError, Interrupted, RunAborted, StorageError, first_line
@@ -114,7 +116,8 @@ async def coordinate(
     """Runs the federation file at `path` to its end.
 
     `opened` is called once the exchange takes silos, with a function that ends the federation with an error; `say`
-    shows a line to the operator. Raises what stops a run; the same call then goes on from there.
+    shows a line to the operator. Raises what stops a run; the same call then goes on from there. Of the processes of a
+    run this one alone imports the code that strategy.rule names.
     """
     file = load_federation(path)
     if file.test_data is not None and not file.test_data.exists():  # not to be found out after hours of synthesis
@@ -122,6 +125,9 @@ async def coordinate(
             f"the data {file.test_data} does not exist", hint=f"check test_data in {path}: it is relative to that file"
         )
     use_at_rest(file.at_rest, file.run_folder)
+    if ":" in file.strategy.rule:
+        sys.path.insert(0, str(path.absolute().parent))  # it may name a module that lies beside the file
+    rule_of(file.strategy)  # not to be found out after hours either
     ledger = Ledger(file.run_folder, request_of(path, file), durable=file.durability == "power")
     try:
         auditor = auditing.Auditor(ledger)

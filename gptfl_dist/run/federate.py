@@ -40,6 +40,7 @@ from gptfl_dist.ledger.records import ArmRecord, RoundRecord
 from gptfl_dist.ledger.requests import LOOK_EVERY, paused_since
 from gptfl_dist.ledger.store import Ledger
 from gptfl_dist.observe.live import Standing
+from gptfl_dist.run.aggregate import state_of
 from gptfl_dist.run.arm import (
     ArmPlan,
     ArmRun,
@@ -78,10 +79,10 @@ class Federator:
         self.watcher = watcher
         self._silos = tuple(sorted(entry.name for entry in file.silos))
         down = Codec(file.compression.down)
-        self._hand_out = HandOut(ledger.folder / "handed-out", ledger.weights_path, layout, down)
+        self._hand_out = HandOut(ledger.folder / "handed-out", ledger.weights_path, layout, down, file.strategy)
         self._inbox = Inbox(
             folder=ledger.folder / "spools",
-            layout=layout,
+            layout=self._hand_out.layout,
             codec=Codec(file.compression.up, file.compression.top_share),
             max_samples={entry.name: entry.max_samples for entry in file.silos},
             commit=self._commit,
@@ -109,7 +110,7 @@ class Federator:
         run = self.ledger.fact("run") or secrets.token_hex(8)
         self.ledger.set_fact("run", run)
         self.ledger.set_fact("transport", self.exchange.transport)
-        await self.exchange.open(Welcome(run, Plan.of(self.file), self.layout, self._epoch))
+        await self.exchange.open(Welcome(run, Plan.of(self.file), self._hand_out.layout, self._epoch))
         self._pump = asyncio.create_task(self._pump_events())
         self._paused = paused_since(self.ledger) is not None
         self._requests = asyncio.create_task(self._look_for_requests())
@@ -157,7 +158,7 @@ class Federator:
             owed = {silo: order.round for silo, order in arm.orders.items() if silo not in delivered}
             if unfinished is not None:
                 self.watcher.note(f"going on in round {unfinished.round} of {plan.name}")
-                given = await self._hand_out.prepare(unfinished.base)
+                given = await self._handed_out(unfinished.round, unfinished.base)
                 arm.open_round(unfinished.round, unfinished.base, given, unfinished.cohort)
                 arm.spent_before = (unfinished.seconds or 0.0, unfinished.bytes_down or 0, unfinished.bytes_up or 0)
                 failed = {order.silo: order.failure for order in unfinished.orders if order.failure is not None}
@@ -223,7 +224,7 @@ class Federator:
         """Takes the orders of an interrupted run over, under their old nonces. Returns the round of those delivered."""
         delivered: dict[str, int] = {}
         for round_, told in record.pending:
-            given = await self._hand_out.prepare(round_.base)
+            given = await self._handed_out(round_.round, round_.base)
             follows = record.last_committed(told.silo, round_.round)
             order = arm.orders[told.silo] = arm.order("train", told.nonce, round_.round, given, follows)
             if not told.digest or self._reducing is not None:  # an update that was reported lay in its silo's memory
@@ -236,6 +237,10 @@ class Federator:
                 self.ledger.note("update lost", {**lost, "digest": told.digest})
                 self._inbox.expect(told.silo, order)
         return delivered
+
+    async def _handed_out(self, round_: int, base: str) -> str:
+        """The digest of what the silos get of a round's weights."""
+        return await self._hand_out.prepare(base, state_of(self.ledger, round_, base))
 
     async def _publish(self, arm: ArmRun) -> None:
         """Makes the weights available that open orders and the round start from, and no others."""
@@ -260,7 +265,7 @@ class Federator:
                 base = self.record(plan.name).weights_of(command.round - 1)
                 nonces = _nonces(command.cohort)
                 ledger.open_round(plan.name, command.round, command.kind, base, command.cohort, nonces)
-                arm.open_round(command.round, base, await self._hand_out.prepare(base), command.cohort)
+                arm.open_round(command.round, base, await self._handed_out(command.round, base), command.cohort)
                 self._enlist(arm, command.kind, nonces)
             self._assembled = True
             arm.begin_counting(self.exchange.traffic)

@@ -23,6 +23,7 @@ from gptfl_dist.launch.base import Progress
 from gptfl_dist.run.silo import Result, require_layout
 from gptfl_dist.run.threads import ended
 from gptfl_dist.weights import Layout
+from gptfl_dist.weights.kept import NOTHING_KEPT, KeptFiles
 
 if TYPE_CHECKING:
     from gptfl_dist.run.trainer import Trainer
@@ -69,7 +70,9 @@ class InProcessRunner:
 
         return Trainer(plan, self._silo, self._folder)
 
-    async def run(self, order: Order, weights: Path, update: Path, progress: Progress) -> Result:
+    async def run(
+        self, order: Order, weights: Path, update: Path, progress: Progress, kept: KeptFiles = NOTHING_KEPT
+    ) -> Result:
         loop = asyncio.get_running_loop()
 
         def report(done: int, total: int) -> None:

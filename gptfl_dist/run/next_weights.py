@@ -2,7 +2,8 @@
 
 Where it is known which updates will count, the work begins when the last of them is announced, and follows it as it
 arrives: little is left to do once it is there. What was made so counts only if in the end just these updates are to be
-counted, each as it was read; otherwise it is made anew. Either way the same blocks are added in the same order.
+counted, each as it was read; otherwise it is made anew. Either way the same blocks are added in the same order. A rule
+that reads updates more than once waits until all are there.
 """
 
 from __future__ import annotations
@@ -11,13 +12,11 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gptfl_dist.aggregation.mean import weighted_mean
-from gptfl_dist.aggregation.server import stepping
-from gptfl_dist.aggregation.shares import shares
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.errors import GptflError
 from gptfl_dist.exchange.inbox import Followed, Inbox, Overtaken
 from gptfl_dist.ledger.store import Ledger
+from gptfl_dist.run.aggregate import Aggregation
 from gptfl_dist.run.arm import ArmRun
 from gptfl_dist.run.threads import ended, to_its_end
 from gptfl_dist.weights import FlatReader, Layout
@@ -45,7 +44,9 @@ class NextWeights:
     """
 
     def __init__(self, file: FederationFile, layout: Layout, ledger: Ledger, inbox: Inbox) -> None:
-        self._file, self._layout, self._ledger, self._inbox = file, layout, ledger, inbox
+        """Raises ModelError where the strategy's rule is code that cannot be imported."""
+        self._file, self._ledger, self._inbox = file, ledger, inbox
+        self._aggregation = Aggregation(file, layout, ledger)
         self._arm: ArmRun | None = None
         self._ahead: _Ahead | None = None
 
@@ -57,7 +58,7 @@ class NextWeights:
     def begin(self) -> None:
         """Begins if every update that the open round will count has been announced."""
         arm, rules = self._arm, self._file.federation
-        if arm is None or rules.mode != "synchronous" or rules.late != "drop":
+        if arm is None or rules.mode != "synchronous" or rules.late != "drop" or not self._aggregation.reads_once:
             return
         if self._ahead is not None and (self._ahead.useful or not self._ahead.digest.done()):
             return
@@ -70,7 +71,7 @@ class NextWeights:
         def make() -> str | None:
             try:
                 updates = {silo: update.decoded() for silo, update in followed.items()}
-                return self._write(arm, updates, self._shares(arm, samples, dict.fromkeys(samples, arm.round)))
+                return self._aggregation.of(arm, updates, samples, dict.fromkeys(samples, arm.round))
             except (Overtaken, GptflError):  # an error that stays is met again by `make`
                 return None
 
@@ -89,12 +90,11 @@ class NextWeights:
             digest = await asyncio.shield(self._ahead.digest)
         await self.stop()
         if digest is None:
-            updates: Mapping[str, FlatReader]
             if reduced is not None:
-                updates, weights = {"": reduced}, {"": 1 / sum(samples.values())}
+                digest = await to_its_end(self._aggregation.of_sum, arm, reduced, samples)
             else:
-                updates, weights = self._inbox.updates(tuple(counted)), self._shares(arm, samples, counted)
-            digest = await to_its_end(self._write, arm, updates, weights)
+                updates = self._inbox.updates(tuple(counted))
+                digest = await to_its_end(self._aggregation.of, arm, updates, samples, counted)
         self._ledger.keep_state(digest)
         return digest
 
@@ -117,17 +117,3 @@ class NextWeights:
             for order in rounds[given].orders
             if counted.get(order.silo) == given and order.samples is not None
         }
-
-    def _shares(self, arm: ArmRun, samples: Mapping[str, int], counted: Mapping[str, int]) -> dict[str, float]:
-        staleness = {silo: arm.round - given for silo, given in counted.items()}
-        return shares(samples, staleness, self._file.federation.staleness)
-
-    def _write(self, arm: ArmRun, updates: Mapping[str, FlatReader], weights: Mapping[str, float]) -> str:
-        """Adds the updates, each times its weight, and steps. Returns the digest of the next weights."""
-        ledger = self._ledger
-        old = ledger.state_path(arm.base) if arm.round > 1 else None
-        with stepping(
-            self._file.strategy, self._layout, old, ledger.incoming_state, durable=ledger.durable
-        ) as optimizer:
-            blocks = weighted_mean(self._layout, arm.weights, updates, weights, optimizer.step)
-            return ledger.add_weights(self._layout, blocks)

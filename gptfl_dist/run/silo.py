@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import random
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -36,8 +36,10 @@ from gptfl_dist.launch.base import Progress, TrainerLine, unheard
 from gptfl_dist.launch.folder import Message
 from gptfl_dist.run.freshness import Freshness
 from gptfl_dist.run.threads import ended, to_its_end
-from gptfl_dist.weights import BLOCK, Codec, Layout, WeightsFile, overwrite_weights
+from gptfl_dist.weights import Codec, Layout, WeightsFile, overwrite_weights
 from gptfl_dist.weights.feedback import Residuals
+from gptfl_dist.weights.file import blocks
+from gptfl_dist.weights.kept import NOTHING_KEPT, KeptFiles, KeptFolder
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +85,15 @@ def require_layout(expected: Layout, built: Layout) -> None:
         )
 
 
+def require_built_in(silo: SiloFile, plan: Plan) -> None:
+    """Raises PolicyError where a strategy wants more of the training than a script of the silo's own does."""
+    if silo.code is not None and silo.code.script is not None and plan.kept:
+        raise PolicyError(
+            f"the strategy keeps {' and '.join(plan.kept)} from round to round, and code.script does not",
+            hint="leave code.script out, or ask the coordinator for a strategy that needs the update alone",
+        )
+
+
 class OrderRunner(Protocol):
     """Carries out orders: a trainer process, or the trainer in this very process.
 
@@ -97,8 +108,10 @@ class OrderRunner(Protocol):
         A trainer that would wait in a queue for it is set up with its first order, and an error comes with that.
         """
 
-    async def run(self, order: Order, weights: Path, update: Path, progress: Progress) -> Result:
-        """Trains or evaluates."""
+    async def run(
+        self, order: Order, weights: Path, update: Path, progress: Progress, kept: KeptFiles = NOTHING_KEPT
+    ) -> Result:
+        """Trains or evaluates, from what was kept of an earlier update."""
 
     async def finish(self) -> None:
         """Lets the trainer end by itself: the federation is over."""
@@ -126,16 +139,20 @@ class ProcessRunner:
         self._run = ""
 
     async def setup(self, run: str, plan: Plan, layout: Layout) -> None:
+        require_built_in(self._silo, plan)
         self._run, self._plan, self._layout = run, plan, layout
         await self._trainer.stop()
         if self._silo.launch.how != "slurm":
             await self._persist(lambda: self._start(unheard), unheard)
 
-    async def run(self, order: Order, weights: Path, update: Path, progress: Progress) -> Result:
+    async def run(
+        self, order: Order, weights: Path, update: Path, progress: Progress, kept: KeptFiles = NOTHING_KEPT
+    ) -> Result:
         message: Message = {"type": order.kind, "weights": str(weights)}
         if order.training is not None:
             training = order.training.model_dump(mode="json")
             message |= {"update": str(update), "round": order.round, "training": training}
+        message |= {name: str(path) for name, path in (("kept", kept.before), ("keep", kept.after)) if path is not None}
 
         async def attempt() -> Message:
             if not self._trainer.running:
@@ -192,7 +209,7 @@ class Silo:
     def __init__(
         self, *, silo: SiloFile, exchange: SiloExchange, runner: OrderRunner, folder: Path, fresh: Freshness | None
     ) -> None:
-        """`folder` takes the received weights, the update, and what its encoding lost.
+        """`folder` takes the received weights, the update, and what its encoding lost, and what is kept of it.
 
         `fresh` refuses orders that go back; None where silo and coordinator are one owner's, whose ledger is believed.
         """
@@ -206,6 +223,7 @@ class Silo:
         self._received = folder / "received.safetensors"  # encoded, where weights are
         self._encoded = folder / "encoded.safetensors"  # the encoded update, where updates are
         self._residuals = Residuals(folder / "residuals")
+        self._kept = KeptFolder(folder / "kept")
         self._up = self._down = Codec("none")
         self._held = ""  # digest of what lies in `_weights`
         self._layout: Layout | None = None
@@ -335,8 +353,9 @@ class Silo:
                     await to_its_end(self._fresh.check, self._welcome, order)
                 self._guard.check(order)
                 await self._fetch(order)
+                kept = self._kept_of(order)
                 result = await asyncio.wait_for(
-                    self._runner.run(order, self._weights, self._update, self._progress_of(order)), self._seconds
+                    self._runner.run(order, self._weights, self._update, self._progress_of(order), kept), self._seconds
                 )
                 if order.kind == "train" and self._up.name != "none":
                     result = replace(result, digest=await to_its_end(self._encode, order))
@@ -365,19 +384,17 @@ class Silo:
                 await to_its_end(self._decode, self._layout)
             self._held = order.base
 
+    def _kept_of(self, order: Order) -> KeptFiles:
+        """What the silo keeps from one of its updates to the next, as far as the strategy needs it."""
+        assert self._welcome is not None
+        if not self._welcome.plan.kept:
+            return NOTHING_KEPT
+        return self._kept.of(order.follows, order.nonce if order.kind == "train" else None)
+
     def _decode(self, layout: Layout) -> None:
         """Makes the weights that are trained from of those that were received."""
         with WeightsFile(self._received) as received:
-            weights = self._down.decoded(layout, received)
-            buffer = memoryview(bytearray(BLOCK))
-
-            def blocks() -> Iterator[memoryview]:
-                for start in range(0, layout.nbytes, BLOCK):
-                    block = buffer[: layout.nbytes - start]
-                    weights.read_into(start, block)
-                    yield block
-
-            overwrite_weights(self._weights, layout, blocks())
+            overwrite_weights(self._weights, layout, blocks(self._down.decoded(layout, received), layout.nbytes))
 
     def _encode(self, order: Order) -> str:
         """Encodes the update of an order; returns the digest of what is to be sent."""
@@ -385,8 +402,8 @@ class Silo:
         with WeightsFile(self._update) as update:
             if self._welcome.plan.compression.error_feedback:
                 return self._residuals.encode(self._up, update, self._encoded, nonce=order.nonce, follows=order.follows)
-            blocks = self._up.encode(update.layout, update)
-            return overwrite_weights(self._encoded, self._up.layout(update.layout), blocks)
+            encoded = self._up.encode(update.layout, update)
+            return overwrite_weights(self._encoded, self._up.layout(update.layout), encoded)
 
     async def _answer(self, order: Order, result: Result) -> bool:
         """Whether the answer was taken."""

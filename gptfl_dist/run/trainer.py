@@ -3,7 +3,8 @@
     python -m gptfl_dist.run.trainer      (started by the agent, never by hand)
 
 `Trainer` holds model and data for the whole run. The program serves it over the channel. Nothing but the weights goes
-from one round to the next.
+from one round to the next, and what the strategy keeps at the silo (`kept` of the plan): that lies in a file, which the
+agent names with the order.
 
 Started as several processes (see `gptfl_dist.learning.group`), they train data-parallel. Rank 0 alone has the channel,
 reads the weights and writes the update; each rank reads the data. Rank 0 passes every message on, and while the agent
@@ -40,13 +41,13 @@ from gptfl_dist.learning.data import load_images, split
 from gptfl_dist.learning.device import resolve_device
 from gptfl_dist.learning.evaluate import evaluate
 from gptfl_dist.learning.group import ALONE, RENDEZVOUS, Group, open_group, told_by_launcher
+from gptfl_dist.learning.keeping import Keeping, bind
 from gptfl_dist.learning.local import train
 from gptfl_dist.learning.models import build_model
 from gptfl_dist.learning.seeding import derive_seed, deterministic
 from gptfl_dist.observe.logs import to_stderr
 from gptfl_dist.run.at_rest import use_at_rest
 from gptfl_dist.weights import Layout
-from gptfl_dist.weights.flat import FlatModel
 
 _log = logging.getLogger("gptfl_dist.run.trainer")  # of which __name__ is __main__ in its own process
 _PATIENCE = timedelta(minutes=10)  # that a rank has for another in one step of the training
@@ -55,11 +56,13 @@ _SILENCE = 5.0  # seconds until rank 0 tells the others that there is no message
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a training returned: BLAKE3 of the update file, training samples, metrics of received and new weights."""
+    """What a training returned: BLAKE3 of the update file, training samples, metrics of received and new weights, and
+    BLAKE3 of the file of what is kept of it."""
 
     digest: str
     samples: int
     metrics: Mapping[str, float]
+    kept: str = ""
 
 
 class Trainer:
@@ -84,8 +87,10 @@ class Trainer:
         data = load_images(silo.data, plan.task, plan.labels)
         seed = derive_seed(plan.seed, "validation", silo.name)
         self._training, self._validation = split(data, silo.data.validation_share, seed)
-        model = build_model(_model_of(plan, silo), plan.task, len(plan.labels), plan.seed)
-        self.flat = FlatModel(model.to(self._device))
+        model = build_model(_model_of(plan, silo), plan.task, len(plan.labels), plan.seed).to(self._device)
+        self.flat = bind(model, plan.kept)
+        self._keeping = Keeping(self.flat, plan.kept) if plan.kept else None
+        self._require_terms()
         _log.info(
             "%s: device %s, %d samples to train on, %d to validate, %s parameters",
             *(silo.name, self._device, self.samples, len(self._validation), f"{self.layout.parameters:,}"),
@@ -130,16 +135,19 @@ class Trainer:
         weights: Path | torch.Tensor,
         update: Path | None,
         progress: Callable[[int, int], None],
+        kept: Path | None = None,
+        keep: Path | None = None,
     ) -> Trained:
         """Evaluates the received weights on the validation part, trains, and writes the update.
 
-        Seeded by (run seed, round, silo). Without `update` nothing is written: `flat` holds what was trained. Of a
-        group rank 0 alone reads the weights and writes; the others return no digest.
+        Seeded by (run seed, round, silo). Without `update` nothing is written: `flat` holds what was trained. `kept` is
+        what the silo kept of its last update that counts, None where there is none; what it keeps of this one goes to
+        `keep`. Of a group rank 0 alone reads the weights and writes; the others return no digest.
         """
         _log.info(
             "round %d: %d epochs on %d samples, threads %d", round_, settings.epochs, self.samples, settings.threads
         )
-        received = self.evaluate(weights, settings.threads)
+        received = self.evaluate(weights, settings.threads, kept)
         seed = derive_seed(self._plan.seed, "train", round_, self._name)
         metrics = self._train(
             self.flat.model,
@@ -149,7 +157,8 @@ class Trainer:
             seed=seed,
             device=self._device,
             progress=progress,
-            **({"group": self._group} if _takes_group(self._train) else {}),
+            **({"group": self._group} if _takes("group", self._train) else {}),
+            **({} if self._keeping is None else self._keeping.terms()),
         )
         if not isinstance(metrics, dict):
             raise TrainerError(
@@ -157,15 +166,22 @@ class Trainer:
                 hint='return for example {"train_loss": 0.3}',
             )
         self._check_bound()
-        digest = ""
+        if self._keeping is not None:
+            self._keeping.note()
+        digest = kept_digest = ""
         if update is not None and self._group.leader:
             assert isinstance(weights, Path)
+            if keep is not None and self._keeping is not None:
+                kept_digest = self._keeping.save(keep)
             digest = self.flat.save_update(weights, update)
         told = {name: float(value) for name, value in metrics.items()}
-        return Trained(digest, self.samples, {**told, **received.metrics})
+        return Trained(digest, self.samples, {**told, **received.metrics}, kept_digest)
 
-    def evaluate(self, weights: Path | torch.Tensor, threads: int = 1) -> Trained:
-        """Loads weights from a file or a flat buffer, evaluates them on the validation part. The digest is empty."""
+    def evaluate(self, weights: Path | torch.Tensor, threads: int = 1, kept: Path | None = None) -> Trained:
+        """Loads weights from a file or a flat buffer, evaluates them on the validation part. The digest is empty.
+
+        `kept` is what the silo kept of its last update, if there is something.
+        """
         deterministic(0, threads)
         self._check_bound()
         with _agreed(self._group):
@@ -173,9 +189,22 @@ class Trainer:
                 self.flat.take(weights)
             elif self._group.leader:
                 self.flat.load(weights)
+            if self._group.leader and self._keeping is not None:
+                self._keeping.read(kept)
         self._group.copy(self.flat.buffer)
+        if self._keeping is not None:
+            self._keeping.share(self._group)
         result = evaluate(self.flat.model, self._validation, self._plan.task, device=self._device, group=self._group)
         return Trained("", self.samples, {"accuracy": result.accuracy, "loss": result.loss})
+
+    def _require_terms(self) -> None:
+        """Raises PolicyError where the silo's own training function leaves out what the strategy asks for."""
+        for what in ("control", "previous"):
+            if what in self._plan.kept and not _takes(what, self._train):
+                raise PolicyError(
+                    f"code.function takes no argument `{what}`, which the federation's strategy needs",
+                    hint="take it and use it as gptfl_dist.learning.local does, or train with the built-in function",
+                )
 
     def _check_bound(self) -> None:
         """Weights loaded into a model whose tensors were replaced would not reach it; its update would be zero."""
@@ -222,7 +251,7 @@ def _check_folder(source: str) -> None:
 def _function_of(name: str, group: Group) -> Callable[..., dict[str, float]]:
     """The silo's own training function. Raises PolicyError where it does not know of the group's other ranks."""
     function = import_function(name, "code.function")
-    if group.size > 1 and not _takes_group(function):
+    if group.size > 1 and not _takes("group", function):
         raise PolicyError(
             f"code.function {name} takes no argument `group`, and this silo trains with {group.size} ranks",
             hint="each rank would train by itself; share out the batches as gptfl_dist.learning.parallel does and take "
@@ -231,8 +260,8 @@ def _function_of(name: str, group: Group) -> Callable[..., dict[str, float]]:
     return function
 
 
-def _takes_group(function: Callable[..., object]) -> bool:
-    return "group" in inspect.signature(function).parameters
+def _takes(argument: str, function: Callable[..., object]) -> bool:
+    return argument in inspect.signature(function).parameters
 
 
 @contextmanager
@@ -288,6 +317,7 @@ def _serve(group: Group, channel: TrainerEnd | None) -> None:
             else:
                 assert trainer is not None
                 weights = Path(message["weights"])
+                kept = Path(message["kept"]) if "kept" in message else None
                 if message["type"] == "train":
                     result = trainer.train(
                         round_=message["round"],
@@ -295,11 +325,14 @@ def _serve(group: Group, channel: TrainerEnd | None) -> None:
                         weights=weights,
                         update=Path(message["update"]),
                         progress=report,
+                        kept=kept,
+                        keep=Path(message["keep"]) if "keep" in message else None,
                     )
                 else:
-                    result = trainer.evaluate(weights)
+                    result = trainer.evaluate(weights, kept=kept)
                 metrics = dict(result.metrics)
                 answer = {"type": "result", "digest": result.digest, "samples": result.samples, "metrics": metrics}
+                answer["keep_digest"] = result.kept
         except RankLost:
             raise
         except GptflError as error:

@@ -17,6 +17,7 @@ from gptfl_dist.federation.orders import Order
 from gptfl_dist.launch.base import Progress
 from gptfl_dist.run.silo import Result
 from gptfl_dist.weights import Layout, write_weights
+from gptfl_dist.weights.kept import NOTHING_KEPT, KeptFiles
 
 __all__ = ["Fault", "MemoryCoordinatorExchange", "MemoryNetwork", "MemorySiloExchange", "ScriptedTrainer"]
 
@@ -41,7 +42,9 @@ class ScriptedTrainer:
     async def setup(self, run: str, plan: Plan, layout: Layout) -> None:
         pass
 
-    async def run(self, order: Order, weights: Path, update: Path, progress: Progress) -> Result:
+    async def run(
+        self, order: Order, weights: Path, update: Path, progress: Progress, kept: KeptFiles = NOTHING_KEPT
+    ) -> Result:
         self.orders.append(order)
         flat, metrics = self._script(order)
         digest = write_weights(update, self._layout, [flat]) if order.kind == "train" else ""

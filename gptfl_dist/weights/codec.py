@@ -25,7 +25,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from gptfl_dist.errors import ProtocolError
-from gptfl_dist.weights.file import FlatReader
+from gptfl_dist.weights.file import FlatReader, blocks
 from gptfl_dist.weights.layout import FLOATS, ITEM_SIZE, Layout, Segment
 from gptfl_dist.weights.numbers import Numbers, narrow, numbers
 
@@ -183,8 +183,11 @@ class Codec:
         changed = [piece for piece in self._encoded(plain)[0] if piece.form is not None]
         return Layout.of((_name(n), (p.count,), _wide(p.segment.dtype)) for n, p in enumerate(changed))
 
-    def encode(self, plain: Layout, source: FlatReader) -> Iterator[bytes]:
+    def encode(self, plain: Layout, source: FlatReader) -> Iterator[bytes | memoryview]:
         """The encoded form of a flat buffer as consecutive blocks."""
+        if self.name == "none":
+            yield from blocks(source, plain.nbytes)
+            return
         for piece, start, stop in _steps(self._encoded(plain)[0]):
             data = _raw(piece.segment, source, start, stop)
             yield data if piece.form is None else piece.form.encode(_held(_widened(data, piece.segment.dtype), piece))

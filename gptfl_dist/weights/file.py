@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -35,12 +35,19 @@ class FlatReader(Protocol):
 
 def digest_of(reader: FlatReader, size: int) -> str:
     """BLAKE3 of a flat buffer of `size` bytes, in hex."""
-    hasher, memory = blake3(), memoryview(bytearray(min(BLOCK, size)))
+    hasher = blake3()
+    for block in blocks(reader, size):
+        hasher.update(block)
+    return hasher.hexdigest()
+
+
+def blocks(reader: FlatReader, size: int) -> Iterator[memoryview]:
+    """A flat buffer of `size` bytes block by block, each in the same memory."""
+    memory = memoryview(bytearray(min(BLOCK, size)))
     for offset in range(0, size, BLOCK):
         block = memory[: size - offset]
         reader.read_into(offset, block)
-        hasher.update(block)
-    return hasher.hexdigest()
+        yield block
 
 
 class WeightsFile:

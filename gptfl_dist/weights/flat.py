@@ -1,12 +1,13 @@
 """A PyTorch model whose parameters and buffers are views into one flat buffer.
 
 Loading weights is then one read into the buffer, and an update is one subtraction, whatever the number of tensors.
+Tensors that are no part of the model can lie beside it in the buffer, and go where it goes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -36,8 +37,12 @@ def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def layout_of(model: nn.Module) -> Layout:
     """The layout of a model's parameters and persistent buffers. Raises ModelError for an unsupported dtype."""
+    return _layout(_named_tensors(model))
+
+
+def _layout(named: Mapping[str, torch.Tensor]) -> Layout:
     triples = []
-    for name, tensor in _named_tensors(model).items():
+    for name, tensor in named.items():
         if tensor.dtype not in _NAMES:
             raise ModelError(f"tensor {name} has dtype {tensor.dtype}, expected one of {', '.join(_DTYPES)}")
         triples.append((name, tuple(tensor.shape), _NAMES[tensor.dtype]))
@@ -60,10 +65,12 @@ def _square(numbers: torch.Tensor) -> float:
 class FlatModel:
     """Binds a model to one flat buffer: a uint8 tensor of `layout.nbytes` on the model's device."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, beside: Mapping[str, torch.Tensor] | None = None) -> None:
+        """`beside` names tensors on the same device that are to lie in the buffer too."""
         self.model = model
-        self.layout = layout_of(model)
-        named = _named_tensors(model)
+        self.beside = dict(beside or {})
+        named = self._named()
+        self.layout = _layout(named)
         device = next((tensor.device for tensor in named.values()), torch.device("cpu"))
         self.buffer = torch.empty(self.layout.nbytes, dtype=torch.uint8, device=device)
         for spec in self.layout.tensors:
@@ -71,10 +78,13 @@ class FlatModel:
             view.copy_(named[spec.name].detach())
             named[spec.name].data = view
 
+    def _named(self) -> dict[str, torch.Tensor]:
+        return {**_named_tensors(self.model), **self.beside}
+
     @property
     def bound(self) -> bool:
         """False once tensors of the model lie elsewhere, as after `model.to(device)` or `model.half()`."""
-        named, start = _named_tensors(self.model), self.buffer.data_ptr()
+        named, start = self._named(), self.buffer.data_ptr()
         return all(
             spec.name in named and named[spec.name].data_ptr() == start + spec.offset
             for spec in self.layout.tensors

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from gptfl_dist.aggregation.mean import narrow, numbers
 from gptfl_dist.aggregation.server import advance, first_moments, stepping
-from gptfl_dist.config.federation import Strategy
+from gptfl_dist.config.strategy import Strategy
 from gptfl_dist.errors import StorageError
 from gptfl_dist.weights import Layout, WeightsFile
 

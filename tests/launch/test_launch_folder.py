@@ -48,19 +48,23 @@ def test_weights_and_updates_pass_with_their_digests(tmp_path: Path, monkeypatch
     session = Session(tmp_path / "shared")
     monkeypatch.setenv(ENV, str(session.folder))
     trainer = TrainerEnd()
-    sent = session.send({"type": "train", "weights": str(tmp_path / "weights"), "update": str(tmp_path / "update")})
+    before = weights(tmp_path / "kept", 0.5)
+    asked = {"type": "train", **{name: str(tmp_path / name) for name in ("weights", "update", "kept", "keep")}}
+    sent = session.send(asked)
     order = trainer.receive()
-    assert Path(order["weights"]).parent == Path(order["update"]).parent == session.folder
-    with WeightsFile(Path(order["weights"])) as received:
-        assert received.digest() == digest
+    assert {Path(order[name]).parent for name in ("weights", "update", "kept", "keep")} == {session.folder}
+    for name, content in (("weights", digest), ("kept", before)):
+        with WeightsFile(Path(order[name])) as received:
+            assert received.digest() == content
 
-    update = weights(Path(order["update"]), 2.0)
-    trainer.send({"type": "result", "digest": update})
+    update, keep = weights(Path(order["update"]), 2.0), weights(Path(order["keep"]), 3.0)
+    trainer.send({"type": "result", "digest": update, "keep_digest": keep})
     answer = session.take()
     assert answer is not None
-    session.bring(sent, answer, tmp_path / "update")
-    with WeightsFile(tmp_path / "update") as brought:
-        assert brought.digest() == update
+    session.bring(asked, sent, answer)
+    for name, content in (("update", update), ("keep", keep)):
+        with WeightsFile(tmp_path / name) as brought:
+            assert brought.digest() == content
     session.clear(sent)
     assert not list(session.folder.glob("*.safetensors"))
 
@@ -86,12 +90,13 @@ def test_weights_that_are_shown_late_are_waited_for(tmp_path: Path, monkeypatch:
 def test_an_update_that_is_not_what_was_said_never_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_module, "VISIBLE_WITHIN", 0.2)
     session = Session(tmp_path / "shared")
+    asked = {"type": "train", "update": str(tmp_path / "update")}
     sent = {"type": "train", "update": str(session.folder / "update-1.safetensors")}
     with pytest.raises(StorageError, match="is not there"):
-        session.bring(sent, {"digest": "0" * 64}, tmp_path / "update")
+        session.bring(asked, sent, {"digest": "0" * 64})
     weights(Path(sent["update"]), 3.0)
     with pytest.raises(StorageError, match="another digest"):
-        session.bring(sent, {"digest": "0" * 64}, tmp_path / "update")
+        session.bring(asked, sent, {"digest": "0" * 64})
 
 
 def guarded(session: Path, limit: float, code: str, **environment: str) -> subprocess.Popen[str]:

@@ -5,6 +5,7 @@ parallel_program.py FILE
 
 from __future__ import annotations
 
+import copy
 import sys
 from datetime import timedelta
 
@@ -19,6 +20,8 @@ from gptfl_dist.learning.group import Group, open_group
 from gptfl_dist.learning.local import train
 from gptfl_dist.learning.models import build_model
 from gptfl_dist.learning.pretrain import pretrain
+from gptfl_dist.learning.scaffold import Control
+from gptfl_dist.weights.flat import layout_of
 
 TASK = Task(size=16)
 # 66 samples: the last batch of 32 has 2, fewer than three ranks.
@@ -72,6 +75,19 @@ def main(path: str, group: Group) -> None:
         model, settings = built(name), LOCAL.model_copy(update={"trained": trained})
         figures = train(model, data, settings, TASK, seed=1, device="cpu", progress=quiet, group=group)
         note(f"{name}-{trained}", model, figures["train_loss"], figures["samples"])
+    for name in ("scaffold", "moon"):
+        model = built("cnn")
+        layout, previous = layout_of(model), copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in previous.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
+        ours, own = (0.01 * torch.randn(layout.parameters, generator=draw) for _ in range(2))
+        control = Control(model, layout, ours, own) if name == "scaffold" else None
+        settings = LOCAL.model_copy(update={"momentum": 0.0, "contrastive": 2.0})
+        terms = {"control": control, "previous": None if control else previous}
+        figures = train(model, data, settings, TASK, seed=1, device="cpu", progress=quiet, group=group, **terms)
+        note(name, model, figures["train_loss"])
+        found[f"{name}-own"] = own
     model = built("cnn")
     central = Pretraining(epochs=2, batch_size=22, learning_rate=1e-3, threads=1, device="cpu")
     result = pretrain(model, data, central, TASK, seed=5, progress=quiet, group=group)

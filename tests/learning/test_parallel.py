@@ -29,7 +29,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Weights:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_ranks_of_a_group_come_to_the_weights_of_one(ranks: int, alone: Weights, tmp_path: Path) -> None:
-    """Whole model, head alone, batch norms, proximal term, clipping, warps, a last batch smaller than the group."""
+    """Whole model, head alone, batch norms, terms of strategies, clipping, warps, a batch smaller than the group."""
     together = weights_of(torchrun(ranks), tmp_path / "weights")
     assert together.keys() == alone.keys()
     for name, weights in together.items():

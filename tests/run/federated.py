@@ -113,6 +113,8 @@ class Notes:
 class World:
     """One run folder, a network, and the silos on it. Coordinators come and go."""
 
+    layout = LAYOUT
+
     def __init__(
         self,
         folder: Path,
@@ -207,7 +209,7 @@ class World:
         ledger = self.at_work = ledger or self.ledger()
         federator = Federator(
             file=self.file,
-            layout=LAYOUT,
+            layout=self.layout,
             ledger=ledger,
             evaluator=self.tester,  # type: ignore[arg-type]
             make_exchange=make_exchange or self.make_exchange,

@@ -58,6 +58,20 @@ def test_what_travels_is_told_and_what_is_thrown_away_is_doubted(tmp_path: Path)
     assert "99% of each update is lost" in found.found
 
 
+def test_it_is_told_how_many_malicious_silos_a_rule_bears(tmp_path: Path) -> None:
+    file = tiny_federation(tmp_path, silos=5, strategy={"rule": "trimmed_mean", "malicious": 2})
+    found = by_name(check_file(file))["strategy"]
+    assert (found.status, found.found) == (
+        "ok", "trimmed_mean of 5 updates or more, sgd; bears 2 malicious silo(s) a round",
+    )  # fmt: skip
+
+
+def test_the_control_variate_is_part_of_what_the_silos_model_is_held_against(tmp_path: Path) -> None:
+    file = tiny_federation(tmp_path, strategy={"rule": "scaffold"})
+    findings = by_name(check_file(file))
+    assert [(f.checked, f.found) for f in findings.values() if f.status != "ok"] == []
+
+
 def test_no_mistake_hides_another(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -78,6 +78,18 @@ def test_so_they_are_with_several_silos_a_rank_and_under_torchrun(
     command.wait_until_gone()
 
 
+def test_control_variates_travel_alike_over_grpc_and_mpi(gptfl: Commands, federation: Make) -> None:
+    strategy = {"strategy": {"rule": "scaffold"}, "epochs": 2}
+    found = []
+    for name in ("grpc", "mpi"):
+        mine = federation(name, **strategy)
+        command = gptfl.start("run", mine.path) if name == "grpc" else _start(gptfl, "mpi", 3, mine)
+        assert command.wait() == 0, command.stderr
+        (state,) = (mine.run_folder / "strategy").glob("*.safetensors")
+        found.append((mine.result(), state.read_bytes()))
+    assert found[0] == found[1]
+
+
 def test_four_silos_on_three_ranks_come_to_the_weights_of_five_ranks(gptfl: Commands, federation: Make) -> None:
     three, five = federation("three", silos=4, epochs=2), federation("five", silos=4, epochs=2)
     for ranks, each in ((3, three), (5, five)):

@@ -47,8 +47,12 @@ def test_torchrun_and_mpirun_change_no_weights(
     finish(gptfl.start("run", mine.path), mine, undisturbed)
 
 
-def test_a_silo_of_two_ranks_takes_part_over_grpc(gptfl: Commands, federation: Callable[..., Federation]) -> None:
-    settings: dict[str, Any] = {"epochs": 2, "federation": {**RULES, "rounds": 2}}
+@pytest.mark.parametrize("strategy", [{}, {"rule": "scaffold"}])
+def test_a_silo_of_two_ranks_takes_part_over_grpc(
+    gptfl: Commands, federation: Callable[..., Federation], strategy: dict[str, str]
+) -> None:
+    """With SCAFFOLD what it keeps from round to round goes to its job and comes back from it."""
+    settings: dict[str, Any] = {"epochs": 2, "federation": {**RULES, "rounds": 2}, "strategy": strategy}
     alone, mine = federation("alone", **settings), federation("mine", **settings)
     launched(mine, how="mpirun", mpirun={"command": MPIEXEC, "ranks": 2})
     for each in (alone, mine):

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from gptfl_dist.config.federation import Model
+from gptfl_dist.config.federation import Model, Task
 from gptfl_dist.config.load import load_federation, load_silo
 from gptfl_dist.config.plan import LocalTraining, Plan
-from gptfl_dist.errors import ModelError, TrainerError
+from gptfl_dist.config.silo import Code, SiloFile
+from gptfl_dist.errors import ModelError, PolicyError, TrainerError
+from gptfl_dist.run.silo import require_built_in
 from gptfl_dist.run.trainer import Trainer
 from gptfl_dist.testing.federations import tiny_federation
 
@@ -49,6 +51,30 @@ def test_a_training_function_that_replaces_the_tensors_sends_no_zero_update(
         with pytest.raises(TrainerError, match="replaced the model's tensors"):
             mine.train(round_=1, settings=SETTINGS, weights=weights, update=update, progress=lambda done, total: None)
     assert not update.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "argument"),
+    [({"strategy": {"rule": "scaffold"}}, "control"), ({"training": {"contrastive": 1.0}}, "previous")],
+)
+def test_a_training_function_that_leaves_the_strategys_term_out_is_refused(
+    settings: dict[str, Any], argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = tiny_federation(tmp_path, **settings)
+    (tmp_path / "plain_code.py").write_text(REBINDS)
+    silo = tmp_path / "silo-1.yaml"
+    silo.write_text(silo.read_text() + "code: {function: plain_code:local_training}\n")
+    with pytest.raises(PolicyError, match=f"takes no argument `{argument}`"):
+        Trainer(Plan.of(load_federation(path)), load_silo(silo), tmp_path)
+
+
+def test_a_script_of_ones_own_is_refused_where_the_strategy_keeps_something() -> None:
+    silo = SiloFile(name="s", code=Code(script=Path("train.py")))
+    plan = Plan(federation="f", seed=0, labels=["a", "b"], task=Task(), model=Model(), kept=["control"])
+    with pytest.raises(PolicyError, match=r"keeps control from round to round, and code\.script does not"):
+        require_built_in(silo, plan)
+    require_built_in(silo, plan.model_copy(update={"kept": []}))
 
 
 @pytest.mark.parametrize("source", ["/nowhere/resnet", "~/resnet", "./resnet"])

@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptfl_dist.aggregation.rules import rule_of
 from gptfl_dist.aggregation.server import moment_names
 from gptfl_dist.config.base import host_of, port_of
 from gptfl_dist.config.federation import FederationFile, Filter, Generator, SiloEntry
 from gptfl_dist.config.load import load_silo
 from gptfl_dist.config.plan import LocalTraining, Plan
+from gptfl_dist.config.strategy import ROBUST
 from gptfl_dist.errors import (
     ConfigError,
     GeneratorError,
@@ -43,6 +45,7 @@ from gptfl_dist.run.check.common import (
 from gptfl_dist.run.check.findings import Checklist, Doubt
 from gptfl_dist.run.credentials import kept_authority
 from gptfl_dist.run.filter import FILTER_SOURCE, load_judge
+from gptfl_dist.run.handout import travelling
 from gptfl_dist.security.vault import Vault
 from gptfl_dist.weights import Codec
 
@@ -61,6 +64,7 @@ def check_federation(checks: Checklist, path: Path, file: FederationFile) -> Non
         for name, candidate in (candidate_files(file) or {"": file}).items():
             _synthesis(checks, candidate, f" of {name}" if name else "")
     checks.run("training", lambda: _recipe(file))
+    checks.run("strategy", lambda: _strategy(path, file))
     checks.run("compression", lambda: _compression(path, file))
     checks.run("run folder", lambda: writable(file.run_folder))
     if _synthesises(file):
@@ -176,6 +180,15 @@ def _recipe(file: FederationFile) -> str:
     return told
 
 
+def _strategy(path: Path, file: FederationFile) -> str:
+    """Imports the rule, and says how many malicious silos it bears."""
+    strategy, quorum = file.strategy, file.federation.quorum_of(len(file.silos))
+    with code_beside(path):
+        rule_of(strategy)
+    told = f"{strategy.rule} of {quorum} updates or more, {strategy.optimizer}"
+    return f"{told}; bears {strategy.borne} malicious silo(s) a round" if strategy.rule in ROBUST else told
+
+
 def _compression(path: Path, file: FederationFile) -> str:
     """How much of the model's bytes travels each way."""
     from gptfl_dist.weights.flat import layout_of
@@ -271,15 +284,19 @@ def _space(path: Path, file: FederationFile) -> str:
         kept += arms * file.federation.rounds
     if file.federation.mode == "asynchronous" or file.federation.late == "carry":
         kept += len(file.silos)  # what the open orders of earlier rounds start from
-    kept += (runs + 1) * len(moment_names(file.strategy))  # the strategy's state of each newest, and the next one
+    control = file.strategy.rule == "scaffold"
+    # The strategy's state of each newest, and the next one.
+    kept += (runs + 1) * (len(moment_names(file.strategy)) + control)
     sets = len(file.synthesis.candidates) or 1
     named = 2 * arms + 2 + 2 * sets  # models/ARM, models/ARM-final; random, pretrained; each candidate's and its start
     spools = len(file.silos)
-    travelling = [name for name in (file.compression.up, file.compression.down) if name != "none"]
+    encoded = [name for name in (file.compression.up, file.compression.down) if name != "none"]
     owed = 2 if file.compression.up != "none" and file.compression.error_feedback else 0  # the last, and the next
     # Of silos run here the received weights and the update, each in its encoded form too, and what encoding lost.
-    silos = (2 + len(travelling) + owed) * sum(entry.file is not None for entry in file.silos)
-    spools += len(travelling)  # what is handed out is encoded once for all silos
+    owed += 2 * len(Plan.of(file).kept)  # likewise what the strategy keeps at a silo
+    silos = (2 + len(encoded) + owed) * sum(entry.file is not None for entry in file.silos)
+    spools += len(encoded) + control  # what is handed out is made once for all silos
+    spools, silos = spools * (1 + control), silos * (1 + control)  # the control variate goes where the weights go
     wanted = {file.run_folder: model * (kept + named + spools + silos)}
     if _synthesises(file):
         image = file.task.size**2 * file.task.channels
@@ -375,7 +392,7 @@ def _silo_training(path: Path, file: FederationFile, entry: SiloEntry, silo_path
         return parse_script(silo.code.script)
     with code_beside(silo_path):
         trainer = Trainer(Plan.of(file), silo, silo_path.parent)
-    expected = layout_of(_built(path, file))
+    expected = travelling(layout_of(_built(path, file)), file.strategy)
     difference = expected.difference(trainer.layout)
     if difference:
         raise ModelError(
