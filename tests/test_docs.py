@@ -260,7 +260,7 @@ def test_the_reference_gives_every_field_of_a_summary() -> None:
 
 def test_the_reference_gives_every_kind_of_entry_of_the_audit_log() -> None:
     text = section("## The audit log")
-    assert {name for name in named(text) if " " in name} | {"log begun", "checkpoint"} == EVENTS
+    assert {name for name in named(text) if " " in name} | {"log begun", "checkpoint", "refused"} == EVENTS
     assert all(f"`{kind}`" in text for kind in EVENTS)
 
 

@@ -44,7 +44,9 @@ EVENTS = frozenset(
         "silo enrolled", "certificate renewed", "certificate revoked", "root replaced", "old root dropped",
         "issuing certificate installed", "signer known", "arm begun", "arm finished", "round begun", "round committed",
         "round abandoned", "update accepted", "evaluation accepted", "update refused", "order failed",
-        "order recalled", "update lost", "pause asked", "resume asked", "abort asked",
+        "order recalled", "update lost", "pause asked", "resume asked", "abort asked", "epoch begun",
+        *(f"{role} {what}" for role in ("operator", "observer") for what in ("invited", "enrolled")),
+        "asked from afar", "not done", "refused",
     }
 )  # fmt: skip
 """The kinds of entries, as docs/reference.md explains them."""
