@@ -58,7 +58,7 @@ def shape_set(folder: Path, per_label: int, wrong: Sequence[int] = ()) -> Reques
     shards = []
     for number, start in enumerate(range(0, len(samples), 10)):
         part = samples[start : start + 10]
-        data = store.encode_shard(labels, part, pngs[start : start + 10], True)
+        data = store.encode_shard(request, part, pngs[start : start + 10], True)
         shards.append(store.write_shard(folder, number, len(part), data))
     environment = Environment(device="cpu", dtype="float32", threads=1, libraries={})
     store.write_manifest(

@@ -18,6 +18,7 @@ ROOMS = (
     "errors",
     "files",
     "config",
+    "audio",
     "weights",
     "synthesis",
     "learning",
@@ -36,6 +37,7 @@ HEAVY = ("torch", "grpc", "diffusers", "transformers", "mpi4py")
 NEVER = {
     "errors": {*HEAVY, "yaml", "pydantic"},
     "config": {*HEAVY, "numpy", "datasets"},
+    "audio": {*HEAVY},
     "federation": {*HEAVY, "socket", "sqlite3"},
     "learning": {"grpc", "mpi4py"},
     "synthesis": {"grpc", "mpi4py"},

@@ -193,7 +193,7 @@ def generate(file: FederationPath, quiet: QuietOption = False, format_: FormatOp
         told = {**asdict(made), "folder": str(federation.synthesis.folder), "contact_sheet": str(sheet)}
         typer.echo(json.dumps(told))
     elif not quiet:
-        typer.echo(f"{made.images} images in {federation.synthesis.folder}; {sheet}")
+        typer.echo(f"{made.images} {federation.task.samples} in {federation.synthesis.folder}; {sheet}")
 
 
 @app.command()

@@ -29,32 +29,90 @@ _FILLED_IN = ("templates", "styles")
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Arm = Literal["synthetic_only", "fedavg_random", "gptfl"]
+Engine = Literal["espeak-ng", "flite", "hibari"]
 Device = Annotated[
     str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="a device: auto, cpu, cuda, cuda:1 or mps")
 ]
 
 
 class Task(Section):
-    """What the model sees: images of one size, normalised alike in every arm."""
+    """What the model sees, normalised alike in every arm: images of one size, or clips of one length as spectrograms.
 
-    kind: Literal["image"] = "image"
+    `size` and `channels` are of kind image, all but `mean` and `std` of the rest are of kind audio.
+    """
+
+    kind: Literal["image", "audio"] = "image"
     size: PositiveInt = 32
     channels: Literal[1, 3] = 1
+    sample_rate: Annotated[int, Field(ge=1000, le=192_000)] = 16_000
+    duration: Annotated[Duration, Field(le=600.0)] = 1.0
+    window: Duration = 0.025
+    hop: Duration = 0.01
+    bins: Annotated[int, Field(ge=1, le=512)] = 128
+    depth: Annotated[float, Field(gt=0, le=120)] = 60.0
     mean: list[float] = Field(default=[0.5])
     std: list[PositiveFloat] = Field(default=[0.5])
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what the model sees; of a clip 1, its bins and its windows."""
+        if self.kind == "image":
+            return self.channels, self.size, self.size
+        return 1, self.bins, 1 + (self.clip_samples - self.window_samples) // self.hop_samples
+
+    @property
+    def samples(self) -> str:
+        """What messages call several samples."""
+        return "images" if self.kind == "image" else "clips"
+
+    @property
+    def clip_samples(self) -> int:
+        return round(self.duration * self.sample_rate)
+
+    @property
+    def window_samples(self) -> int:
+        return round(self.window * self.sample_rate)
+
+    @property
+    def hop_samples(self) -> int:
+        return round(self.hop * self.sample_rate)
+
+    @model_validator(mode="after")
+    def _settings_of_the_kind(self) -> Self:
+        others = _OF_AUDIO if self.kind == "image" else _OF_IMAGES
+        for name in others:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is not of kind {self.kind}: leave it out, or set kind")
+        return self
+
+    @model_validator(mode="after")
+    def _windows_in_a_clip(self) -> Self:
+        if self.hop_samples < 1:
+            raise ValueError(f"hop is less than one sample at sample_rate {self.sample_rate}")
+        if not 2 <= self.window_samples <= self.clip_samples:
+            raise ValueError(
+                f"window has {self.window_samples} samples at sample_rate {self.sample_rate}, expected 2 to the "
+                f"{self.clip_samples} of duration"
+            )
+        return self
+
     @model_validator(mode="after")
     def _one_statistic_a_channel(self) -> Self:
+        channels = self.shape[0]
         for field, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (1, self.channels):
-                raise ValueError(f"{field} has {len(values)} values, expected 1 or {self.channels} (one a channel)")
+            if len(values) not in (1, channels):
+                raise ValueError(f"{field} has {len(values)} values, expected 1 or {channels} (one a channel)")
         return self
 
 
-class Model(Section):
-    """The downstream model. `cnn` and `convnet` are built in; `transformers` names a config, folder or hub id."""
+_OF_IMAGES = ("size", "channels")
+_OF_AUDIO = ("sample_rate", "duration", "window", "hop", "bins", "depth")
 
-    name: Literal["cnn", "convnet", "transformers", "function"] = "cnn"
+
+class Model(Section):
+    """The downstream model. Three are built in; `transformers` names a config, folder or hub id."""
+
+    name: Literal["cnn", "convnet", "conv1d-gru", "transformers", "function"] = "cnn"
     source: str | None = None
     pretrained: bool = False
 
@@ -64,7 +122,7 @@ class Model(Section):
             raise ValueError("model.name is transformers, so model.source must name a model folder or a hub id")
         if self.name == "function" and not self.source:
             raise ValueError("model.name is function, so model.source must name it as package.module:function")
-        if self.name in ("cnn", "convnet") and self.source is not None:
+        if self.name in ("cnn", "convnet", "conv1d-gru") and self.source is not None:
             raise ValueError(f"model.name is {self.name}, which takes no model.source")
         if self.pretrained and self.name != "transformers":
             raise ValueError("model.pretrained is for model.name transformers alone")
@@ -103,9 +161,13 @@ class Prompts(Section):
 
 
 class Generator(Section):
-    """A `diffusers` pipeline and how to sample from it. `source: embedded` is the one that ships with the package."""
+    """A `diffusers` pipeline and how to sample from it, or the text-to-speech `engines` (`source: tts`).
+
+    `source: embedded` is the pipeline that ships with the package.
+    """
 
     source: str = "embedded"
+    engines: Annotated[list[Engine], Field(min_length=1)] = Field(default=["espeak-ng", "flite", "hibari"])
     guidance: NonNegativeFloat | Annotated[list[NonNegativeFloat], Field(min_length=1)] = 2.0
     steps: PositiveInt = 10
     scheduler: str | None = None
@@ -113,6 +175,15 @@ class Generator(Section):
     device: Device = "auto"
     batch_size: PositiveInt = 50
     size: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _engines_of_speech(self) -> Self:
+        if self.source != "tts" and self.engines != type(self).model_fields["engines"].default:
+            raise ValueError(f"engines are of source tts, and source is {self.source}")
+        twice = sorted({name for name in self.engines if self.engines.count(name) > 1})
+        if twice:
+            raise ValueError(f"engines names {', '.join(twice)} twice")
+        return self
 
 
 class Filter(Section):
@@ -179,10 +250,11 @@ class Synthesis(Section):
         if not isinstance(settings, dict):
             return settings
         generator, prompts = settings.get("generator"), settings.get("prompts", {})
-        own = isinstance(generator, dict) and generator.get("source", "embedded") != "embedded"
-        if not own or not isinstance(prompts, dict) or {"templates", "file"} & prompts.keys():
+        source = generator.get("source", "embedded") if isinstance(generator, dict) else "embedded"
+        if source == "embedded" or not isinstance(prompts, dict) or {"templates", "file"} & prompts.keys():
             return settings
-        return {**settings, "prompts": {"templates": ["a photo of a {label}"], **prompts}}
+        template = "{label}" if source == "tts" else "a photo of a {label}"
+        return {**settings, "prompts": {"templates": [template], **prompts}}
 
 
 class Pretraining(Section):
@@ -431,6 +503,29 @@ class FederationFile(Section):
                 raise ValueError(
                     f"strategy.rule is scaffold, whose control variates are the mean gradients of plain SGD in the "
                     f"same round, but {setting}: leave it out, or take another rule"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _all_of_one_kind(self) -> Self:
+        audio, settings = self.task.kind == "audio", self.synthesis
+        if self.model.name == "conv1d-gru" and not audio:
+            raise ValueError("model.name is conv1d-gru, which is for task.kind audio, and task.kind is image")
+        for one in [settings.of_candidate(name) for name in settings.candidates] or [settings]:
+            source = one.generator.source
+            if source == "tts" and not audio:
+                raise ValueError("synthesis.generator.source is tts, which speaks, and task.kind is image")
+            if not audio or set(self.arms) == {"fedavg_random"}:
+                continue
+            if source == "embedded":
+                raise ValueError(
+                    "synthesis.generator.source is embedded, which draws digits, and task.kind is audio: set it to tts "
+                    "or to a text-to-audio pipeline"
+                )
+            if one.filter is not None and one.filter.judge != "cross":
+                raise ValueError(
+                    f"synthesis.filter.judge is {one.filter.judge}, which looks at pictures, and task.kind is audio: "
+                    "set it to cross"
                 )
         return self
 

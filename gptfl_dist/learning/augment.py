@@ -1,4 +1,4 @@
-"""Random affine and elastic warps of a batch, the same in every arm.
+"""Random affine and elastic warps of a batch of images, the same in every arm.
 
 Each image gets its own rotation, scale, shear and shift, and a smooth displacement that is drawn on a coarse grid and
 interpolated to full size. All of it is one sampling grid and one `grid_sample`: libraries such as kornia sample once

@@ -22,7 +22,6 @@ from torch import nn
 from gptfl_dist.config.federation import Task
 from gptfl_dist.config.plan import LocalTraining, batch_count
 from gptfl_dist.errors import DataError, TrainerError
-from gptfl_dist.learning.augment import augment
 from gptfl_dist.learning.data import ImageSet
 from gptfl_dist.learning.descent import Descent
 from gptfl_dist.learning.device import resolve_device
@@ -30,7 +29,7 @@ from gptfl_dist.learning.group import ALONE, Group
 from gptfl_dist.learning.models import head_of, logits
 from gptfl_dist.learning.moon import Contrast
 from gptfl_dist.learning.parallel import shared
-from gptfl_dist.learning.preprocess import normalise
+from gptfl_dist.learning.preprocess import augmented, normalise
 from gptfl_dist.learning.proximal import Proximal
 from gptfl_dist.learning.scaffold import Control
 from gptfl_dist.learning.seeding import derive_seed, deterministic
@@ -91,7 +90,7 @@ def train(
                 part, factor = share.of(len(chosen))
                 images = normalise(data.images[chosen[part]].to(target), task)
                 if settings.augmentation:
-                    images = augment(images, warping, batch=len(chosen), part=part)
+                    images = augmented(images, task, warping, batch=len(chosen), part=part)
                 labels = data.labels[chosen[part]].to(target)
                 loss = F.cross_entropy(logits(share.network, images), labels) * factor
                 if contrast is not None:

@@ -1,4 +1,4 @@
-"""The downstream model: two built-in networks, any image classifier of `transformers`, or a function of the user's.
+"""The downstream model: three built-in networks, any image classifier of `transformers`, or a function of the user's.
 
 Normalisation layers are group norms: batch statistics of a skewed silo would travel with the weights and hurt every
 other silo. (A `transformers` ResNet brings its batch norms along; its buffers are weights like the rest.)
@@ -19,7 +19,7 @@ from gptfl_dist.synthesis.source import quiet_transformers
 
 
 def build_model(model: Model, task: Task, label_count: int, seed: int) -> nn.Module:
-    """A network on the CPU from float32 (N, C, size, size) to (N, label_count), its random weights fixed by `seed`.
+    """A network on the CPU from float32 (N, *task.shape) to (N, label_count), its random weights fixed by `seed`.
 
     The global generator is left as it was. Raises ModelError where the model cannot be built or does not fit the task.
     """
@@ -29,6 +29,8 @@ def build_model(model: Model, task: Task, label_count: int, seed: int) -> nn.Mod
             return _cnn(task, label_count)
         if model.name == "convnet":
             return _convnet(task, label_count)
+        if model.name == "conv1d-gru":
+            return Conv1dGru(task, label_count)
         assert model.source is not None  # the config demands it for the two kinds below
         if model.name == "transformers":
             network = _transformers(model.source, model.pretrained, task, label_count)
@@ -67,18 +69,15 @@ def head_of(model: nn.Module) -> nn.Module:
 
 def _cnn(task: Task, label_count: int) -> nn.Module:
     """Two convolutions and two linear layers, for small images on a CPU. Average pooling costs half of max pooling."""
-    side = task.size // 4
-    if side == 0:
-        raise ModelError(f"task.size is {task.size}, too small for the model cnn", hint="use task.size 4 or more")
     return nn.Sequential(
-        nn.Conv2d(task.channels, 16, 3, padding=1),
+        nn.Conv2d(task.shape[0], 16, 3, padding=1),
         nn.ReLU(),
         nn.AvgPool2d(2),
         nn.Conv2d(16, 32, 3, padding=1),
         nn.ReLU(),
         nn.AvgPool2d(2),
         nn.Flatten(),
-        nn.Linear(32 * side * side, 64),
+        nn.Linear(32 * _after(task, "cnn", 2), 64),
         nn.ReLU(),
         nn.Linear(64, label_count),
     )
@@ -86,13 +85,50 @@ def _cnn(task: Task, label_count: int) -> nn.Module:
 
 def _convnet(task: Task, label_count: int) -> nn.Module:
     """The ConvNet of the GPT-FL paper: 3 x [Conv3x3 128 - GroupNorm - ReLU - AvgPool2] - Linear."""
-    side = task.size // 8
-    if side == 0:
-        raise ModelError(f"task.size is {task.size}, too small for the model convnet", hint="use task.size 8 or more")
     layers: list[nn.Module] = []
-    for channels in (task.channels, 128, 128):
+    for channels in (task.shape[0], 128, 128):
         layers += [nn.Conv2d(channels, 128, 3, padding=1), nn.GroupNorm(4, 128), nn.ReLU(), nn.AvgPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * side * side, label_count))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * _after(task, "convnet", 3), label_count))
+
+
+def _after(task: Task, model: str, halvings: int) -> int:
+    """How many places an image has left after it was halved so often. Raises ModelError where none is left."""
+    _, height, width = task.shape
+    places = (height >> halvings) * (width >> halvings)
+    if places == 0:
+        found = f"task.size is {task.size}" if task.kind == "image" else f"a spectrogram has {height} x {width} values"
+        least = 2**halvings
+        hint = f"use task.size {least} or more" if task.kind == "image" else "use more bins, or a smaller hop"
+        raise ModelError(f"{found}, too small for the model {model}", hint=hint)
+    return places
+
+
+class Conv1dGru(nn.Module):
+    """The speech model of the GPT-FL paper: Conv1d bins - 64 - 128 over time, BiGRU 128, mean over time, Linear.
+
+    Each convolution is followed by a group norm, ReLU and a halving of the time steps.
+    """
+
+    def __init__(self, task: Task, label_count: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in ((task.bins, 64), (64, 128)):
+            layers += [nn.Conv1d(before, after, 5, padding=2), nn.GroupNorm(4, after), nn.ReLU()]
+            layers += [nn.AvgPool1d(2, ceil_mode=True)]
+        self.convolutions = nn.Sequential(*layers)
+        self.recurrence = _Gru(128, 128, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(256, label_count)
+
+    def forward(self, spectrograms: torch.Tensor) -> torch.Tensor:
+        """Logits (N, labels) of normalised spectrograms (N, 1, bins, windows)."""
+        steps, _ = self.recurrence(self.convolutions(spectrograms.squeeze(1)).transpose(1, 2))
+        scores: torch.Tensor = self.head(steps.mean(dim=1))
+        return scores
+
+
+class _Gru(nn.GRU):
+    def flatten_parameters(self) -> None:
+        """Does not: cuDNN's own copy in one piece would take the parameters out of the buffer that we exchange."""
 
 
 def _transformers(source: str, pretrained: bool, task: Task, label_count: int) -> nn.Module:
@@ -108,9 +144,9 @@ def _transformers(source: str, pretrained: bool, task: Task, label_count: int) -
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         config.num_labels = label_count
         if hasattr(config, "num_channels"):
-            config.num_channels = task.channels
+            config.num_channels = task.shape[0]
         if hasattr(config, "image_size"):
-            config.image_size = task.size
+            config.image_size = task.size if task.kind == "image" else task.shape[1:]
         if not pretrained:
             network: nn.Module = AutoModelForImageClassification.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=torch.float32, trust_remote_code=False
@@ -139,8 +175,8 @@ def _transformers(source: str, pretrained: bool, task: Task, label_count: int) -
         raise ModelError(
             f"the weights of model.source {source} do not fit the task: {len(backbone)} tensors of its backbone are "
             f"absent or of another shape, the first {backbone[0]}",
-            hint=f"task.channels is {task.channels} and task.size {task.size}: set them to what the checkpoint was "
-            "trained with, or set model.pretrained to false",
+            hint=f"it is given images of {' x '.join(map(str, task.shape))} (channels, height, width): make the task "
+            "what the checkpoint was trained with, or set model.pretrained to false",
         )
     return network
 
@@ -164,7 +200,7 @@ def _from_function(source: str, task: Task, label_count: int) -> nn.Module:
 
 def _check_output(network: nn.Module, source: str, task: Task, label_count: int) -> None:
     """One blank batch through a foreign model, so that a misfit shows here and not at a silo in its first round."""
-    images = torch.zeros(2, task.channels, task.size, task.size)
+    images = torch.zeros(2, *task.shape)
     training = network.training
     network.eval()
     try:
@@ -173,7 +209,7 @@ def _check_output(network: nn.Module, source: str, task: Task, label_count: int)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ModelError(
             f"model.source {source} cannot take images of shape {tuple(images.shape)}: {first_line(error)}",
-            hint="make task.size and task.channels fit the model",
+            hint="make the task fit the model",
         ) from error
     finally:
         network.train(training)

@@ -20,7 +20,6 @@ from torch import nn
 from gptfl_dist.config.federation import Pretraining, Task
 from gptfl_dist.config.plan import batch_count
 from gptfl_dist.errors import TrainerError
-from gptfl_dist.learning.augment import augment
 from gptfl_dist.learning.checkpoint import Checkpoint, State, unpack
 from gptfl_dist.learning.data import ImageSet, split
 from gptfl_dist.learning.device import resolve_device
@@ -29,7 +28,7 @@ from gptfl_dist.learning.group import ALONE, Group
 from gptfl_dist.learning.local import batches
 from gptfl_dist.learning.models import logits
 from gptfl_dist.learning.parallel import shared
-from gptfl_dist.learning.preprocess import normalise
+from gptfl_dist.learning.preprocess import augmented, normalise
 from gptfl_dist.learning.seeding import derive_seed, deterministic
 
 WARM_UP_SHARE = 0.05
@@ -102,7 +101,7 @@ def pretrain(
                 part, factor = share.of(len(chosen))
                 images = normalise(training.images[chosen[part]].to(device), task)
                 if settings.augmentation:
-                    images = augment(images, run.warping, batch=len(chosen), part=part)
+                    images = augmented(images, task, run.warping, batch=len(chosen), part=part)
                 labels = training.labels[chosen[part]].to(device)
                 with _autocast(precision):
                     loss = F.cross_entropy(logits(share.network, images), labels) * factor

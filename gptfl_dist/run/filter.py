@@ -93,7 +93,7 @@ def _cross(file: FederationFile, folder: Path) -> Judge:
         "model": file.model.model_dump(mode="json"),
         "pretraining": file.pretraining.model_dump(mode="json"),
     }
-    return Judge(request, ask)
+    return Judge(request, file.task, ask)
 
 
 def _foreign(file: FederationFile, settings: Filter, source: str, prompts: Mapping[str, Sequence[str]]) -> Judge:
@@ -113,4 +113,4 @@ def _foreign(file: FederationFile, settings: Filter, source: str, prompts: Mappi
             return judge.probabilities(images, bar.callback)
 
     request = {"kind": settings.judge, "source": found.id, "digest": found.digest, "labels": file.labels}
-    return Judge(request, ask)
+    return Judge(request, file.task, ask)

@@ -86,7 +86,7 @@ def _synthesize(file: FederationFile, title: str, group: Group) -> SyntheticSet:
     generator = settings.generator.model_copy(update={"device": group.device(settings.generator.device)})
     settings = settings.model_copy(update={"generator": generator})
     total = settings.images_per_label * len(file.labels)
-    with _shown(group, title, total, "images") as report:
+    with _shown(group, title, total, file.task.samples) as report:
         return synthesize(settings, file.task, file.labels, file.seed, settings.folder, report, group)
 
 

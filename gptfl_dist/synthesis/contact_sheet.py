@@ -1,4 +1,7 @@
-"""Contact sheets: one row a label, of what a synthetic set holds and of what its filter dropped."""
+"""Contact sheets: one row a label, of what a synthetic set holds and of what its filter dropped.
+
+Clips are shown as their spectrograms.
+"""
 
 from __future__ import annotations
 
@@ -77,8 +80,9 @@ def _even_steps(places: Sequence[int], count: int) -> list[int]:
 
 
 def _write(folder: Path, manifest: Manifest, path: Path, rows: Sequence[_Row]) -> None:
-    task, shard_size = manifest.request.task, manifest.request.shard_size
-    cell = _cell(task.size)
+    task, shard_size = manifest.request.task.shown_as, manifest.request.shard_size
+    channels, *sides = task.shape
+    cell = _cell(max(sides))
     name_font, font = ImageFont.load_default(size=_NAME_SIZE), ImageFont.load_default(size=_CAPTION_SIZE)
     names = [_fitted(row.name, name_font, _NAME_WIDTH) for row in rows]
     captions = [text for row in rows for text in row.pictures.values()]
@@ -86,7 +90,7 @@ def _write(folder: Path, manifest: Manifest, path: Path, rows: Sequence[_Row]) -
     across = max([cell, *(int(font.getlength(text)) + _GAP for text in captions)]) + _GAP
     down = cell + _GAP + (_CAPTION_SIZE + _GAP if any(captions) else 0)
     columns = max(len(row.pictures) for row in rows)
-    mode = "L" if task.channels == 1 else "RGB"
+    mode = "L" if channels == 1 else "RGB"
     sheet = Image.new(mode, (left + columns * across, len(rows) * down + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
     places: dict[int, tuple[int, int]] = {}
@@ -98,10 +102,12 @@ def _write(folder: Path, manifest: Manifest, path: Path, rows: Sequence[_Row]) -
             draw.text((left + column * across, top + cell + 1), caption, fill="black", font=font, anchor="la")
 
     for number in sorted({at // shard_size for at in places}):
-        pictures, _ = store.read_shard(folder, manifest.shards[number], task.channels)
+        pictures, _ = store.read_shard(folder, manifest.shards[number], task)
         for at, picture in enumerate(pictures, start=number * shard_size):
             if at in places:
-                sheet.paste(_scaled(picture, cell), places[at])
+                # A spectrogram's first row is its lowest band, which people look for at the bottom.
+                upright = picture[::-1] if task.kind == "audio" else picture
+                sheet.paste(_scaled(upright, cell), places[at])
 
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG", optimize=True)

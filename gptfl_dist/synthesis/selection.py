@@ -11,18 +11,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from blake3 import blake3
 from pydantic import ValidationError
 
 from gptfl_dist.config.base import Section
-from gptfl_dist.config.federation import Filter
+from gptfl_dist.config.federation import Filter, Task
 from gptfl_dist.errors import DataError, GeneratorError, ModelError
 from gptfl_dist.files import write_file
 from gptfl_dist.synthesis import store
-from gptfl_dist.synthesis.store import Manifest
+from gptfl_dist.synthesis.store import ClipRequest, Manifest
 
 SELECTION = "selection.json"
 LEAST_SHARE = 0.1
@@ -35,12 +35,13 @@ _DIGITS = 4  # of a probability in the file, by which it is decided, so that the
 class Judge:
     """Who says what images show.
 
-    `request` is all that decides the answers, as JSON values. `ask` gives for images uint8 (N, H, W, C) and the labels
-    int64 (N,) that they were asked for the probability of each label, floats (N, L). A row may sum to less than 1: the
-    rest is that of everything that is no label.
+    `request` is all that decides the answers, as JSON values. `ask` gives for images uint8 (N, H, W, C), which are the
+    samples as `task` shows them, and the labels int64 (N,) that they were asked for the probability of each label,
+    floats (N, L). A row may sum to less than 1: the rest is that of everything that is no label.
     """
 
     request: dict[str, Any]
+    task: Task
     ask: Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -61,6 +62,7 @@ class Selection(Section):
     """`selection.json`: set, judge and settings; how many of each label were made, passed and are kept; each image."""
 
     format: int = 1
+    samples: Literal["images", "clips"] = "images"
     labels: list[str]
     shards: list[str]
     judge: dict[str, Any]
@@ -98,7 +100,7 @@ class Selection(Section):
         least = min(range(len(self.labels)), key=lambda label: self.kept[label])
         agreed = sum(asked == judged for asked, judged in zip(self.answers.asked, self.answers.judged, strict=True))
         return (
-            f"{self.count:,} of {sum(self.made):,} images kept ({self.judge['kind']}, threshold "
+            f"{self.count:,} of {sum(self.made):,} {self.samples} kept ({self.judge['kind']}, threshold "
             f"{self.threshold:g}{quota}); least: {self.labels[least]} {self.kept[least]}; "
             f"the judge reads {100 * agreed / len(self.keeps):.0f} % as asked"
         )
@@ -113,8 +115,8 @@ class Selection(Section):
         ]
         if short:
             raise GeneratorError(
-                f"too few synthetic images pass the filter ({self.judge['kind']}, threshold {self.threshold:g}): "
-                f"{'; '.join(short)}",
+                f"too few synthetic {self.samples} pass the filter ({self.judge['kind']}, threshold "
+                f"{self.threshold:g}): {'; '.join(short)}",
                 hint=f"{sheet} shows what the judge took them for: lower synthesis.filter.threshold, name another "
                 "judge, or change the generator or its prompts",
             )
@@ -187,11 +189,10 @@ def _same_answers(selection: Selection, manifest: Manifest, request: dict[str, A
 
 
 def _answers(folder: Path, manifest: Manifest, judge: Judge) -> Answers:
-    channels = manifest.request.task.channels
     images: list[np.ndarray] = []
     asked: list[int] = []
     for shard in manifest.shards:
-        pictures, labels = store.read_shard(folder, shard, channels)
+        pictures, labels = store.read_shard(folder, shard, judge.task)
         images += pictures
         asked += labels
     answer = np.asarray(judge.ask(np.stack(images), np.asarray(asked, dtype=np.int64)), dtype=np.float64)
@@ -220,6 +221,7 @@ def _decide(manifest: Manifest, settings: Filter, request: dict[str, Any], answe
         return counts
 
     return Selection(
+        samples="clips" if isinstance(manifest.request.task, ClipRequest) else "images",
         labels=labels,
         shards=[shard.digest for shard in manifest.shards],
         judge=request,

@@ -23,7 +23,11 @@ from blake3 import blake3
 from PIL import Image
 from pydantic import Field, ValidationError
 
+from gptfl_dist.audio.clip import read_clip
+from gptfl_dist.audio.spectrogram import spectrogram
 from gptfl_dist.config.base import Section
+from gptfl_dist.config.federation import Task
+from gptfl_dist.config.units import format_duration
 from gptfl_dist.errors import StorageError
 from gptfl_dist.files import storage_error, write_file
 from gptfl_dist.synthesis.samples import Sample
@@ -34,7 +38,7 @@ _ANOTHER = "Choose another synthesis.folder, or delete this one to have it made 
 
 
 class GeneratorRequest(Section):
-    """The generator, by the digest of its files, and the settings that shape its pictures."""
+    """The generator, by the digest of its files or engines, and the settings that shape its samples."""
 
     digest: str
     guidance: list[float]
@@ -51,6 +55,25 @@ class TaskRequest(Section):
     size: int
     channels: int
 
+    @property
+    def shown_as(self) -> Task:
+        """The pictures, for a look at them."""
+        return Task.model_validate(self.model_dump())
+
+
+class ClipRequest(Section):
+    """The rate that clips are stored at, and the seconds that pipelines make; engines speak as long as they must."""
+
+    sample_rate: int
+    duration: float
+
+    @property
+    def shown_as(self) -> Task:
+        """The clips' spectrograms, for a look at them; models may see others."""
+        durations = {"duration": self.duration, "window": min(Task().window, self.duration)}
+        texts = {name: format_duration(seconds) for name, seconds in durations.items()}
+        return Task.model_validate({"kind": "audio", "sample_rate": self.sample_rate, **texts})
+
 
 class Request(Section):
     """Everything that decides what the set is. Two equal requests are the same set."""
@@ -60,12 +83,12 @@ class Request(Section):
     seed: int
     images_per_label: int
     shard_size: int
-    task: TaskRequest
+    task: TaskRequest | ClipRequest
     generator: GeneratorRequest
 
     @property
     def count(self) -> int:
-        """How many images the set has."""
+        """How many samples the set has."""
         return self.images_per_label * len(self.labels)
 
     @property
@@ -74,12 +97,12 @@ class Request(Section):
         return -(-self.count // self.shard_size)
 
     def rows_of(self, number: int) -> int:
-        """How many images a shard has."""
+        """How many samples a shard has."""
         return min(self.shard_size, self.count - number * self.shard_size)
 
 
 class Environment(Section):
-    """What can change the last bit of a picture without changing the request: it must stay until the set is whole."""
+    """What can change the last bit of a sample without changing the request: it must stay until the set is whole."""
 
     device: str
     dtype: str
@@ -175,12 +198,16 @@ def intact(folder: Path, shard: Shard) -> bool:
         return path.is_file() and blake3(path.read_bytes()).hexdigest() == shard.digest
 
 
-def encode_shard(labels: Sequence[str], samples: Sequence[Sample], pngs: Sequence[bytes], guided: bool) -> bytes:
-    """A shard's file; the same arguments give the same bytes. `guided` false leaves the guidance column empty."""
+def encode_shard(request: Request, samples: Sequence[Sample], files: Sequence[bytes], guided: bool) -> bytes:
+    """A shard's file; the same arguments give the same bytes. `guided` false leaves the guidance column empty.
+
+    `files` are the samples as PNG or WAV files, by what the request asks for.
+    """
+    column, suffix = _column(request)
     columns = {
-        "image": [
-            {"bytes": png, "path": f"{sample.label:03d}-{sample.index:06d}.png"}
-            for sample, png in zip(samples, pngs, strict=True)
+        column: [
+            {"bytes": file, "path": f"{sample.label:03d}-{sample.index:06d}.{suffix}"}
+            for sample, file in zip(samples, files, strict=True)
         ],
         "label": [sample.label for sample in samples],
         "prompt": [sample.prompt for sample in samples],
@@ -188,7 +215,7 @@ def encode_shard(labels: Sequence[str], samples: Sequence[Sample], pngs: Sequenc
         "guidance": [sample.guidance if guided else None for sample in samples],
     }
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=_schema(labels)), buffer)
+    pq.write_table(pa.table(columns, schema=_schema(request)), buffer)
     return buffer.getvalue()
 
 
@@ -198,8 +225,11 @@ def write_shard(folder: Path, number: int, rows: int, data: bytes) -> Shard:
     return Shard(file=shard_name(number), rows=rows, digest=blake3(data).hexdigest())
 
 
-def read_shard(folder: Path, shard: Shard, channels: int) -> tuple[list[np.ndarray], list[int]]:
-    """A shard's images, each uint8 (H, W, C), and labels. Raises StorageError if the file is missing or damaged."""
+def read_shard(folder: Path, shard: Shard, task: Task) -> tuple[list[np.ndarray], list[int]]:
+    """A shard's samples as `task` shows them, each uint8 (H, W, C), of clips the spectrogram; and their labels.
+
+    Raises StorageError if the file is missing or damaged.
+    """
     path = folder / shard.file
     with storing(path):
         data = path.read_bytes()
@@ -208,9 +238,15 @@ def read_shard(folder: Path, shard: Shard, channels: int) -> tuple[list[np.ndarr
             f"{path} is damaged: its BLAKE3 digest is not the one in {MANIFEST}",
             hint="Run the generation again: it makes damaged shards anew and keeps the others.",
         )
-    table = pq.read_table(pa.BufferReader(data), columns=["image", "label"])
-    images = [decode_png(row["bytes"], channels) for row in table["image"].to_pylist()]
-    return images, table["label"].to_pylist()
+    column = "image" if task.kind == "image" else "audio"
+    table = pq.read_table(pa.BufferReader(data), columns=[column, "label"])
+    files = [row["bytes"] for row in table[column].to_pylist()]
+    if task.kind == "image":
+        pictures = [decode_png(file, task.channels) for file in files]
+    else:
+        clips = [read_clip(f"{number} of {path}", file, task.sample_rate) for number, file in enumerate(files)]
+        pictures = [spectrogram(clip, task)[..., None] for clip in clips]
+    return pictures, table["label"].to_pylist()
 
 
 def complete_manifest(folder: Path) -> Manifest:
@@ -253,18 +289,27 @@ def storing(path: Path) -> Iterator[None]:
         raise storage_error(error, path) from error
 
 
-def _schema(labels: Sequence[str]) -> pa.Schema:
-    """The Arrow schema with the metadata from which `datasets` learns images and label names."""
+def _column(request: Request) -> tuple[str, str]:
+    """The name of the column that holds the samples, and the suffix of their files."""
+    return ("audio", "wav") if isinstance(request.task, ClipRequest) else ("image", "png")
+
+
+def _schema(request: Request) -> pa.Schema:
+    """The Arrow schema with the metadata from which `datasets` learns images or audio, and label names."""
+    column, _ = _column(request)
+    sample: dict[str, object] = {"_type": "Image"}
+    if isinstance(request.task, ClipRequest):
+        sample = {"_type": "Audio", "sampling_rate": request.task.sample_rate}
     features = {
-        "image": {"_type": "Image"},
-        "label": {"names": list(labels), "_type": "ClassLabel"},
+        column: sample,
+        "label": {"names": request.labels, "_type": "ClassLabel"},
         "prompt": {"dtype": "string", "_type": "Value"},
         "seed": {"dtype": "int64", "_type": "Value"},
         "guidance": {"dtype": "float64", "_type": "Value"},
     }
     return pa.schema(
         {
-            "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+            column: pa.struct({"bytes": pa.binary(), "path": pa.string()}),
             "label": pa.int64(),
             "prompt": pa.string(),
             "seed": pa.int64(),

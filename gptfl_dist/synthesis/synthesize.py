@@ -1,4 +1,4 @@
-"""Generation in order: prompts, samples, pictures, shards. What is there is kept; what is missing is made.
+"""Generation in order: prompts, samples, their files, shards. What is there is kept; what is missing is made.
 
 Batches are cut inside a shard only, and in it by guidance scale (a pipeline's call takes one): kernels differ
 bitwise by batch size, so a resumed set must run the very batches that an undisturbed one would have run.
@@ -18,22 +18,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
+from gptfl_dist.audio.clip import wav_bytes
 from gptfl_dist.config.base import Section
 from gptfl_dist.config.federation import Generator, Synthesis, Task
 from gptfl_dist.errors import GeneratorError
 from gptfl_dist.synthesis import store
-from gptfl_dist.synthesis.generator import (
-    GeneratorFolder,
-    ImageGenerator,
-    Placement,
-    find_generator,
-    load_generator,
-    place,
-    require_known_labels,
-)
+from gptfl_dist.synthesis.generator import find_generator, load_generator, place, require_known_labels
+from gptfl_dist.synthesis.pipeline import GeneratorFolder, PipelineGenerator, Placement
 from gptfl_dist.synthesis.prompts import build_prompts
 from gptfl_dist.synthesis.samples import Sample, plan_samples
-from gptfl_dist.synthesis.store import Environment, GeneratorRequest, Manifest, Request, Shard, TaskRequest
+from gptfl_dist.synthesis.speech import Engines, SpeechGenerator
+from gptfl_dist.synthesis.store import (
+    ClipRequest,
+    Environment,
+    GeneratorRequest,
+    Manifest,
+    Request,
+    Shard,
+    TaskRequest,
+)
 
 _LIBRARIES = ("diffusers", "numpy", "pillow", "pyarrow", "torch", "transformers")
 
@@ -47,7 +50,7 @@ class SyntheticSet:
 
     @property
     def count(self) -> int:
-        """How many images it has."""
+        """How many samples it has."""
         return self.manifest.request.count
 
 
@@ -85,7 +88,7 @@ def synthesize(
 ) -> SyntheticSet:
     """Make the synthetic set in `folder`, or finish it, or find it finished.
 
-    `progress(done, total)` counts images at rank 0, first with those that were kept, then after each batch. May be
+    `progress(done, total)` counts samples at rank 0, first with those that were kept, then after each batch. May be
     interrupted at any moment; the same call goes on from there and ends with the same bytes. Every rank calls it alike,
     except that `settings.generator.device` is its own; rank 0 alone needs `folder`.
     Raises GeneratorError (no such generator, or it fails), StorageError (the folder holds another set, a full disk).
@@ -120,7 +123,7 @@ def _fill(
     request: Request,
     earlier: Manifest | None,
     kept: dict[str, Shard],
-    found: GeneratorFolder,
+    found: GeneratorFolder | Engines,
     progress: Callable[[int, int], None],
     ranks: Ranks,
 ) -> Manifest:
@@ -162,11 +165,15 @@ def _fill(
 
 
 def _made(
-    generator: ImageGenerator, request: Request, work: _Work, ranks: Ranks, progress: Callable[[int], None]
+    generator: PipelineGenerator | SpeechGenerator,
+    request: Request,
+    work: _Work,
+    ranks: Ranks,
+    progress: Callable[[int], None],
 ) -> Iterator[tuple[int, bytes]]:
     """Makes this rank's part of the missing shards; gives those of all ranks, with their numbers, at rank 0.
 
-    `progress(made)` counts the images of the shard in work.
+    `progress(made)` counts the samples of the shard in work.
     """
     samples = plan_samples(
         request.labels, request.prompts, request.generator.guidance, request.seed, request.images_per_label
@@ -182,15 +189,18 @@ def _made(
 
 
 def _shard(
-    generator: ImageGenerator, part: Sequence[Sample], request: Request, progress: Callable[[int], None]
+    generator: PipelineGenerator | SpeechGenerator,
+    part: Sequence[Sample],
+    request: Request,
+    progress: Callable[[int], None],
 ) -> bytes:
     """The file of the shard of these samples."""
-    pngs: dict[int, bytes] = {}
+    files: dict[int, bytes] = {}
     for batch in _batches(part, request.generator.batch_size):
-        pngs |= _pngs(generator, part, batch, request)
-        progress(len(pngs))
-    ordered = [pngs[position] for position in range(len(part))]
-    return store.encode_shard(request.labels, part, ordered, generator.takes_guidance)
+        files |= zip(batch, _files(generator, [part[position] for position in batch], request), strict=True)
+        progress(len(files))
+    ordered = [files[position] for position in range(len(part))]
+    return store.encode_shard(request, part, ordered, generator.takes_guidance)
 
 
 def _batches(part: Sequence[Sample], size: int) -> Iterator[list[int]]:
@@ -201,16 +211,21 @@ def _batches(part: Sequence[Sample], size: int) -> Iterator[list[int]]:
             yield positions[start : start + size]
 
 
-def _pngs(generator: ImageGenerator, part: Sequence[Sample], batch: list[int], request: Request) -> dict[int, bytes]:
-    pictures = generator.images([part[position] for position in batch], request.labels)
+def _files(
+    generator: PipelineGenerator | SpeechGenerator, batch: Sequence[Sample], request: Request
+) -> Iterator[bytes]:
+    """The samples of one batch as files."""
     task = request.task
-    return {
-        position: store.encode_png(picture, task.size, task.channels)
-        for position, picture in zip(batch, pictures, strict=True)
-    }
+    if isinstance(task, ClipRequest):
+        clips = generator.clips(batch, request.labels, task.sample_rate, task.duration)
+        return (wav_bytes(clip, task.sample_rate) for clip in clips)
+    assert isinstance(generator, PipelineGenerator)  # the config lets engines speak for task.kind audio alone
+    return (store.encode_png(picture, task.size, task.channels) for picture in generator.images(batch, request.labels))
 
 
-def _request(settings: Synthesis, task: Task, labels: Sequence[str], seed: int, found: GeneratorFolder) -> Request:
+def _request(
+    settings: Synthesis, task: Task, labels: Sequence[str], seed: int, found: GeneratorFolder | Engines
+) -> Request:
     generator: Generator = settings.generator
     guidance = generator.guidance if isinstance(generator.guidance, list) else [generator.guidance]
     return Request(
@@ -219,7 +234,9 @@ def _request(settings: Synthesis, task: Task, labels: Sequence[str], seed: int, 
         seed=seed,
         images_per_label=settings.images_per_label,
         shard_size=settings.shard_size,
-        task=TaskRequest(size=task.size, channels=task.channels),
+        task=TaskRequest(size=task.size, channels=task.channels)
+        if task.kind == "image"
+        else ClipRequest(sample_rate=task.sample_rate, duration=task.duration),
         generator=GeneratorRequest(
             digest=found.digest,
             guidance=guidance,

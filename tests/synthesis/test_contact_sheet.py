@@ -53,7 +53,7 @@ def selected(folder: Path, right: list[bool]) -> Selection:
         answer[np.arange(len(labels)), (labels + np.array(right)) % len(SHAPES)] = 1 - certainty
         return answer
 
-    return select_images(folder, Filter(), Judge({"kind": "cross"}, ask))
+    return select_images(folder, Filter(), Judge({"kind": "cross"}, Task(), ask))
 
 
 def test_sheets_of_what_is_kept_and_what_is_dropped(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from shapes import SHAPES, SIZE, shape_set
 
-from gptfl_dist.config.federation import Filter
+from gptfl_dist.config.federation import Filter, Task
 from gptfl_dist.errors import DataError, GeneratorError, ModelError, StorageError
 from gptfl_dist.synthesis.selection import SELECTION, Judge, Selection, known_selection, select, select_images
 from gptfl_dist.synthesis.store import complete_manifest
@@ -31,7 +31,7 @@ class Asking:
 
     def __init__(self, probabilities: list[float], kind: str = "cross") -> None:
         self.probabilities = probabilities
-        self.judge = Judge({"kind": kind}, self.answer)
+        self.judge = Judge({"kind": kind}, Task(size=SIZE), self.answer)
         self.times = 0
 
     def answer(self, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -119,7 +119,7 @@ def test_a_judge_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        select_images(tmp_path, Filter(), Judge({"kind": "cross"}, stopped))
+        select_images(tmp_path, Filter(), Judge({"kind": "cross"}, Task(size=SIZE), stopped))
     assert not (tmp_path / SELECTION).exists()
     assert select_images(tmp_path, Filter(), Asking([0.5] * 12).judge).count == 12
 
@@ -127,7 +127,9 @@ def test_a_judge_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
 def test_what_is_no_label_at_all_is_said_so(tmp_path: Path) -> None:
     shape_set(tmp_path, per_label=1)
     answer = np.array([[0.2, 0.1, 0.1], [0.5, 0.3, 0.2], [0.3, 0.3, 0.4]])
-    selection = select_images(tmp_path, Filter(), Judge({"kind": "classifier"}, lambda images, labels: answer))
+    selection = select_images(
+        tmp_path, Filter(), Judge({"kind": "classifier"}, Task(size=SIZE), lambda images, labels: answer)
+    )
     assert selection.answers.probability == [0.2, 0.3, 0.4]
     assert selection.answers.judged == [None, 0, 2]
     assert selection.answers.certainty == [0.6, 0.5, 0.4]

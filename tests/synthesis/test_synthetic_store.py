@@ -49,7 +49,7 @@ def write_set(folder: Path, images_per_label: int) -> Manifest:
     for number in range(current.request.shard_count):
         part = samples[number * SHARD : (number + 1) * SHARD]
         noise = [np.random.default_rng(s.seed).integers(0, 256, (6, 6, 1), np.uint8) for s in part]
-        data = store.encode_shard(LABELS, part, [store.encode_png(n, 6, 1) for n in noise], True)
+        data = store.encode_shard(current.request, part, [store.encode_png(n, 6, 1) for n in noise], True)
         shard = store.write_shard(folder, number, len(part), data)
         current = current.model_copy(update={"shards": (*current.shards, shard)})
         store.write_manifest(folder, current)

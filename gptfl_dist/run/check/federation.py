@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
@@ -133,7 +134,7 @@ def _model(path: Path, file: FederationFile) -> str:
     model = _built(path, file)
     layout = layout_of(model)
     count = file.training.batch_size
-    images = torch.zeros(count, file.task.channels, file.task.size, file.task.size)
+    images = torch.zeros(count, *file.task.shape)
     try:
         F.cross_entropy(logits(model, images), torch.zeros(count, dtype=torch.int64)).backward()  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError, IndexError) as error:
@@ -299,8 +300,9 @@ def _space(path: Path, file: FederationFile) -> str:
     spools, silos = spools * (1 + control), silos * (1 + control)  # the control variate goes where the weights go
     wanted = {file.run_folder: model * (kept + named + spools + silos)}
     if _synthesises(file):
-        image = file.task.size**2 * file.task.channels
-        wanted[file.synthesis.folder] = sets * file.synthesis.images_per_label * len(file.labels) * image
+        task = file.task
+        sample = math.prod(task.shape) if task.kind == "image" else 2 * task.clip_samples
+        wanted[file.synthesis.folder] = sets * file.synthesis.images_per_label * len(file.labels) * sample
     by_disk: dict[int, tuple[Path, int]] = {}
     for folder, most in wanted.items():
         there = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else 0
@@ -330,10 +332,10 @@ def _test_data(file: FederationFile) -> str:
     absent = [label for label, count in zip(file.labels, counts, strict=True) if not count]
     if absent:
         raise Doubt(
-            f"{len(images)} images in {file.test_data}, none of {', '.join(absent)}",
+            f"{len(images)} {file.task.samples} in {file.test_data}, none of {', '.join(absent)}",
             "accuracy will say nothing of these labels",
         )
-    return f"{len(images)} images of all {len(counts)} labels in {file.test_data}"
+    return f"{len(images)} {file.task.samples} of all {len(counts)} labels in {file.test_data}"
 
 
 def _silo_entries(file: FederationFile) -> str:
@@ -408,12 +410,12 @@ def _silo_training(path: Path, file: FederationFile, entry: SiloEntry, silo_path
     counts = trainer.label_counts()
     if trainer.samples > entry.max_samples:
         raise ConfigError(
-            f"{entry.name} trains on {trainer.samples} images, but silos registers max_samples {entry.max_samples}: "
-            "its updates would be refused",
+            f"{entry.name} trains on {trainer.samples} {file.task.samples}, but silos registers max_samples "
+            f"{entry.max_samples}: its updates would be refused",
             hint=f"set max_samples of {entry.name} to {trainer.samples} or more",
         )
     labels = sum(count > 0 for count in counts)
-    return f"{sum(counts)} images of {labels} of {len(counts)} labels fit the federation's model"
+    return f"{sum(counts)} {file.task.samples} of {labels} of {len(counts)} labels fit the federation's model"
 
 
 def _silo_credentials(file: FederationFile, entry: SiloEntry, silo_path: Path) -> str:

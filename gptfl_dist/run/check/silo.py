@@ -45,16 +45,18 @@ def _silo_device(silo: SiloFile) -> str:
 
 
 def _silo_data(silo: SiloFile) -> str:
-    """Decodes every image once. The federation's size, channels and labels are not known here."""
+    """Decodes every sample once. The federation's task and labels are not known here."""
     from gptfl_dist.config.federation import Task
-    from gptfl_dist.learning.data import count_labels, load_images, split
+    from gptfl_dist.learning.data import count_labels, find_kind, load_images, split
 
     assert silo.data is not None
-    counts = count_labels(silo.data)
-    images = load_images(silo.data, Task(), tuple(counts))
-    split(images, silo.data.validation_share, 0)
+    kind = find_kind(silo.data)
+    counts = count_labels(silo.data, kind)
+    task = Task(kind=kind)
+    samples = load_images(silo.data, task, tuple(counts))
+    split(samples, silo.data.validation_share, 0)
     told = ", ".join(f"{name} {count}" for name, count in sorted(counts.items())[:20])
-    return f"{len(images)} images can be read: {told}{', ...' if len(counts) > 20 else ''}"
+    return f"{len(samples)} {task.samples} can be read: {told}{', ...' if len(counts) > 20 else ''}"
 
 
 def _silo_code(path: Path, silo: SiloFile) -> str:
