@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,9 +15,12 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture
 def example(tmp_path: Path) -> Callable[..., Path]:
-    """Copies an example with its data prepared, and changes its texts: `file name, what stands there, what shall`."""
+    """Copies an example with its data prepared, and changes its texts: `file name, what stands there, what shall`.
 
-    def copy(name: str, *changes: tuple[str, str, str]) -> Path:
+    `arguments` are those of its prepare.py.
+    """
+
+    def copy(name: str, *changes: tuple[str, str, str], arguments: Sequence[str] = ()) -> Path:
         folder = tmp_path / name
         shutil.copytree(
             EXAMPLES / name, folder, ignore=shutil.ignore_patterns("data", "run", "synthetic", "__pycache__")
@@ -26,7 +29,8 @@ def example(tmp_path: Path) -> Callable[..., Path]:
             text = (folder / file).read_text()
             assert text.count(old) == 1, f"{file} holds {old!r} {text.count(old)} times"
             (folder / file).write_text(text.replace(old, new))
-        subprocess.run([sys.executable, "prepare.py"], cwd=folder, check=True, capture_output=True, timeout=120)
+        command = [sys.executable, "prepare.py", *arguments]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=120)
         return folder
 
     return copy

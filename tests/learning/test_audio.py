@@ -58,7 +58,7 @@ def test_what_a_silo_has_is_found_without_the_federation(tmp_path: Path) -> None
 
 def test_what_is_wrong_with_clips_is_named(tmp_path: Path) -> None:
     folder = tone_folder(tmp_path / "data", 2)
-    with pytest.raises(DataError, match="label 'high'.* is none of the federation's labels"):
+    with pytest.raises(DataError, match=r"label 'high'.* is none of the federation's labels"):
         load_images(Data(path=folder), TASK, ("low", "middle"))
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 4, 4), np.uint8), labels=[0, 1])
     with pytest.raises(DataError, match="which holds images"):

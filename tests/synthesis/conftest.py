@@ -1,4 +1,4 @@
-"""Two untrained pipelines of a few thousand parameters, built here and saved as folders."""
+"""Untrained pipelines of a few thousand parameters, built here and saved as folders."""
 
 from __future__ import annotations
 
@@ -105,6 +105,71 @@ def unguided_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     pipeline = ConsistencyModelPipeline(unet=unet, scheduler=CMStochasticIterativeScheduler())
     return _saved(pipeline, tmp_path_factory.mktemp("unguided"))
+
+
+@pytest.fixture(scope="session")
+def audio_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An AudioLDMPipeline of clips at 16 kHz."""
+    import torch
+    from diffusers import AudioLDMPipeline, AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import ClapTextConfig, ClapTextModelWithProjection, SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+    torch.manual_seed(0)
+    tokenizer = spelling_tokenizer()
+    text_config = ClapTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        projection_dim=8,
+        pad_token_id=1,  # from which the positions count on
+    )
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        sample_size=32,
+        cross_attention_dim=(8, 16),
+        attention_head_dim=4,
+        norm_num_groups=4,
+        class_embed_type="simple_projection",
+        projection_class_embeddings_input_dim=8,
+        class_embeddings_concat=True,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(4, 8),
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+    )
+    vocoder = SpeechT5HifiGan(
+        SpeechT5HifiGanConfig(
+            model_in_dim=8,
+            sampling_rate=16_000,
+            upsample_initial_channel=16,
+            upsample_rates=[8, 8],
+            upsample_kernel_sizes=[16, 16],
+            resblock_kernel_sizes=[3],
+            resblock_dilation_sizes=[[1, 3]],
+            normalize_before=False,
+        )
+    )
+    pipeline = AudioLDMPipeline(
+        vae=vae,
+        text_encoder=ClapTextModelWithProjection(text_config),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(num_train_timesteps=100, clip_sample=False, steps_offset=1),
+        vocoder=vocoder,
+    )
+    return _saved(pipeline, tmp_path_factory.mktemp("audio"))
 
 
 def _vae() -> Any:

@@ -187,3 +187,27 @@ def test_the_embedded_generator_refuses_labels_that_it_never_saw():
     with pytest.raises(GeneratorError, match="does not know cat, dog"):
         require_known_labels(Generator(), ["three", "cat", "dog"])
     require_known_labels(Generator(source="some/pipeline"), ["cat"])
+
+
+def test_the_same_call_makes_clips(audio_pipeline_folder: Path) -> None:
+    generator = load_generator(settings(audio_pipeline_folder, guidance=4.0))
+    batch = samples(3, guidance=4.0)
+    first, again = generator.clips(batch, LABELS, 16_000, 0.5), generator.clips(batch, LABELS, 16_000, 0.5)
+    assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
+    assert len({clip.tobytes() for clip in first}) == 3
+    assert all(clip.dtype == np.float32 and np.abs(clip).max() <= 1 for clip in first)
+    assert all(0.3 < len(clip) / 16_000 <= 0.51 for clip in first)
+    slower = generator.clips(batch, LABELS, 8_000, 0.5)
+    assert all(abs(2 * len(one) - len(other)) < 500 for one, other in zip(slower, first, strict=True))
+    prompts = (Sample(0, 0, 5, prompt, 4.0) for prompt in ("one", "a very different thing"))
+    one, other = (generator.clips([sample], LABELS, 16_000, 0.5)[0] for sample in prompts)
+    assert not np.array_equal(one, other)
+
+
+def test_pictures_are_no_clips_and_clips_no_pictures(audio_pipeline_folder: Path, text_pipeline_folder: Path) -> None:
+    with pytest.raises(GeneratorError, match="for 2 clips, expected") as caught:
+        load_generator(settings(text_pipeline_folder)).clips(samples(2), LABELS, 16_000, 0.5)
+    assert "task.kind image" in caught.value.hint
+    with pytest.raises(GeneratorError, match="for 2 pictures, expected") as caught:
+        load_generator(settings(audio_pipeline_folder)).images(samples(2), LABELS)
+    assert "task.kind audio" in caught.value.hint
