@@ -13,11 +13,11 @@ import torch.nn.functional as F
 
 TIME_SHIFT = 0.1  # of the clip
 TIME_STRETCH = 0.15  # of its natural logarithm
-BAND_SHIFT = 0.05  # of the bands
-BAND_STRETCH = 0.1
-GAIN = 0.15  # of what lies between silence and the loudest
-TIME_MASK = 0.15  # of the clip, at most
-BAND_MASK = 0.15  # of the bands, at most
+BAND_SHIFT = 0.03  # of the bands
+BAND_STRETCH = 0.06
+GAIN = 0.08  # of what lies between silence and the loudest
+TIME_MASK = 0.05  # of the clip, at most
+BAND_MASK = 0.05  # of the bands, at most
 
 
 def augment_spectrograms(

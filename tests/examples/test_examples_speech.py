@@ -32,8 +32,8 @@ def test_spoken_labels_are_a_start_and_the_speakers_improve_on_it(
         shutil.copyfile(recording, few / recording.name)
     folder = example(
         "speech",
-        ("federation.yaml", "images_per_label: 120", "images_per_label: 24"),
-        ("federation.yaml", "{epochs: 20}", "{epochs: 12, threads: 1}"),
+        ("federation.yaml", "images_per_label: 120", "images_per_label: 45"),
+        ("federation.yaml", "{epochs: 20}", "{epochs: 15, batch_size: 16, threads: 1}"),
         ("federation.yaml", "rounds: 10", "rounds: 5"),
         ("federation.yaml", "{learning_rate: 0.2}", "{learning_rate: 0.2, batch_size: 16, warm_up_rounds: 1}"),
         arguments=[str(few)],
