@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _ADDRESSES = 4 << 30  # bytes of address space: an allocation of more raises MemoryError, which is no allowed exception
@@ -53,11 +55,33 @@ def fuzz(name: str, inputs: int, corpus: Path, findings: Path) -> None:
     atheris.Fuzz()
 
 
+def run(name: str, inputs: int) -> bool:
+    """Fuzzes a target in a process of its own, and tells how that went; whether it went well."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as corpus:
+        command = [sys.executable, __file__, name, "--inputs", str(inputs), "--corpus", corpus]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
+    lines = done.stderr.splitlines()
+    told = {line.split()[0].removeprefix("stat::").rstrip(":"): line.split()[-1] for line in lines if "stat::" in line}
+    covered = next((line.partition("cov: ")[2].split()[0] for line in reversed(lines) if "cov: " in line), "?")
+    count, memory = told.get("number_of_executed_units", "?"), told.get("peak_rss_mb", "?")
+    verdict = "ok" if done.returncode == 0 else f"FAILED (code {done.returncode})"
+    seconds = time.monotonic() - started
+    print(
+        f"{name:19} {count:>9} inputs in {seconds:6.1f} s, {covered:>5} edges, at most {memory} MiB: {verdict}",
+        flush=True,
+    )
+    if done.returncode != 0:
+        print("\n".join(lines[-40:]), flush=True)
+    return done.returncode == 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", nargs="?")
     parser.add_argument("file", nargs="?", type=Path)
     parser.add_argument("--inputs", type=int, default=1_000_000)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="targets at a time")
     parser.add_argument("--corpus", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     findings = Path("fuzz-findings")
@@ -74,27 +98,10 @@ def main() -> int:
     findings.mkdir(exist_ok=True)
     names = [given.target] if given.target else list(TARGETS)
     share = -(-given.inputs // len(names))
-    failed = []
-    for name in names:
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory() as corpus:
-            command = [sys.executable, __file__, name, "--inputs", str(share), "--corpus", corpus]
-            done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
-        lines = done.stderr.splitlines()
-        told = {
-            line.split()[0].removeprefix("stat::").rstrip(":"): line.split()[-1] for line in lines if "stat::" in line
-        }
-        covered = next((line.partition("cov: ")[2].split()[0] for line in reversed(lines) if "cov: " in line), "?")
-        count, memory = told.get("number_of_executed_units", "?"), told.get("peak_rss_mb", "?")
-        seconds = time.monotonic() - started
-        verdict = "ok" if done.returncode == 0 else f"FAILED (code {done.returncode})"
-        print(
-            f"{name:14} {count:>9} inputs in {seconds:6.1f} s, {covered:>5} edges, at most {memory} MiB: {verdict}",
-            flush=True,
-        )
-        if done.returncode != 0:
-            failed.append(name)
-            print("\n".join(lines[-40:]), flush=True)
+    with ThreadPoolExecutor(given.jobs) as pool:
+        failed = [
+            name for name, good in zip(names, pool.map(lambda name: run(name, share), names), strict=True) if not good
+        ]
     if failed:
         print(f"failed: {', '.join(failed)}; the inputs lie in {findings}")
     else:

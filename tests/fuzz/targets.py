@@ -33,6 +33,7 @@ from gptfl_dist.launch.trainer import _decode
 from gptfl_dist.observe.status import SiloStatus, Status
 from gptfl_dist.run.actions import RESULTS
 from gptfl_dist.run.afar import result_in
+from gptfl_dist.security import session as sessions
 from gptfl_dist.security.audit import verify
 from gptfl_dist.security.audit_log import AuditLog, read_log
 from gptfl_dist.security.authority import Authority, Credentials, new_key
@@ -173,6 +174,10 @@ def _identity(data: bytes) -> None:
 
 def _certificate(data: bytes) -> None:
     identity_in(data, "the certificate")
+
+
+# Of the same files a context is made once: its making takes most of a session's time, and reads nothing foreign.
+sessions.tls_context = cache(sessions.tls_context)  # type: ignore[assignment]
 
 
 def _established() -> tuple[Session, Session]:
