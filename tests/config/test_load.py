@@ -129,6 +129,25 @@ def test_a_mistake_is_named_at_its_place(tmp_path: Path, added: str, expected: s
         ("model:\n  name: transformers", "f.yaml:6:9: model.name: model.name is transformers, so model.source must"),
         ("exchange: {key: k.pem}", "f.yaml:5:17: exchange.key: key given without authority, certificate"),
         ("task: {mean: [0.1, 0.2]}", "f.yaml:5:14: task.mean: mean has 2 values, expected 1"),
+        ("task: {bins: 64}", "task.bins: bins is not of kind image"),
+        ("task: {kind: audio, channels: 3}", "task.channels: channels is not of kind audio"),
+        (
+            "task: {kind: audio, window: 2s}",
+            "task.window: window has 32000 samples at sample_rate 16000, expected 2 to",
+        ),
+        ("task: {kind: audio, hop: 0ms}", "task.hop: hop is less than one sample"),
+        ("model: {name: conv1d-gru}", "conv1d-gru, which is for task.kind audio"),
+        ("task: {kind: audio}", "synthesis.generator.source is embedded, which draws digits"),
+        ("synthesis: {generator: {source: tts}}", "synthesis.generator.source is tts, which speaks"),
+        ("synthesis: {generator: {engines: [flite]}}", "engines are of source tts, and source is embedded"),
+        (
+            "task: {kind: audio}\nsynthesis: {generator: {source: tts, engines: [flite, flite]}}",
+            "engines names flite twice",
+        ),
+        (
+            "task: {kind: audio}\nsynthesis: {generator: {source: tts}, filter: {judge: encoder, source: ./clip}}",
+            "synthesis.filter.judge is encoder, which looks at pictures",
+        ),
         (
             "synthesis:\n  prompts: {file: p.yaml, styles: []}",
             "synthesis.prompts.file: file holds the prompts themselves: give it without styles",
@@ -354,3 +373,8 @@ def test_prompts_that_are_left_out_fit_the_generator(tmp_path: Path) -> None:
     assert templates("{generator: {source: ./sd}}") == photos
     assert templates("{generator: {source: owner/name}, prompts: {styles: [old]}}") == photos
     assert templates('{generator: {source: ./sd}, prompts: {templates: ["{label}"]}}') == ["{label}"]
+
+
+def test_engines_speak_the_label_itself(tmp_path: Path) -> None:
+    text = MINIMAL + "task: {kind: audio}\nsynthesis: {generator: {source: tts}}\n"
+    assert load_federation(write(tmp_path, text)).synthesis.prompts.templates == ["{label}"]
