@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from gptfl_dist import __version__
-from gptfl_dist.cli import admission, audit, keeping, operate
+from gptfl_dist.cli import admission, audit, experiment, keeping, operate
 from gptfl_dist.cli.options import FederationPath, Format, FormatOption
 from gptfl_dist.errors import ConfigError, GptflError, Interrupted
 from gptfl_dist.run.launcher import Wire, choose
@@ -97,6 +97,7 @@ def run(
     gptfl run federation.yaml                 silos as processes on this machine, gRPC with mutual TLS
     mpiexec -n 5 gptfl run federation.yaml    rank 0 coordinates four silos
     torchrun --nproc-per-node 5 -m gptfl_dist run federation.yaml
+    gptfl run federation.yaml --exchange memory    all in this process, silos in turn: for experiments
     """
     _run(file, exchange, fresh, format_)
 
@@ -306,6 +307,7 @@ class Kind(StrEnum):
     federation = "federation"
     silo = "silo"
     operator = "operator"
+    experiment = "experiment"
 
 
 @app.command()
@@ -329,9 +331,14 @@ def init(kind: Annotated[Kind, typer.Argument()] = Kind.federation, format_: For
 @app.command()
 def schema(kind: Annotated[Kind, typer.Argument()] = Kind.federation, format_: FormatOption = Format.text) -> None:
     """Print the JSON schema of a file, for editors that complete and check YAML. It is JSON in either format."""
-    from gptfl_dist.config.schema import federation_schema, operator_schema, silo_schema
+    from gptfl_dist.config.schema import experiment_schema, federation_schema, operator_schema, silo_schema
 
-    schemas = {Kind.federation: federation_schema, Kind.silo: silo_schema, Kind.operator: operator_schema}
+    schemas = {
+        Kind.federation: federation_schema,
+        Kind.silo: silo_schema,
+        Kind.operator: operator_schema,
+        Kind.experiment: experiment_schema,
+    }
     typer.echo(json.dumps(schemas[kind](), indent=None if format_ is Format.json else 2))
 
 
@@ -340,7 +347,7 @@ for _command in (
     *(admission.invite, admission.join, admission.requests, admission.approve, admission.revoke, admission.silos),
     *(admission.operators, operate.health),
     *(operate.status, operate.metrics, operate.pause, operate.resume, operate.abort, operate.export),
-    *(keeping.backup, keeping.restore, keeping.epoch),
+    *(keeping.backup, keeping.restore, keeping.epoch, experiment.experiment),
 ):
     app.command()(_command)
 app.add_typer(audit.app, name="audit")
@@ -400,14 +407,19 @@ def _group() -> Iterator[Group]:
 def _run(file: Path, wire: Wire, fresh: bool, format_: Format) -> None:
     choice = choose(wire)
     summary: Summary | None
-    if choice.wire is Wire.grpc:
+    if choice.wire in (Wire.grpc, Wire.memory):
         from gptfl_dist.run.folder import open_run_folder
+        from gptfl_dist.run.in_memory import run_in_memory
         from gptfl_dist.run.local import run_locally
         from gptfl_dist.run.signals import run_until_done
 
         open_run_folder(file, fresh)
-        _say(f"exchange: gRPC with mutual TLS ({choice.why})")
-        summary = run_until_done(run_locally(file, _say))
+        if choice.wire is Wire.memory:
+            _say(f"exchange: none, all in this process ({choice.why})")
+            summary = run_until_done(run_in_memory(file, _say))
+        else:
+            _say(f"exchange: gRPC with mutual TLS ({choice.why})")
+            summary = run_until_done(run_locally(file, _say))
     else:
         from gptfl_dist.run.collective import run_world
 

@@ -1,4 +1,4 @@
-"""The federation, silo and operator files: their types, how they are loaded, and their JSON schemas.
+"""The federation, silo, operator and experiment files: their types, how they are loaded, and their JSON schemas.
 
 Light on purpose (pydantic and PyYAML): the command line imports it before anything that needs a model.
 """
@@ -6,6 +6,7 @@ Light on purpose (pydantic and PyYAML): the command line imports it before anyth
 from __future__ import annotations
 
 from gptfl_dist.config.base import Name, Section
+from gptfl_dist.config.experiment import ExperimentFile
 from gptfl_dist.config.federation import (
     Arm,
     Compression,
@@ -24,10 +25,10 @@ from gptfl_dist.config.federation import (
     Training,
     Tuning,
 )
-from gptfl_dist.config.load import load_federation, load_operator, load_silo, to_yaml
+from gptfl_dist.config.load import load_experiment, load_federation, load_operator, load_silo, to_yaml
 from gptfl_dist.config.operator import OperatorFile
 from gptfl_dist.config.plan import LocalTraining, Plan
-from gptfl_dist.config.schema import federation_schema, operator_schema, silo_schema
+from gptfl_dist.config.schema import experiment_schema, federation_schema, operator_schema, silo_schema
 from gptfl_dist.config.silo import Code, Coordinator, Data, Policy, SiloFile
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Coordinator",
     "Data",
     "Exchange",
+    "ExperimentFile",
     "Federation",
     "FederationFile",
     "Filter",
@@ -57,7 +59,9 @@ __all__ = [
     "Task",
     "Training",
     "Tuning",
+    "experiment_schema",
     "federation_schema",
+    "load_experiment",
     "load_federation",
     "load_operator",
     "load_silo",

@@ -23,6 +23,7 @@ MAX_BYTES = 2**20
 MAX_DEPTH = 20
 HINT = "`gptfl init` prints a commented file with every setting, its default and its unit."
 SILO_HINT = "`gptfl init silo` prints a commented silo file with every setting, its default and its unit."
+EXPERIMENT_HINT = "`gptfl init experiment` prints a commented experiment file with every setting and its default."
 OPERATOR_HINT = "`gptfl join` writes such a file, and `gptfl init operator` prints a commented one."
 
 Value = None | bool | int | float | str | list["Value"] | dict[str, "Value"]

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from gptfl_dist.config.base import Section
 from gptfl_dist.config.document import (
+    EXPERIMENT_HINT,
     HINT,
     OPERATOR_HINT,
     SILO_HINT,
@@ -28,6 +29,7 @@ from gptfl_dist.config.document import (
     mapping_items,
     read_document,
 )
+from gptfl_dist.config.experiment import ExperimentFile, Settings
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.operator import OperatorFile
 from gptfl_dist.config.silo import SiloFile
@@ -53,14 +55,24 @@ _EXPECTED = {
 }
 
 
-File = FederationFile | SiloFile | OperatorFile
+File = FederationFile | SiloFile | OperatorFile | ExperimentFile
 
-_KINDS: dict[type[File], str] = {FederationFile: "federation", SiloFile: "silo", OperatorFile: "operator"}
-_HINTS: dict[type[Section], str] = {SiloFile: SILO_HINT, OperatorFile: OPERATOR_HINT}
+_KINDS: dict[type[File], str] = {
+    FederationFile: "federation",
+    SiloFile: "silo",
+    OperatorFile: "operator",
+    ExperimentFile: "experiment",
+}
+_HINTS: dict[type[Section], str] = {
+    SiloFile: SILO_HINT,
+    OperatorFile: OPERATOR_HINT,
+    ExperimentFile: EXPERIMENT_HINT,
+}
 _TAKEN_BY = {
     "federation": "`gptfl run`, `gptfl coordinator`, `gptfl generate`, `gptfl pretrain`, `gptfl credentials` and "
     "`gptfl check`",
     "silo": "`gptfl silo` and `gptfl check`, and for `file` of an entry under silos in the federation file",
+    "experiment": "`gptfl experiment`",
     "operator": "`gptfl status`, `gptfl silos`, `gptfl pause` and the like, which ask the coordinator over the network",
 }
 
@@ -78,6 +90,24 @@ def load_silo(path: Path) -> SiloFile:
 def load_operator(path: Path) -> OperatorFile:
     """The operator file at `path`, its paths resolved against its folder. Raises ConfigError."""
     return _load(path, OperatorFile)
+
+
+def load_experiment(path: Path) -> ExperimentFile:
+    """The experiment file at `path`, its paths resolved against its folder. Raises ConfigError."""
+    return _load(path, ExperimentFile)
+
+
+def federation_of(settings: Settings, folder: Path, where: str) -> FederationFile:
+    """A federation file of these settings, their paths resolved against `folder`; `where` is what messages call them.
+
+    Raises ConfigError.
+    """
+    try:
+        file = FederationFile.model_validate_json(json.dumps(settings, allow_nan=False), strict=True)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'the file'}: {one['msg']}" for one in error.errors())
+        raise ConfigError(f"{where}: {wrong}", hint=HINT) from None
+    return _resolved(file, folder)
 
 
 def kind_of(value: object) -> type[File] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from gptfl_dist.config.base import Section
+from gptfl_dist.config.experiment import ExperimentFile
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.operator import OperatorFile
 from gptfl_dist.config.silo import SiloFile
@@ -18,6 +19,11 @@ def federation_schema() -> dict[str, Any]:
 def silo_schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of the silo file."""
     return _schema(SiloFile)
+
+
+def experiment_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of the experiment file."""
+    return _schema(ExperimentFile)
 
 
 def operator_schema() -> dict[str, Any]:

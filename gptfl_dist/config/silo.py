@@ -29,11 +29,13 @@ class Coordinator(Section):
 class Data(Section):
     """The private data: a folder with one sub-folder a label, a Parquet or `datasets` folder, or an .npz file.
 
-    `labels` renames the data's own label names to the federation's.
+    `labels` renames the data's own label names to the federation's. `samples` is a text file of the numbers of the
+    samples that are used, from 0, one a line.
     """
 
     path: Path
     format: Literal["auto", "folder", "parquet", "npz"] = "auto"
+    samples: Path | None = None
     validation_share: Share = 0.1
     labels: dict[str, str] = Field(default={})
 

@@ -71,7 +71,19 @@ def list_samples(data: Data, kind: Kind) -> Samples:
     samples = {"folder": _read_folder, "parquet": _read_parquet, "npz": _read_npz}[form](path, _LOOK[kind])
     if not samples.labels:
         raise DataError(f"{path} holds no samples", hint="check that the path is the folder or file you mean")
-    return samples
+    return samples if data.samples is None else _only(samples, data.samples)
+
+
+def _only(samples: Samples, path: Path) -> Samples:
+    """The samples whose numbers, from 0, stand in a text file, one a line."""
+    try:
+        numbers = {int(line) for line in path.read_text(encoding="utf-8").split()}
+    except ValueError:
+        raise DataError(f"{path}: expected a whole number in each line, the numbers of samples from 0") from None
+    if not numbers or not 0 <= min(numbers) <= max(numbers) < len(samples.labels):
+        raise DataError(f"{path}: expected numbers of samples from 0 to {len(samples.labels) - 1}, one at least")
+    labels = [label for number, label in enumerate(samples.labels) if number in numbers]
+    return Samples(labels, (raw for number, raw in enumerate(samples.raw) if number in numbers))
 
 
 def kind_of(data: Data) -> Kind:

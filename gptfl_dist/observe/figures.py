@@ -21,17 +21,17 @@ ARM_COLOURS = {"synthetic_only": "#007a5a", "fedavg_random": "#c2500a", "gptfl":
 """Told apart with every common form of colour blindness and when printed in grey beside their labels."""
 
 _DASHES = {"fedavg_random": (0, (4, 1.5)), "gptfl": (0, ())}
-_INK, _GRID = "#1f2328", "#d8dee4"
-_STYLE: dict[Any, object] = {
+INK, GRID = "#1f2328", "#d8dee4"
+FIGURE_STYLE: dict[Any, object] = {
     "font.size": 10,
     "axes.edgecolor": "#8c959f",
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "svg.fonttype": "path",
     "svg.hashsalt": "gptfl",
 }
@@ -42,7 +42,7 @@ def learning_curves(summary: Summary) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(10, 4.5))
         axes = figure.add_axes((0.06, 0.115, 0.63, 0.865))
         ends: list[tuple[float, str, str]] = []
@@ -67,16 +67,16 @@ def learning_curves(summary: Summary) -> bytes:
             ends.append((_percent(level), f"{ARM_NAMES['synthetic_only']}, {percent(level)}", colour))
         if summary.target_accuracy is not None:
             target = _percent(summary.target_accuracy)
-            axes.axhline(target, color=_INK, lw=1.2, ls=(0, (5, 4)), zorder=1)
-            ends.append((target, f"Target, {target:.1f} %", _INK))
+            axes.axhline(target, color=INK, lw=1.2, ls=(0, (5, 4)), zorder=1)
+            ends.append((target, f"Target, {target:.1f} %", INK))
         axes.set_xlim(0, max(1, rounds) * 1.01)
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, 0), min(high, 101))
-        _round_axis(axes)
+        round_axis(axes)
         axes.set_ylabel(f"accuracy on {summary.curve_of} data (%)")
-        axes.grid(axis="y", color=_GRID, lw=0.8)
+        axes.grid(axis="y", color=GRID, lw=0.8)
         _label_ends(axes, ends)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def costs(rounds: Mapping[str, Sequence[RoundRecord]]) -> bytes:
@@ -84,7 +84,7 @@ def costs(rounds: Mapping[str, Sequence[RoundRecord]]) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(10, 2.9))
         panels = figure.subplots(1, 3)
         series: tuple[tuple[str, Callable[[RoundRecord], float]], ...] = (
@@ -110,12 +110,12 @@ def costs(rounds: Mapping[str, Sequence[RoundRecord]]) -> bytes:
             axes.set_title(title, fontsize=10, loc="left", fontweight="bold")
             axes.set_ylim(0, top * 1.15 or 1)
             axes.set_xlim(left=0)
-            axes.grid(axis="y", color=_GRID, lw=0.8)
-            _round_axis(axes)
+            axes.grid(axis="y", color=GRID, lw=0.8)
+            round_axis(axes)
         handles, names = panels[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="upper left", ncols=2, frameon=False, bbox_to_anchor=(0.035, 1.0))
         figure.subplots_adjust(left=0.055, right=0.99, top=0.77, bottom=0.18, wspace=0.24)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def spread(places: Sequence[float], gap: float, top: float) -> list[float]:
@@ -164,7 +164,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
         )
 
 
-def _round_axis(axes: Axes) -> None:
+def round_axis(axes: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -175,7 +175,7 @@ def _percent(value: float | None) -> float:
     return math.nan if value is None else value * 100
 
 
-def _svg(figure: Figure) -> bytes:
+def as_svg(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return buffer.getvalue()

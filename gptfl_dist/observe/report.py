@@ -1,15 +1,12 @@
 """`report.html`: the result of a run for people, as one page that needs nothing but itself.
 
-No script, no font and no picture from elsewhere: figures and the contact sheet are inside the page as data, and its
-content security policy forbids everything else. Every text from outside (labels, names of silos, the federation
-file) is escaped.
+Every text from outside (labels, names of silos, the federation file) is escaped.
 """
 
 from __future__ import annotations
 
-import base64
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -18,7 +15,8 @@ from statistics import median
 from gptfl_dist.errors import StorageError
 from gptfl_dist.files import write_file
 from gptfl_dist.observe.figures import ARM_COLOURS, costs, learning_curves
-from gptfl_dist.observe.style import STYLE
+from gptfl_dist.observe.page import figure, page, section, table
+from gptfl_dist.observe.silos_by_label import SILO_LIMIT, silos_by_label
 from gptfl_dist.observe.summary import FederatedArm, RoundRecord, Summary
 from gptfl_dist.observe.wording import (
     ARM_NAMES,
@@ -35,8 +33,6 @@ from gptfl_dist.observe.wording import (
 
 FILE_NAME = "report.html"
 
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
 _SHEET_LIMIT = 400_000
 """Bytes up to which a contact sheet goes into the page as it is; a larger one is shrunk and becomes a JPEG."""
 
@@ -44,13 +40,6 @@ _SHEET_WIDTH = 1400
 
 _MATRIX_LIMIT = 30
 """Labels up to which the whole confusion matrix is legible; beyond, the most frequent confusions are listed."""
-
-_SILO_LIMIT = 60
-
-_LABEL_COLOURS = (
-    *("#332288", "#88ccee", "#cc6677", "#117733", "#ddcc77"),
-    *("#aa4499", "#44aa99", "#882255", "#999933", "#bbbbbb"),
-)
 
 
 @dataclass(frozen=True)
@@ -80,45 +69,19 @@ def write_report(folder: Path, summary: Summary, details: ReportDetails) -> Path
         _curves(summary) if summary.arms.federated else "",
         _contact_sheets(summary, details, details.contact_sheet) if details.contact_sheet is not None else "",
         _confusion(summary, details.labels, details.confusion) if details.confusion is not None else "",
-        _split(details.labels, details.split) if details.split else "",
+        section("split", "Private data by silo", silos_by_label(details.labels, details.split))
+        if details.split
+        else "",
         _costs(summary, details.rounds),
         _updates(summary) if any(arm.updates for arm in summary.arms.federated.values()) else "",
         _tuning(summary) if summary.tuning else "",
         _settings(summary, details.settings_text),
     ]
-    title = escape(f"{summary.run}: federated learning report")
+    title = f"{summary.run}: federated learning report"
     finished = summary.finished.strftime("%d %B %Y, %H:%M %Z")
     facts = f"{summary.silos} silos · {escape(summary.transport)} · seed {summary.seed} · {finished}"
-    write_file(
-        path,
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f'<header>\n<p class="kicker">Run <b>{escape(summary.run)}</b></p>\n<h1>{escape(headline(summary))}</h1>\n'
-        f'<p class="facts">{facts}</p>\n</header>\n' + "\n".join(part for part in parts if part) + "\n"
-        "</main>\n</body>\n</html>\n",
-    )
+    write_file(path, page(title, f"Run <b>{escape(summary.run)}</b>", headline(summary), facts, parts))
     return path
-
-
-def _section(name: str, title: str, *content: str) -> str:
-    return f'<section id="{name}">\n<h2>{title}</h2>\n' + "\n".join(content) + "\n</section>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """A table of cells that are HTML already; the first column is the rows' heading."""
-    heading = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "\n".join(
-        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows
-    )
-    table = f'<table class="{kind}"><thead><tr>{heading}</tr></thead>\n<tbody>{body}</tbody></table>'
-    return f'<div class="scroll">{table}</div>'
-
-
-def _figure(mime: str, data: bytes, alt: str, caption: str) -> str:
-    source = f"data:{mime};base64,{base64.b64encode(data).decode()}"
-    return f'<figure><img src="{source}" alt="{escape(alt)}"><figcaption>{caption}</figcaption></figure>'
 
 
 def _arm(name: str) -> str:
@@ -144,7 +107,7 @@ def _result(summary: Summary, details: ReportDetails) -> str:
     notes += map(escape, stop_texts(summary))
     head = ["Arm", "Accuracy", "After the last round", "Rounds to the target", "Traffic to the target"]
     head += ["Bytes down", "Bytes up", "Time a round"]
-    return _section("result", "Result", _table(head, rows, "numbers"), f'<p class="note">{" ".join(notes)}</p>')
+    return section("result", "Result", table(head, rows, "numbers"), f'<p class="note">{" ".join(notes)}</p>')
 
 
 def _result_cells(summary: Summary, arm: FederatedArm, records: Sequence[RoundRecord]) -> list[str]:
@@ -173,13 +136,13 @@ def _curves(summary: Summary) -> str:
     if summary.curve_of == "test" and any(arm.start_accuracy is not None for arm in summary.arms.federated.values()):
         caption += " Round 0 is the start, before any silo trained."
     alt = f"Line chart of accuracy on {summary.curve_of} data by round. {'. '.join(ends)}."
-    return _section("curves", "Learning curves", _figure("image/svg+xml", learning_curves(summary), alt, caption))
+    return section("curves", "Learning curves", figure("image/svg+xml", learning_curves(summary), alt, caption))
 
 
 def _contact_sheets(summary: Summary, details: ReportDetails, path: Path) -> str:
     caption = f"A sample of the {summary.synthetic_images:,} synthetic images that the start weights were trained on."
     alt = "Contact sheet of synthetic images, a sample of every label."
-    parts = [_figure(*_sheet_bytes(path), alt, caption)]
+    parts = [figure(*_sheet_bytes(path), alt, caption)]
     if summary.choice is not None:
         parts.append(f'<p class="note">{escape(choice_text(summary.choice))}</p>')
     if details.filter is not None:
@@ -190,8 +153,8 @@ def _contact_sheets(summary: Summary, details: ReportDetails, path: Path) -> str
             "words below an image what the judge saw, with its probability."
         )
         alt = "Contact sheet of synthetic images that the filter dropped, by the label that was asked for."
-        parts.append(_figure(*_sheet_bytes(details.dropped_sheet), alt, caption))
-    return _section("synthetic", "Synthetic data", *parts)
+        parts.append(figure(*_sheet_bytes(details.dropped_sheet), alt, caption))
+    return section("synthetic", "Synthetic data", *parts)
 
 
 def _sheet_bytes(path: Path) -> tuple[str, bytes]:
@@ -217,15 +180,15 @@ def _confusion(summary: Summary, labels: Sequence[str], confusion: Sequence[Sequ
     total = sum(map(sum, confusion))
     right = sum(row[index] for index, row in enumerate(confusion))
     if len(labels) <= _MATRIX_LIMIT:
-        table = _matrix(labels, confusion)
+        shown = _matrix(labels, confusion)
         reading = (
             "Rows are the true labels, columns what the model predicted. Blue is right, orange wrong, darker is more."
         )
     else:
-        table = _most_confused(labels, confusion)
+        shown = _most_confused(labels, confusion)
         reading = "The most frequent confusions."
     note = f"{right:,} of {total:,} samples right, {summary.curve_of} data. {reading}"
-    return _section("confusion", "Confusion matrix of the kept model", table, f'<p class="note">{note}</p>')
+    return section("confusion", "Confusion matrix of the kept model", shown, f'<p class="note">{note}</p>')
 
 
 def _matrix(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -> str:
@@ -267,49 +230,11 @@ def _most_confused(labels: Sequence[str], confusion: Sequence[Sequence[int]]) ->
     ]
     worst = sorted(wrong, key=lambda entry: (-entry[0], entry[1:]))[:20]
     rows = [[escape(labels[true]), escape(labels[said]), f"{count:,}"] for count, true, said in worst]
-    return _table(["True label", "Taken for", "Samples"], rows)
+    return table(["True label", "Taken for", "Samples"], rows)
 
 
-def _split(labels: Sequence[str], split: Mapping[str, Sequence[int]]) -> str:
-    largest = max((sum(counts) for counts in split.values()), default=0) or 1
-    shown = list(split.items())[:_SILO_LIMIT]
-    rows = []
-    for silo, counts in shown:
-        segments = "".join(
-            _segment(index, labels[index], count, count / largest) for index, count in enumerate(counts) if count
-        )
-        name = escape(silo)
-        rows.append(
-            f'<div class="silo"><span class="name" title="{name}">{name}</span><span class="track">{segments}</span>'
-            f'<span class="total">{sum(counts):,}</span></div>'
-        )
-    legend = "".join(
-        f'<span><span class="chip" style="background:{_label_colour(index)}"></span>{escape(label)}</span>'
-        for index, label in enumerate(labels)
-    )
-    more = f" {len(split) - len(shown)} more silos are not shown." if len(split) > len(shown) else ""
-    note = f"Samples of each label at each silo, training and validation together.{more}"
-    return _section(
-        "split",
-        "Private data by silo",
-        f'<div class="legend">{legend}</div><div class="split">{"".join(rows)}</div>',
-        f'<p class="note">{note}</p>',
-    )
-
-
-def _segment(index: int, label: str, count: int, share: float) -> str:
-    colour = _label_colour(index)
-    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
-    ink = "#000" if 0.299 * red + 0.587 * green + 0.114 * blue > 120 else "#fff"
-    name = escape(label)
-    # A track is about 680 pixels wide, a character 7.
-    inside = name if share * 680 > 7 * len(label) + 8 else ""
-    style = f"width:{share * 100:.2f}%;background:{colour};color:{ink}"
-    return f'<span class="segment" style="{style}" title="{name}: {count:,}">{inside}</span>'
-
-
-def _label_colour(index: int) -> str:
-    return _LABEL_COLOURS[index % len(_LABEL_COLOURS)]
+def _split(details: ReportDetails) -> str:
+    return section("split", "Private data by silo", silos_by_label(details.labels, details.split or {}))
 
 
 def _costs(summary: Summary, rounds: Mapping[str, Sequence[RoundRecord]]) -> str:
@@ -323,21 +248,21 @@ def _costs(summary: Summary, rounds: Mapping[str, Sequence[RoundRecord]]) -> str
         ]
         caption = f"A median round, all silos together. {'; '.join(medians)}."
         alt = f"Three line charts by round: bytes to the silos, bytes from the silos, seconds. {caption}"
-        content.append(_figure("image/svg+xml", costs(rounds), alt, caption))
+        content.append(figure("image/svg+xml", costs(rounds), alt, caption))
     longest = max(summary.seconds.values(), default=0) or 1
     stages = [
         [escape(stage), duration(taken), f'<span class="bar" style="width:{100 * taken / longest:.1f}%"></span>']
         for stage, taken in summary.seconds.items()
     ]
-    content.append(_table(["Stage", "Time", ""], stages, "stages"))
-    return _section("costs", "What it costs: bytes and seconds", *content)
+    content.append(table(["Stage", "Time", ""], stages, "stages"))
+    return section("costs", "What it costs: bytes and seconds", *content)
 
 
 def _updates(summary: Summary) -> str:
     arms = {name: arm for name, arm in summary.arms.federated.items() if arm.updates}
     silos = sorted({silo for arm in arms.values() for silo in arm.updates})
     rows = []
-    for silo in silos[:_SILO_LIMIT]:
+    for silo in silos[:SILO_LIMIT]:
         cells = [escape(silo)]
         for arm in arms.values():
             told = arm.updates.get(silo)
@@ -349,7 +274,7 @@ def _updates(summary: Summary) -> str:
         head += [f"{ARM_NAMES[name]}: rounds", "rounds old"]
     more = f" {len(silos) - len(rows)} more silos are not shown." if len(silos) > len(rows) else ""
     note = f"In how many rounds an update of the silo counted, and how many rounds old it was on average.{more}"
-    return _section("updates", "Updates by silo", _table(head, rows, "numbers"), f'<p class="note">{note}</p>')
+    return section("updates", "Updates by silo", table(head, rows, "numbers"), f'<p class="note">{note}</p>')
 
 
 def _tuning(summary: Summary) -> str:
@@ -366,8 +291,8 @@ def _tuning(summary: Summary) -> str:
         rows.append([_arm(name), *marked])
     note = "Accuracy on validation data after a short federation at each client learning rate. ✓ marks the rate chosen."
     head = ["Learning rate", *(f"{rate:g}" for rate in rates)]
-    table = _table(head, rows, "numbers")
-    return _section("tuning", "Choice of the learning rate", table, f'<p class="note">{note}</p>')
+    rates_table = table(head, rows, "numbers")
+    return section("tuning", "Choice of the learning rate", rates_table, f'<p class="note">{note}</p>')
 
 
 def _settings(summary: Summary, text: str) -> str:
@@ -388,4 +313,4 @@ def _settings(summary: Summary, text: str) -> str:
         if digests.final != digests.best:
             facts.append(("", f"last round <code>{digests.final}</code>"))
     entries = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts)
-    return _section("settings", "Settings", f"<dl>{entries}</dl>", f"<h3>Federation file</h3><pre>{escape(text)}</pre>")
+    return section("settings", "Settings", f"<dl>{entries}</dl>", f"<h3>Federation file</h3><pre>{escape(text)}</pre>")

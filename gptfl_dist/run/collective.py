@@ -31,11 +31,11 @@ from gptfl_dist.exchange.collective.watch import RankEnded, Watch
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.launch.start import open_trainer
 from gptfl_dist.observe.summary import Summary
-from gptfl_dist.run.coordinator import coordinate, silo_files
+from gptfl_dist.run.coordinator import Surroundings, coordinate, silo_files
 from gptfl_dist.run.credentials import coordinator_credentials, silo_credentials
 from gptfl_dist.run.folder import PRIVATE, make_folder, open_run_folder
 from gptfl_dist.run.freshness import Freshness
-from gptfl_dist.run.in_process import InProcessRunner
+from gptfl_dist.run.in_process import ReducingRunner
 from gptfl_dist.run.launcher import Choice, mpi_launcher, torchrun
 from gptfl_dist.run.ranks import dismiss_helpers, help_train, open_ranks
 from gptfl_dist.run.signals import deadly_stops, ignore_stops, raise_interrupted, run_until_done
@@ -211,7 +211,7 @@ async def _coordinate(
         working = collective.size - 1
         say(f"{len(ranks)} silos on {working} rank{'s' if working > 1 else ''}{secured}")
 
-    summary = await coordinate(path, make_exchange=make_exchange, opened=opened, say=say)
+    summary = await coordinate(path, Surroundings(make_exchange=make_exchange, opened=opened, say=say))
     if not federated:  # the run was finished before, or none of its arms needs the silos
         await dismiss(collective)
     return summary
@@ -248,7 +248,7 @@ async def _serve(path: Path, collective: Collective, ranks: Mapping[str, range])
                     trainer = await open_ranks(silo, silo_folder, home, collective, its)
                 runner = ProcessRunner(silo, silo_folder, trainer)
             else:
-                runner = InProcessRunner(silo, silo_folder, memory, turn, file.federation.max_update_norm)
+                runner = ReducingRunner(silo, silo_folder, turn, memory, file.federation.max_update_norm)
             exchange = SiloOnRank(rank, name)
             fresh = _fresh(file, silo, home)
             work.append(asyncio.create_task(_to_the_goodbye(silo, exchange, runner, home, fresh)))

@@ -13,15 +13,18 @@ import logging
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 
 from gptfl_dist import __version__
 from gptfl_dist.aggregation.rules import rule_of
 from gptfl_dist.config.federation import FederationFile
-from gptfl_dist.config.load import load_federation
+from gptfl_dist.config.load import load_federation, load_silo
+from gptfl_dist.config.silo import SiloFile
 from gptfl_dist.errors import ConfigError, DataError, GptflError, Interrupted, RunAborted, StorageError, first_line
 from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
 from gptfl_dist.exchange.inbox import Inbox
@@ -37,13 +40,14 @@ from gptfl_dist.run.arm import rounds_planned, stopped_name
 from gptfl_dist.run.arms import run_arms
 from gptfl_dist.run.at_rest import use_at_rest
 from gptfl_dist.run.candidates import PRETRAINED_WEIGHTS
-from gptfl_dist.run.evaluation import Evaluator
+from gptfl_dist.run.evaluation import Evaluator, ProcessEvaluator
 from gptfl_dist.run.federate import Federator
 from gptfl_dist.run.folder import ENDED
 from gptfl_dist.run.requests import aborted, unless_aborted
 from gptfl_dist.run.result import federated_arms, settings_text, write_results
 from gptfl_dist.run.settings import request_of
-from gptfl_dist.run.stages import run_stage
+from gptfl_dist.run.silo import require_data
+from gptfl_dist.run.stages import STAGES, Stage, run_stage
 
 _log = logging.getLogger(__name__)
 
@@ -106,18 +110,32 @@ class Terminal:
         self._say(text)
 
 
-async def coordinate(
-    path: Path,
-    *,
-    make_exchange: Callable[[FederationFile, Inbox], CoordinatorExchange],
-    opened: Callable[[CoordinatorExchange, Callable[[BaseException], None]], Awaitable[None]],
-    say: Callable[[str], None],
-) -> Summary:
-    """Runs the federation file at `path` to its end.
+def _in_a_process(path: Path, file: FederationFile) -> Evaluator:
+    # In the federation file's folder, so that model.source can name a module that lies beside the file.
+    command, log = python_module("gptfl_dist.run.evaluator"), file.run_folder / "logs" / "evaluator.log"
+    return ProcessEvaluator(TrainerProcess(command, log, cwd=path.absolute().parent), file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What differs from wire to wire, and whom the coordinator tells what it does.
 
     `opened` is called once the exchange takes silos, with a function that ends the federation with an error; `say`
-    shows a line to the operator. Raises what stops a run; the same call then goes on from there. Of the processes of a
-    run this one alone imports the code that strategy.rule names.
+    shows a line to the operator. `make_evaluator` and `run_stage` are given the federation file's path.
+    """
+
+    make_exchange: Callable[[FederationFile, Inbox], CoordinatorExchange]
+    opened: Callable[[CoordinatorExchange, Callable[[BaseException], None]], Awaitable[None]]
+    say: Callable[[str], None]
+    make_evaluator: Callable[[Path, FederationFile], Evaluator] = _in_a_process
+    run_stage: Callable[[Stage, Path], Awaitable[dict[str, Any]]] = run_stage
+
+
+async def coordinate(path: Path, around: Surroundings) -> Summary:
+    """Runs the federation file at `path` to its end.
+
+    Raises what stops a run; the same call then goes on from there. Of the processes of a run this one alone imports the
+    code that strategy.rule names.
     """
     file = load_federation(path)
     if file.test_data is not None and not file.test_data.exists():  # not to be found out after hours of synthesis
@@ -132,7 +150,7 @@ async def coordinate(
     try:
         auditor = auditing.Auditor(ledger)
         if ledger.fact("finished") is not None and (file.run_folder / FILE_NAME).exists():
-            say(f"{file.run_folder}: this run is finished; --fresh makes it anew")
+            around.say(f"{file.run_folder}: this run is finished; --fresh makes it anew")
             return read_summary(file.run_folder)
         if (error := aborted(ledger)) is not None:
             raise error
@@ -141,7 +159,7 @@ async def coordinate(
             _end_noted(ledger, _digest(file)),
             contextlib.closing(LiveFile(file.run_folder, ledger.holder)) as live,
         ):
-            return await auditor.beside(_run(path, file, ledger, live, make_exchange, opened, say))
+            return await auditor.beside(_run(path, file, ledger, live, around))
     finally:
         ledger.close()
 
@@ -180,48 +198,37 @@ def _digest(file: FederationFile) -> str:
 
 
 async def _before_the_federation(
-    path: Path, file: FederationFile, ledger: Ledger, live: LiveFile, say: Callable[[str], None]
+    path: Path, file: FederationFile, ledger: Ledger, live: LiveFile, around: Surroundings
 ) -> None:
     """Synthetic data and pre-training, where an arm of the file needs them."""
     if not {"synthetic_only", "gptfl"} & set(file.arms):
         return
-    for stage in ("generate", "pretrain"):
+    for stage in STAGES:
         started = time.monotonic()
         live.stage(stage)
         try:
-            told = await run_stage(stage, path)
+            told = await around.run_stage(stage, path)
         finally:
             ledger.add_seconds(stage, time.monotonic() - started)
         if told.get("choice"):
-            say(told["choice"])
+            around.say(told["choice"])
 
 
-async def _run(
-    path: Path,
-    file: FederationFile,
-    ledger: Ledger,
-    live: LiveFile,
-    make_exchange: Callable[[FederationFile, Inbox], CoordinatorExchange],
-    opened: Callable[[CoordinatorExchange, Callable[[BaseException], None]], Awaitable[None]],
-    say: Callable[[str], None],
-) -> Summary:
-    await unless_aborted(ledger, _before_the_federation(path, file, ledger, live, say))
-    # In the federation file's folder, so that model.source can name a module that lies beside the file.
-    command, log = python_module("gptfl_dist.run.evaluator"), file.run_folder / "logs" / "evaluator.log"
-    process = TrainerProcess(command, log, cwd=path.absolute().parent)
-    evaluator = Evaluator(process, file, file.run_folder)
+async def _run(path: Path, file: FederationFile, ledger: Ledger, live: LiveFile, around: Surroundings) -> Summary:
+    await unless_aborted(ledger, _before_the_federation(path, file, ledger, live, around))
+    evaluator = around.make_evaluator(path, file)
     live.stage("federate")
     try:
         layout = await evaluator.start()
         tested = None
         if federated_arms(file):
-            watcher = Terminal(file, ledger, live, say)
+            watcher = Terminal(file, ledger, live, around.say)
             federator = Federator(
                 file=file,
                 layout=layout,
                 ledger=ledger,
                 evaluator=evaluator,
-                make_exchange=lambda inbox: make_exchange(file, inbox),
+                make_exchange=lambda inbox: around.make_exchange(file, inbox),
                 watcher=watcher,
             )
             goodbye = Goodbye(False, "the coordinator stopped before the end; it may come back")
@@ -229,7 +236,7 @@ async def _run(
                 await federator.start()
                 live.serves(True)
                 with watcher.table:
-                    await opened(federator.exchange, federator.fail)
+                    await around.opened(federator.exchange, federator.fail)
                     await run_arms(federator)
                 goodbye = Goodbye(True, "the federation is finished")
             except RunAborted as error:
@@ -268,3 +275,15 @@ def silo_files(file: FederationFile) -> dict[str, Path]:
             hint="give each silo its file, or start the sides apart with gptfl coordinator and gptfl silo",
         )
     return {entry.name: entry.file for entry in sorted(file.silos, key=lambda s: s.name) if entry.file is not None}
+
+
+def load_silos(path: Path, file: FederationFile) -> dict[str, tuple[Path, SiloFile]]:
+    """Each silo's file with its path, checked, for runs that start the silos themselves. By name in sorted order."""
+    loaded = {}
+    for name, silo_path in silo_files(file).items():
+        silo = load_silo(silo_path)
+        if silo.name != name:
+            raise ConfigError(f"{silo_path}: name is {silo.name}, {path} expects {name}")
+        require_data(silo)  # the trainer would find out only after synthesis and pre-training
+        loaded[name] = silo_path, silo
+    return loaded

@@ -16,7 +16,7 @@ from gptfl_dist.config.silo import Data
 from gptfl_dist.errors import GptflError
 from gptfl_dist.launch.channel import TrainerEnd, error_to_message
 from gptfl_dist.learning.data import ImageSet, load_images
-from gptfl_dist.learning.evaluate import evaluate
+from gptfl_dist.learning.evaluate import Evaluation, evaluate
 from gptfl_dist.learning.models import build_model
 from gptfl_dist.learning.seeding import deterministic
 from gptfl_dist.observe.logs import to_stderr
@@ -27,33 +27,49 @@ _log = logging.getLogger("gptfl_dist.run.evaluator")  # of which __name__ is __m
 _DEVICE, _THREADS = "cpu", 1
 
 
+class Tester:
+    """The federation's model, which takes weights from files, and the test data."""
+
+    def __init__(self, plan: Plan, test_data: Path | None) -> None:
+        """Raises DataError or ModelError."""
+        deterministic(0, _THREADS)
+        self._task = plan.task
+        self._flat = FlatModel(build_model(plan.model, plan.task, len(plan.labels), plan.seed))
+        self._test: ImageSet | None = None
+        if test_data is not None:
+            self._test = load_images(Data(path=test_data), plan.task, plan.labels)
+        what = "makes the random start weights alone" if self._test is None else f"tests on {len(self._test)} samples"
+        _log.info("%s: device %s, threads %d", what, _DEVICE, _THREADS)
+
+    def save(self, random_weights: Path) -> None:
+        """Writes the weights that the model was built with."""
+        self._flat.save(random_weights)
+
+    def test(self, weights: Path) -> Evaluation:
+        """How good these weights are on the test data. Raises ModelError or StorageError."""
+        assert self._test is not None
+        deterministic(0, _THREADS)
+        self._flat.load(weights)
+        return evaluate(self._flat.model, self._test, self._task, device=_DEVICE)
+
+
 def main() -> None:
     """Serves until the coordinator is gone. What it logs is the run's `evaluator.log`."""
     to_stderr()
     channel = TrainerEnd()
-    flat: FlatModel | None = None
-    plan: Plan | None = None
-    test: ImageSet | None = None
+    tester: Tester | None = None
     while True:
         message = channel.receive()
         try:
-            deterministic(0, _THREADS)
             if message["type"] == "setup":
                 use_at_rest(None if message["at_rest"] is None else AtRest.model_validate(message["at_rest"]))
-                plan = Plan.model_validate(message["plan"])
-                flat = FlatModel(build_model(plan.model, plan.task, len(plan.labels), plan.seed))
-                if message["test_data"] is not None:
-                    test = load_images(Data(path=Path(message["test_data"])), plan.task, plan.labels)
-                flat.save(Path(message["random_weights"]))
-                what = "makes the random start weights alone" if test is None else f"tests on {len(test)} samples"
-                _log.info("%s: device %s, threads %d", what, _DEVICE, _THREADS)
+                test_data = message["test_data"]
+                tester = Tester(Plan.model_validate(message["plan"]), None if test_data is None else Path(test_data))
+                tester.save(Path(message["random_weights"]))
                 channel.send({"type": "ready"})
             else:
-                assert flat is not None
-                assert plan is not None
-                assert test is not None
-                flat.load(Path(message["weights"]))
-                result = evaluate(flat.model, test, plan.task, device=_DEVICE)
+                assert tester is not None
+                result = tester.test(Path(message["weights"]))
                 channel.send({"type": "evaluated", "accuracy": result.accuracy, "confusion": result.confusion.tolist()})
         except GptflError as error:
             _log.error("%s: %s", type(error).__name__, error)

@@ -1,8 +1,7 @@
-"""A silo's trainer in its rank's own process, for reductions: weights and updates are never anywhere but in memory.
+"""A silo's trainer in this very process: a thread in place of a process, for experiments and for reductions.
 
-Weights come from the buffer into which they were broadcast, and after the training the model's own buffer becomes the
-update, which is checked here before it may count. A training cannot be killed: one that is not wanted any more ends at
-its next report of progress.
+All silos of a process train in turn, for torch's threads and seeds are the process's. A training cannot be killed: one
+that is not wanted any more ends at its next report of progress.
 """
 
 from __future__ import annotations
@@ -36,28 +35,24 @@ class _Unwanted(Exception):
 
 
 class InProcessRunner:
-    """An OrderRunner that trains in a thread."""
+    """An OrderRunner that trains in a thread; weights and updates are files, as with a trainer of its own process."""
 
-    keeps_updates = True
+    keeps_updates = False
 
-    def __init__(
-        self, silo: SiloFile, folder: Path, keeper: MemoryKeeper, turn: asyncio.Lock, max_norm: float | None
-    ) -> None:
-        """`folder` is where the silo file lies; `turn` is shared by all silos of the rank, which train in turn.
+    def __init__(self, silo: SiloFile, folder: Path, turn: asyncio.Lock) -> None:
+        """`folder` is where the silo file lies; `turn` is shared by all that use torch in this process.
 
-        `max_norm` bounds the Euclidean norm of an update. Raises ConfigError for a silo with a script of its own.
+        Raises ConfigError for a silo with a script of its own.
         """
         if silo.code is not None and silo.code.script is not None:
             raise ConfigError(
-                f"silo {silo.name} is trained by {silo.code.script}, a process of its own, but collective.reduction "
-                "is fast, which trains in the rank",
-                hint="set collective.reduction to exact in the federation file",
+                f"silo {silo.name} is trained by {silo.code.script}, a process of its own, but here silos are trained "
+                "in the process that serves them",
+                hint="run without --exchange memory, and with collective.reduction at exact in the federation file",
             )
         self._silo = silo
         self._folder = folder
-        self._keeper = keeper
         self._turn = turn
-        self._max_norm = max_norm
         self._trainer: Trainer | None = None
         self._unwanted = threading.Event()
 
@@ -73,6 +68,7 @@ class InProcessRunner:
     async def run(
         self, order: Order, weights: Path, update: Path, progress: Progress, kept: KeptFiles = NOTHING_KEPT
     ) -> Result:
+        assert self._trainer is not None
         loop = asyncio.get_running_loop()
 
         def report(done: int, total: int) -> None:
@@ -80,28 +76,29 @@ class InProcessRunner:
                 raise _Unwanted
             loop.call_soon_threadsafe(progress, done, total, "")
 
-        return await self._in_turn(self._carry_out, order, report)
+        return await self._in_turn(self._carry_out, self._trainer, order, weights, update, kept, report)
 
-    def _carry_out(self, order: Order, report: Callable[[int, int], None]) -> Result:
-        trainer, received = self._trainer, self._keeper.weights
-        assert trainer is not None
-        self._keeper.updates.pop(self._silo.name, None)
+    def _carry_out(
+        self,
+        trainer: Trainer,
+        order: Order,
+        weights: Path,
+        update: Path,
+        kept: KeptFiles,
+        report: Callable[[int, int], None],
+    ) -> Result:
         if order.training is None:
-            result = trainer.evaluate(received)
+            result = trainer.evaluate(weights, kept=kept.before)
         else:
             result = trainer.train(
-                round_=order.round, settings=order.training, weights=received, update=None, progress=report
+                round_=order.round,
+                settings=order.training,
+                weights=weights,
+                update=update,
+                kept=kept.before,
+                keep=kept.after,
+                progress=report,
             )
-            length = trainer.flat.become_update(received, trainer.samples)
-            if math.isnan(length):
-                raise TrainerError("the update holds NaN or infinite values")
-            if self._max_norm is not None and length > self._max_norm:
-                raise TrainerError(
-                    f"the update's norm is {length:.4g}, federation.max_update_norm allows {self._max_norm:g}"
-                )
-            buffer = trainer.flat.buffer
-            on_cpu = self._keeper.weights.device.type == "cpu"
-            self._keeper.updates[self._silo.name] = buffer.cpu().numpy() if on_cpu else buffer
         return Result(result.digest, result.samples, dict(result.metrics))
 
     async def _in_turn(self, function: Callable[..., _T], *arguments: Any) -> _T:
@@ -122,3 +119,49 @@ class InProcessRunner:
 
     async def stop(self) -> None:
         self._unwanted.set()
+
+
+class ReducingRunner(InProcessRunner):
+    """Weights and updates are never anywhere but in memory.
+
+    Weights come from the buffer into which they were broadcast, and after the training the model's own buffer becomes
+    the update, which is checked here before it may count.
+    """
+
+    keeps_updates = True
+
+    def __init__(
+        self, silo: SiloFile, folder: Path, turn: asyncio.Lock, keeper: MemoryKeeper, max_norm: float | None
+    ) -> None:
+        """`max_norm` bounds the Euclidean norm of an update."""
+        super().__init__(silo, folder, turn)
+        self._keeper = keeper
+        self._max_norm = max_norm
+
+    def _carry_out(
+        self,
+        trainer: Trainer,
+        order: Order,
+        weights: Path,
+        update: Path,
+        kept: KeptFiles,
+        report: Callable[[int, int], None],
+    ) -> Result:
+        received = self._keeper.weights
+        self._keeper.updates.pop(self._silo.name, None)
+        if order.training is None:
+            result = trainer.evaluate(received)
+        else:
+            result = trainer.train(
+                round_=order.round, settings=order.training, weights=received, update=None, progress=report
+            )
+            length = trainer.flat.become_update(received, trainer.samples)
+            if math.isnan(length):
+                raise TrainerError("the update holds NaN or infinite values")
+            if self._max_norm is not None and length > self._max_norm:
+                raise TrainerError(
+                    f"the update's norm is {length:.4g}, federation.max_update_norm allows {self._max_norm:g}"
+                )
+            buffer = trainer.flat.buffer
+            self._keeper.updates[self._silo.name] = buffer.cpu().numpy() if received.device.type == "cpu" else buffer
+        return Result(result.digest, result.samples, dict(result.metrics))

@@ -24,7 +24,7 @@ from gptfl_dist.observe.summary import Summary
 from gptfl_dist.run.actions import answer_of
 from gptfl_dist.run.addresses import try_listening
 from gptfl_dist.run.at_rest import use_at_rest
-from gptfl_dist.run.coordinator import coordinate
+from gptfl_dist.run.coordinator import Surroundings, coordinate
 from gptfl_dist.run.credentials import coordinator_trust, credential_files, silo_credentials
 from gptfl_dist.run.expiry import warn
 from gptfl_dist.run.folder import PRIVATE, make_folder
@@ -69,7 +69,7 @@ async def run_coordinator(path: Path, say: Callable[[str], None]) -> Summary:
         if enrolment is not None and isinstance(trust, KeptTrust):
             stack.enter_context(Enrolment(enrolment.listen, _desk(federation, enrolment, trust)))
             say(f"enrolling invited silos at {enrolment.listen}, while there are invitations")
-        return await coordinate(path, make_exchange=make_exchange, opened=opened, say=say)
+        return await coordinate(path, Surroundings(make_exchange=make_exchange, opened=opened, say=say))
 
 
 def _port(path: Path, file: FederationFile, trust: Trust) -> Port:

@@ -16,6 +16,7 @@ class Wire(StrEnum):
     grpc = "grpc"
     mpi = "mpi"
     torch = "torch"
+    memory = "memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +73,12 @@ def choose(asked: Wire) -> Choice:
     torchrun is to have started this one and has not.
     """
     launcher = torchrun() or mpi_launcher()
-    if asked is Wire.grpc:
+    if asked in (Wire.grpc, Wire.memory):
         if launcher is not None and launcher.rank > 0:
             raise ConfigError(
-                f"--exchange grpc under a launcher ({launcher.told}) would start every process several times"
+                f"--exchange {asked} under a launcher ({launcher.told}) would start every process several times"
             )
-        return Choice(Wire.grpc, "--exchange grpc")
+        return Choice(asked, f"--exchange {asked}")
     if asked is Wire.torch and torchrun() is None:
         raise LaunchError(
             f"--exchange torch, but torchrun did not start this process ({_TORCHRUN} is not set)",

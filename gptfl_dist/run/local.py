@@ -15,17 +15,16 @@ from datetime import timedelta
 from pathlib import Path
 
 from gptfl_dist.config.federation import FederationFile
-from gptfl_dist.config.load import load_federation, load_silo
-from gptfl_dist.errors import ConfigError, RunAborted, SiloFailed
+from gptfl_dist.config.load import load_federation
+from gptfl_dist.errors import RunAborted, SiloFailed
 from gptfl_dist.exchange.base import CoordinatorExchange
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.launch.lifeline import Child
 from gptfl_dist.launch.trainer import TIME_TO_END
 from gptfl_dist.observe.summary import Summary
-from gptfl_dist.run.coordinator import coordinate, silo_files
+from gptfl_dist.run.coordinator import Surroundings, coordinate, load_silos
 from gptfl_dist.run.folder import PRIVATE, delete, make_folder
 from gptfl_dist.run.freshness import SEEN
-from gptfl_dist.run.silo import require_data
 from gptfl_dist.security.audit_log import AuditLog
 from gptfl_dist.security.authority import Authority
 from gptfl_dist.security.trust import FixedTrust
@@ -39,12 +38,7 @@ _LAST_LINES = 1500  # characters of a failed silo's log that are shown
 async def run_locally(path: Path, say: Callable[[str], None]) -> Summary:
     """Runs the federation file at `path` with all its silos on this machine. Raises what stops it."""
     file = load_federation(path)
-    files = silo_files(file)
-    for name, silo_file in files.items():
-        silo = load_silo(silo_file)
-        if silo.name != name:
-            raise ConfigError(f"{silo_file}: name is {silo.name}, {path} expects {name}")
-        require_data(silo)  # the trainer would find out only after synthesis and pre-training
+    files = {name: silo_path for name, (silo_path, _) in load_silos(path, file).items()}
     authority = Authority.new(file.name, valid=_VALID)
     with ExitStack() as stops:
         children: list[Child] = []
@@ -93,7 +87,7 @@ async def run_locally(path: Path, say: Callable[[str], None]) -> Summary:
             say(f"{len(files)} silos started, gRPC with mutual TLS on {_HOST}:{exchange.port}")
 
         try:
-            summary = await coordinate(path, make_exchange=make_exchange, opened=start_silos, say=say)
+            summary = await coordinate(path, Surroundings(make_exchange=make_exchange, opened=start_silos, say=say))
         except RunAborted:  # silos that were connected were told so, and end by themselves
             await _all_ended(children, _MARGIN)
             raise

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.errors import DataError, ModelError, StageFailed, StorageError
@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from gptfl_dist.learning.data import ImageSet
     from gptfl_dist.synthesis.selection import Selection
     from gptfl_dist.synthesis.synthesize import SyntheticSet
+
+
+Stage = Literal["generate", "pretrain"]
+STAGES: tuple[Stage, ...] = ("generate", "pretrain")
 
 
 @dataclass(frozen=True)
@@ -134,25 +138,13 @@ def _pretrain(file: FederationFile, folder: Path, title: str, group: Group) -> d
     from gptfl_dist.learning.checkpoint import Checkpoint
     from gptfl_dist.learning.models import build_model
     from gptfl_dist.learning.pretrain import pretrain as train
-    from gptfl_dist.learning.seeding import usable_cores
     from gptfl_dist.run.filter import selected_images
-    from gptfl_dist.synthesis.store import complete_manifest
     from gptfl_dist.weights.flat import FlatModel
 
-    manifest = complete_manifest(file.synthesis.folder)
     selection = selected_images(file, folder)
     if selection is not None:
         selection.require_every_label(file.run_folder / DROPPED_SHEET)
-    request = {
-        "shards": [shard.digest for shard in manifest.shards],
-        "selection": None if selection is None else selection.digest,
-        "model": from_folder(file.model.model_dump(mode="json"), folder),
-        "task": file.task.model_dump(mode="json"),
-        "labels": file.labels,
-        "seed": file.seed,
-        "pretraining": file.pretraining.model_dump(mode="json"),
-        "threads": file.pretraining.threads or usable_cores(),
-    }
+    request = _request(file, folder, selection)
     facts, weights = file.run_folder / PRETRAINED_FACTS, file.run_folder / PRETRAINED_WEIGHTS
     known = _known(facts, weights, request) if group.leader else None
     if group.tell({"known": known is not None} if group.leader else None)["known"]:
@@ -180,6 +172,36 @@ def _pretrain(file: FederationFile, folder: Path, title: str, group: Group) -> d
     write_file(facts, json.dumps(known, indent=1))
     checkpoint.remove()
     return known
+
+
+def is_pretrained(file: FederationFile, folder: Path) -> bool:
+    """Whether `pretrain` has nothing left to do for a file without candidates, without beginning it."""
+    from gptfl_dist.run.filter import selected_images
+
+    if file.synthesis.candidates or not (file.run_folder / PRETRAINED_WEIGHTS).exists():
+        return False
+    try:
+        request = _request(file, folder, selected_images(file, folder))
+    except (DataError, StorageError):  # the set is not complete, or not selected from
+        return False
+    return _known(file.run_folder / PRETRAINED_FACTS, file.run_folder / PRETRAINED_WEIGHTS, request) is not None
+
+
+def _request(file: FederationFile, folder: Path, selection: Selection | None) -> dict[str, Any]:
+    """All that decides the pre-trained weights."""
+    from gptfl_dist.learning.seeding import usable_cores
+    from gptfl_dist.synthesis.store import complete_manifest
+
+    return {
+        "shards": [shard.digest for shard in complete_manifest(file.synthesis.folder).shards],
+        "selection": None if selection is None else selection.digest,
+        "model": from_folder(file.model.model_dump(mode="json"), folder),
+        "task": file.task.model_dump(mode="json"),
+        "labels": file.labels,
+        "seed": file.seed,
+        "pretraining": file.pretraining.model_dump(mode="json"),
+        "threads": file.pretraining.threads or usable_cores(),
+    }
 
 
 def _known(facts: Path, weights: Path, request: dict[str, Any]) -> dict[str, Any] | None:
@@ -260,7 +282,7 @@ def _synthetic_data(folder: Path) -> Any:
     return Data(path=folder, format="parquet")
 
 
-async def run_stage(stage: Literal["generate", "pretrain"], path: Path) -> dict[str, Any]:
+async def run_stage(stage: Stage, path: Path) -> dict[str, Any]:
     """Runs a stage of the federation file at `path` in a process of its own; returns what its command prints as JSON.
 
     Raises its error, or StageFailed.
@@ -272,12 +294,17 @@ async def run_stage(stage: Literal["generate", "pretrain"], path: Path) -> dict[
             code = await asyncio.to_thread(child.process.wait)
         finally:
             child.stop()
-        answer.seek(0)
-        try:
-            told: dict[str, Any] = json.loads(answer.read())
-        except ValueError:  # it met a defect, and printed that itself
-            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            raise StageFailed(f"{stage} {how}", hint="the same command goes on from there") from None
+        return answer_of(stage, code, answer)
+
+
+def answer_of(what: str, code: int, answer: IO[bytes]) -> dict[str, Any]:
+    """What a command printed as JSON, which ended with this exit code. Raises its error, or StageFailed."""
+    answer.seek(0)
+    try:
+        told: dict[str, Any] = json.loads(answer.read())
+    except ValueError:  # it met a defect, and printed that itself
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        raise StageFailed(f"{what} {how}", hint="the same command goes on from there") from None
     if code == 0:
         return told
     raise error_from_message({"kind": told["error"], "message": told["message"], "hint": told["hint"]})

@@ -14,11 +14,15 @@ from pydantic_core import PydanticUndefined
 
 import gptfl_dist.config
 from gptfl_dist.config import (
+    Data,
+    ExperimentFile,
     FederationFile,
     OperatorFile,
     Section,
     SiloFile,
+    experiment_schema,
     federation_schema,
+    load_experiment,
     load_federation,
     load_operator,
     load_silo,
@@ -26,9 +30,14 @@ from gptfl_dist.config import (
     silo_schema,
 )
 from gptfl_dist.config.document import read_document
+from gptfl_dist.config.experiment import Block, Method, Split, Start, Trials
 from gptfl_dist.synthesis.generator import EMBEDDED_LABELS
 
-FILES = {"federation.yaml": FederationFile, "silo.yaml": SiloFile, "operator.yaml": OperatorFile}
+FILES = {
+    "federation.yaml": FederationFile,
+    "silo.yaml": SiloFile,
+    "operator.yaml": OperatorFile,
+}
 # A setting that is commented out: "# key: value" in the place where it would stand.
 COMMENTED = re.compile(r"^( *)# ( *[a-z_]+:(?: .*)?)$", re.MULTILINE)
 
@@ -102,7 +111,11 @@ def test_the_file_holds_nothing_else(name: str, tmp_path: Path) -> None:
             yield keys
 
     known = {keys for keys, _ in settings_of(FILES[name])}
-    free = {("data", "labels"), ("synthesis", "candidates")}  # mappings with the user's own keys
+    free = {
+        ("data", "labels"),
+        ("synthesis", "candidates"),
+        ("federation", "federation"),
+    }  # mappings with the user's own keys
     assert {keys for keys in leaves(read_document(whole).value) if keys[:2] not in free} <= known
 
 
@@ -113,10 +126,21 @@ def test_the_file_fits_a_screen(name: str) -> None:
         assert "\t" not in line, number
 
 
+def test_the_experiment_file_is_an_example_that_names_every_setting() -> None:
+    text = default_file("experiment.yaml").read_text()
+    file = load_experiment(default_file("experiment.yaml"))
+    assert (file.seeds, file.folder.name) == (ExperimentFile.model_fields["seeds"].default, "results")
+    for section in (ExperimentFile, Data, Split, Start, Method, Trials, Block):
+        for name in section.model_fields:
+            assert re.search(rf"\b{name}\b", text), name
+    assert max(map(len, text.splitlines())) <= 120
+
+
 def test_schemas_are_of_the_files_and_their_defaults_are_what_a_file_takes() -> None:
     assert set(federation_schema()["properties"]) == set(FederationFile.model_fields)
     assert set(silo_schema()["properties"]) == set(SiloFile.model_fields)
     assert set(operator_schema()["properties"]) == set(OperatorFile.model_fields)
+    assert set(experiment_schema()["properties"]) == set(ExperimentFile.model_fields)
     limits = federation_schema()["$defs"]["Limits"]["properties"]
     assert re.fullmatch(limits["rate"]["pattern"], limits["rate"]["default"])
     exchange = federation_schema()["$defs"]["Exchange"]["properties"]

@@ -146,7 +146,7 @@ def test_silos_whose_modules_have_one_name_are_kept_apart(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("name: a\ncolour: red\n", "no federation, silo or operator file"),
+        ("name: a\ncolour: red\n", "no federation, silo, operator or experiment file"),
         ("name: a\nlabels: [a, b]\nsilos: []\n", "silos"),
         ("name: a\ndata: {path: x, form: npz}\n", "nearest valid key is format"),
         ("labels: [a\n", "not valid YAML"),

@@ -9,14 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptfl_dist.config.document import HINT, SILO_HINT, read_document
+from gptfl_dist.config.experiment import ExperimentFile
 from gptfl_dist.config.federation import FederationFile
-from gptfl_dist.config.load import File, kind_of, load_federation, load_operator, load_silo
+from gptfl_dist.config.load import File, kind_of, load_experiment, load_federation, load_operator, load_silo
 from gptfl_dist.config.operator import OperatorFile
 from gptfl_dist.errors import ConfigError
 from gptfl_dist.run.check.federation import check_federation
 from gptfl_dist.run.check.findings import Checklist, Finding
 from gptfl_dist.run.check.operator import check_operator
 from gptfl_dist.run.check.silo import check_silo
+from gptfl_dist.run.experiment.plan import groups_of
 
 __all__ = ["Finding", "check_file"]
 
@@ -32,6 +34,10 @@ def check_file(path: Path) -> list[Finding]:
         sizes = f"{len(file.silos)} silos and {len(file.labels)} labels"
         checks.findings.append(Finding("file", "ok", f"{path} is a federation file of {sizes}"))
         check_federation(checks, path, file)
+    elif isinstance(file, ExperimentFile):
+        groups = len(groups_of(file))
+        told = f"{path} is an experiment file of {groups} cells for each of {len(file.seeds)} seeds"
+        checks.findings.append(Finding("file", "ok", told))
     elif isinstance(file, OperatorFile):
         checks.findings.append(Finding("file", "ok", f"{path} is the file of the {file.role} {file.name}"))
         check_operator(checks, file)
@@ -48,10 +54,12 @@ def _load(path: Path) -> File:
     if kind is None:
         keys = sorted(value) if isinstance(value, dict) else []
         raise ConfigError(
-            f"{path} has the keys {', '.join(keys) or '(none)'}: no federation, silo or operator file",
+            f"{path} has the keys {', '.join(keys) or '(none)'}: no federation, silo, operator or experiment file",
             hint="a federation file has labels and silos (see `gptfl init`), a silo file has data (`gptfl init silo`), "
             "an operator file has a role",
         )
     if kind is OperatorFile:
         return load_operator(path)
+    if kind is ExperimentFile:
+        return load_experiment(path)
     return load_federation(path) if kind is FederationFile else load_silo(path)

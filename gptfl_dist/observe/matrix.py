@@ -1,0 +1,152 @@
+"""From the summaries of cells to what a table says: mean and spread over seeds, rounds and bytes to a target, pairs.
+
+Every accuracy is of the weights after the last round unless it is called `kept`, which is the round that the silos'
+validation data chose. The target of a split is what its best federated arm from random weights reaches after its last
+round, the mean over seeds; that arm is also the baseline, against which all others are compared seed by seed.
+
+A cell that failed is missing: figures are over the seeds that are there, pairs over those that both arms have.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gptfl_dist.config.experiment import Group
+from gptfl_dist.observe.summary import FederatedArm, rounds_to_target
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A figure by seed; `sd` is the sample standard deviation, None for a single seed, and `mean` None for none."""
+
+    by_seed: Mapping[int, float]
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        return tuple(self.by_seed.values())
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.values) if self.by_seed else None
+
+    @property
+    def sd(self) -> float | None:
+        return statistics.stdev(self.values) if len(self.by_seed) > 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one cell came to. A cell of silos that train alone has the means over them, and the worst of them."""
+
+    start: float
+    curve: tuple[float, ...]
+    kept: float
+    worst: float
+    bytes_a_round: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A group with its cells by seed; one without any failed in all.
+
+    `baseline` and `target` are those of the split, None where it has no federated arm from random weights.
+    `worst` is of silos that train alone, None elsewhere. `rounds_to_target` and `bytes_to_target` hold None for a seed
+    that did not reach it, the latter also where nothing travels. `pairs` are the differences to the baseline, None for
+    the baseline itself and where no seed is there for both.
+    """
+
+    group: Group
+    outcomes: Mapping[int, Outcome]
+    accuracy: Spread
+    kept: Spread
+    worst: Spread | None
+    start: Spread
+    baseline: Group | None
+    target: float | None
+    rounds_to_target: Mapping[int, int | None]
+    bytes_to_target: Mapping[int, float | None]
+    pairs: Spread | None
+
+    @property
+    def federated(self) -> bool:
+        """Whether silos train together, rather than each alone or one with the data of all."""
+        return _federated(self.group)
+
+    @property
+    def above(self) -> int | None:
+        """In how many seeds it is above the baseline."""
+        return None if self.pairs is None else sum(value > 0 for value in self.pairs.values)
+
+
+def outcome_of(arms: Sequence[FederatedArm]) -> Outcome:
+    """The outcome of a cell from the arms of its runs: one, or of each silo its own."""
+    curves = [_known(arm.curve) for arm in arms]
+    rounds = min(map(len, curves))
+    last = [curve[rounds - 1] for curve in curves]
+    return Outcome(
+        start=statistics.fmean(_known([arm.start_accuracy for arm in arms])),
+        curve=tuple(statistics.fmean(curve[round_] for curve in curves) for round_ in range(rounds)),
+        kept=statistics.fmean(_known([arm.accuracy for arm in arms])),
+        worst=min(last),
+        bytes_a_round=sum((arm.bytes_down + arm.bytes_up) / max(1, arm.rounds) for arm in arms),
+    )
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    assert all(value is not None for value in values), "an experiment has test data"
+    return [value for value in values if value is not None]
+
+
+def rows_of(found: Mapping[Group, Mapping[int, Outcome]], random_starts: frozenset[str]) -> list[Row]:
+    """The table, in the order of `found`. `random_starts` are the starts whose arms are to be beaten."""
+    finals = {
+        group: Spread({seed: one.curve[-1] for seed, one in outcomes.items()}) for group, outcomes in found.items()
+    }
+    return [
+        _row(group, outcomes, finals, _baseline(group.split, finals, random_starts))
+        for group, outcomes in found.items()
+    ]
+
+
+def _baseline(split: str, finals: Mapping[Group, Spread], random_starts: frozenset[str]) -> Group | None:
+    """The best of the federated arms from random weights, of those that most seeds came through with.
+
+    Arms of all silos go before those of a cohort, which learn less in a round by their nature.
+    """
+    places = {
+        group: (group.silos == "all", len(final.by_seed), final.mean)
+        for group, final in finals.items()
+        if group.split == split and group.start in random_starts and _federated(group) and final.mean is not None
+    }
+    return max(places, key=lambda group: places[group], default=None)
+
+
+def _federated(group: Group) -> bool:
+    return group.silos not in ("alone", "pooled")
+
+
+def _row(group: Group, outcomes: Mapping[int, Outcome], finals: Mapping[Group, Spread], baseline: Group | None) -> Row:
+    target = None if baseline is None else finals[baseline].mean
+    reached = {seed: None if target is None else rounds_to_target(one.curve, target) for seed, one in outcomes.items()}
+    differences = {}
+    if baseline is not None and baseline != group:
+        against = finals[baseline].by_seed
+        differences = {seed: one - against[seed] for seed, one in finals[group].by_seed.items() if seed in against}
+    return Row(
+        group=group,
+        outcomes=outcomes,
+        accuracy=finals[group],
+        kept=Spread({seed: one.kept for seed, one in outcomes.items()}),
+        worst=Spread({seed: one.worst for seed, one in outcomes.items()}) if group.silos == "alone" else None,
+        start=Spread({seed: one.start for seed, one in outcomes.items()}),
+        baseline=baseline,
+        target=target,
+        rounds_to_target=reached,
+        bytes_to_target={
+            seed: rounds * outcomes[seed].bytes_a_round if rounds is not None and _federated(group) else None
+            for seed, rounds in reached.items()
+        },
+        pairs=Spread(differences) if differences else None,
+    )

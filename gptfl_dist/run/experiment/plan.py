@@ -1,0 +1,98 @@
+"""From the experiment file to its cells, and from a cell to the settings of its federation file."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from gptfl_dist.config.experiment import ExperimentFile, Group, Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One federation of a group, or where `trial` is a number, a short one that tries this point of the grid."""
+
+    group: Group
+    seed: int
+    trial: int | None = None
+
+    @property
+    def path(self) -> PurePosixPath:
+        return self.group.path / (f"seed-{self.seed}" if self.trial is None else f"trial-{self.trial + 1}")
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def groups_of(file: ExperimentFile) -> list[Group]:
+    """All groups in the order of the file, each once."""
+    found = (
+        Group(*combination)
+        for block in file.cells
+        for combination in itertools.product(block.splits, block.starts, block.strategies, block.silos)
+    )
+    return list(dict.fromkeys(found))
+
+
+def grid_of(file: ExperimentFile, group: Group) -> list[Settings]:
+    """The points that are tried for a group."""
+    return file.strategies[group.strategy].grid or file.tuning.grid
+
+
+def trials_of(file: ExperimentFile, group: Group) -> list[Cell]:
+    """The trials of a group; none where there is nothing to choose from."""
+    points = len(grid_of(file, group))
+    return [Cell(group, file.seeds[0], trial) for trial in range(points)] if points > 1 else []
+
+
+def cells_of(file: ExperimentFile, group: Group) -> list[Cell]:
+    """The cells of a group that count."""
+    return [Cell(group, seed) for seed in file.seeds]
+
+
+def settings_of(file: ExperimentFile, cell: Cell, point: int, silos: list[dict[str, Any]]) -> Settings:
+    """The federation file of a cell: `point` is the chosen place in the grid, `silos` its entries of silos.
+
+    Paths are for the cell to fill in: run_folder, test_data, synthesis.folder.
+    """
+    group = cell.group
+    start, method = file.starts[group.start], file.strategies[group.strategy]
+    settings: Settings = {}
+    for part in (file.federation, start.settings, method.settings, grid_of(file, group)[point]):
+        settings = overlaid(settings, part)
+    # Nobody is late in a process in which silos train in turn.
+    rules: Settings = {"cohort": group.silos if isinstance(group.silos, int) else "all", "deadline": "30d"}
+    if cell.trial is not None:
+        rules["rounds"] = min(file.tuning.rounds, rounds_of(settings))
+    return overlaid(
+        settings,
+        {
+            "name": file.name,
+            "seed": cell.seed,
+            "labels": file.labels,
+            "arms": [start.federated_arm],
+            "federation": rules,
+            "silos": silos,
+        },
+    )
+
+
+def rounds_of(settings: Settings) -> int:
+    """The rounds that settings of a federation file ask for."""
+    from gptfl_dist.config.federation import Federation
+
+    rounds = settings.get("federation", {}).get("rounds", Federation.model_fields["rounds"].default)
+    assert isinstance(rounds, int)
+    return rounds
+
+
+def overlaid(settings: Mapping[str, Any], over: Mapping[str, Any]) -> Settings:
+    """`settings` with those of `over` in place of theirs; sections are laid over each other setting by setting."""
+    merged = dict(settings)
+    for name, value in over.items():
+        old = merged.get(name)
+        merged[name] = overlaid(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged

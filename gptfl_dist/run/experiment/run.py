@@ -1,0 +1,192 @@
+"""An experiment from its file to its report: splits, starts, trials, cells, tables.
+
+Every step is a command of this package in a process of its own, as a user could give it, in the experiment's folder:
+
+splits/SPLIT/seed-N          what each silo has, and its silo file
+starts/START/seed-N          synthetic data and the model that was trained on them
+cells/SPLIT/START/STRATEGY/SILOS/trial-K and .../seed-N
+
+Each goes on where it was stopped, and what is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptfl_dist.config.experiment import ExperimentFile, Group, Settings
+from gptfl_dist.config.load import federation_of, to_yaml
+from gptfl_dist.errors import GptflError, StageFailed
+from gptfl_dist.files import write_file
+from gptfl_dist.observe.matrix import Outcome, outcome_of
+from gptfl_dist.observe.progress import progress
+from gptfl_dist.observe.summary import FILE_NAME, FederatedArm, Summary, read_summary
+from gptfl_dist.run.candidates import PRETRAINED_FACTS, PRETRAINED_WEIGHTS
+from gptfl_dist.run.experiment.data import POOLED, Shared, share_out
+from gptfl_dist.run.experiment.plan import Cell, cells_of, groups_of, overlaid, settings_of, trials_of
+from gptfl_dist.run.experiment.work import run_all
+from gptfl_dist.run.folder import make_folder
+
+FEDERATION = "federation.yaml"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What an experiment came to: the outcomes of its groups, the point of the grid of each, what failed."""
+
+    file: ExperimentFile
+    outcomes: Mapping[Group, Mapping[int, Outcome]]
+    points: Mapping[Group, int]
+    trials: Mapping[Group, Sequence[float | None]]
+    failures: Mapping[Cell, GptflError]
+
+
+async def run_experiment(file: ExperimentFile, beside: Path, workers: int, say: Callable[[str], None]) -> Experiment:
+    """Runs what is not finished yet, so many federations at a time; `beside` is the folder of the file.
+
+    Raises DataError, ConfigError or StageFailed.
+    """
+    bench = _Bench(file, beside, workers, say)
+    groups = groups_of(file)
+    bench.share_out(groups)
+    trials = {group: trials_of(file, group) for group in groups}
+    # All files are written first: what is wrong with a setting is found before anything runs.
+    for group in groups:
+        for cell in [*trials[group], *cells_of(file, group)]:
+            bench.write(cell, cell.trial or 0)
+    await bench.make_starts(groups)
+    failures = await bench.run("trials", [cell for each in trials.values() for cell in each])
+    points, scores = {}, {}
+    for group in groups:
+        scores[group] = [None if cell in failures else bench.validation(cell) for cell in trials[group]]
+        points[group] = _best(group, scores[group], failures)
+    cells = [cell for group in groups for cell in cells_of(file, group)]
+    for cell in cells:
+        bench.write(cell, points[cell.group])
+    failures = await bench.run("cells", cells)
+    outcomes = {
+        group: {cell.seed: bench.outcome(cell) for cell in cells_of(file, group) if cell not in failures}
+        for group in groups
+    }
+    return Experiment(file, outcomes, points, scores, failures)
+
+
+def _best(group: Group, scores: Sequence[float | None], failures: Mapping[Cell, GptflError]) -> int:
+    """The first of the best points of the grid."""
+    if not scores:
+        return 0
+    known = {point: score for point, score in enumerate(scores) if score is not None}
+    if not known:
+        first = next(error for cell, error in failures.items() if cell.group == group)
+        raise StageFailed(f"no point of the grid could be trained with in {group}: {first.message}", hint=first.hint)
+    return max(known, key=lambda point: known[point])
+
+
+class _Bench:
+    """The experiment's folder."""
+
+    def __init__(self, file: ExperimentFile, beside: Path, workers: int, say: Callable[[str], None]) -> None:
+        self._file, self._beside, self._workers, self._say = file, beside, workers, say
+        self._shared: dict[tuple[str, int], Shared] = {}
+
+    def share_out(self, groups: Sequence[Group]) -> None:
+        for name in dict.fromkeys(group.split for group in groups):
+            for seed in self._file.seeds:
+                folder = self._file.folder / "splits" / name / f"seed-{seed}"
+                self._shared[name, seed] = share_out(self._file, name, seed, folder)
+
+    def write(self, cell: Cell, point: int) -> None:
+        """Writes the federation files of a cell, each checked. Raises ConfigError."""
+        shared, start = self._shared[cell.group.split, cell.seed], self._start(cell.group.start, cell.seed)
+        for folder, silos in self._runs(cell):
+            settings = settings_of(self._file, cell, point, shared.entries(*silos))
+            where = {"run_folder": str(folder), "test_data": str(self._file.test_data.absolute())}
+            settings = overlaid(settings, {**where, "synthesis": {"folder": str(start / "synthetic")}})
+            self._write(folder, settings)
+
+    def _write(self, folder: Path, settings: Settings) -> None:
+        where = f"the federation of {folder.relative_to(self._file.folder.absolute())}"
+        file = federation_of(settings, self._beside, where)
+        make_folder(folder)
+        write_file(folder / FEDERATION, to_yaml(file))
+
+    def _runs(self, cell: Cell) -> list[tuple[Path, Sequence[str]]]:
+        """The runs of a cell: their folders, and their silos."""
+        folder = (self._file.folder / "cells" / cell.path).absolute()
+        silos = self._shared[cell.group.split, cell.seed].silos
+        if cell.group.silos == "alone":
+            return [(folder / silo, [silo]) for silo in silos]
+        return [(folder, [POOLED] if cell.group.silos == "pooled" else silos)]
+
+    def _synthetic(self, start: str) -> bool:
+        return self._file.starts[start].arm == "synthetic"
+
+    def _start(self, start: str, seed: int) -> Path:
+        return (self._file.folder / "starts" / start / f"seed-{seed}").absolute()
+
+    async def make_starts(self, groups: Sequence[Group]) -> None:
+        """Synthetic data and a model that was trained on them, for each start of this kind and each seed."""
+        wanted = {
+            (group.start, seed): self._start(group.start, seed)
+            for group in groups
+            for seed in self._file.seeds
+            if self._synthetic(group.start)
+        }
+        for (start, seed), folder in wanted.items():
+            group = next(group for group in groups if group.start == start)
+            shared = self._shared[group.split, seed]
+            settings = settings_of(self._file, Cell(group, seed), 0, shared.entries(*shared.silos))
+            settings = overlaid(
+                settings, {"run_folder": str(folder), "synthesis": {"folder": str(folder / "synthetic")}}
+            )
+            self._write(folder, settings)
+        for stage in ("generate", "pretrain"):
+            commands = {key: [stage, folder / FEDERATION] for key, folder in wanted.items()}
+            with progress(f"{self._file.name}: {stage}", len(commands), "starts") as bar:
+                ended = await run_all(commands, self._workers, bar.callback)
+            for error in ended.values():
+                if error is not None:
+                    raise error
+
+    async def run(self, what: str, cells: Sequence[Cell]) -> dict[Cell, GptflError]:
+        """Runs cells that are not finished; returns what stopped some of them."""
+        commands: dict[tuple[Cell, Path], Sequence[str | Path]] = {}
+        for cell in cells:
+            for folder, _ in self._runs(cell):
+                if self._synthetic(cell.group.start):
+                    _link(self._start(cell.group.start, cell.seed), folder)
+                if not (folder / FILE_NAME).exists():
+                    commands[cell, folder] = ["run", folder / FEDERATION, "--exchange", "memory"]
+        if not commands:
+            return {}
+        with progress(f"{self._file.name}: {what}", len(commands), "federations") as bar:
+            ended = await run_all(commands, self._workers, bar.callback)
+        failures = {}
+        for (cell, _), error in ended.items():
+            if error is not None and cell not in failures:
+                failures[cell] = error
+                self._say(f"{cell}: {error.message}")
+        return failures
+
+    def outcome(self, cell: Cell) -> Outcome:
+        return outcome_of([_arm(read_summary(folder)) for folder, _ in self._runs(cell)])
+
+    def validation(self, cell: Cell) -> float | None:
+        """Accuracy on validation data after the last round, the mean over the runs of a cell."""
+        found = [_arm(read_summary(folder)).validation_curve[-1] for folder, _ in self._runs(cell)]
+        known = [value for value in found if value is not None]
+        return sum(known) / len(known) if len(known) == len(found) else None
+
+
+def _arm(summary: Summary) -> FederatedArm:
+    (arm,) = summary.arms.federated.values()
+    return arm
+
+
+def _link(start: Path, folder: Path) -> None:
+    """Puts the start's model where a run looks for it."""
+    for name in (PRETRAINED_WEIGHTS, PRETRAINED_FACTS):
+        if not (folder / name).exists():
+            os.link(start / name, folder / name)

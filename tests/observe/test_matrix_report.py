@@ -1,0 +1,265 @@
+"""The report of an experiment: the page needs nothing but itself, and every file says the numbers of the rows."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import xml.etree.ElementTree as ET
+from base64 import b64decode
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from test_report import EVIL, PLAIN_TAGS, Page
+
+from gptfl_dist.config.experiment import Group
+from gptfl_dist.errors import StorageError
+from gptfl_dist.observe.matrix import Outcome, Row, rows_of
+from gptfl_dist.observe.matrix_figures import looks_of, sweeps_of
+from gptfl_dist.observe.matrix_files import escape_latex
+from gptfl_dist.observe.matrix_report import Matrix, Tuned, write_matrix_report
+
+RANDOM = frozenset({"random"})
+FILES = ["report.html", "results.csv", "results.json", "rounds.csv", "table.tex"]
+SPLIT = 'St. "Mary" ' + EVIL
+
+
+def outcome(*curve: float, start: float = 0.1) -> Outcome:
+    return Outcome(start, curve, kept=max(curve), worst=curve[-1] - 0.1, bytes_a_round=1e6)
+
+
+FOUND: dict[Group, dict[int, Outcome]] = {
+    Group("even", "random", "fedavg", "all"): {0: outcome(0.2, 0.6), 1: outcome(0.3, 0.7), 2: outcome(0.3, 0.8)},
+    Group("even", "random", "fed_prox", "all"): {0: outcome(0.2, 0.5), 1: outcome(0.3, 0.6), 2: outcome(0.1, 0.3)},
+    Group("even", "random", "fedavg", 5): {0: outcome(0.2, 0.4), 1: outcome(0.3, 0.5), 2: outcome(0.1, 0.3)},
+    Group("even", "random", "fedavg", "alone"): {0: outcome(0.2, 0.3), 1: outcome(0.2, 0.3), 2: outcome(0.1, 0.3)},
+    Group("even", "random", "fedavg", "pooled"): {0: outcome(0.7, 0.9)},
+    Group("even", "synthetic", "fedavg", "all"): {
+        0: outcome(0.72, 0.8, start=0.5),
+        1: outcome(0.6, 0.75, start=0.52),
+        2: outcome(0.5, 0.65, start=0.51),
+    },
+    Group("even", "synthetic", "moon", "all"): {},
+    Group(SPLIT, "synthetic", "fedavg", "all"): {0: outcome(0.5), 1: outcome(0.6), 2: outcome(0.7)},
+}
+
+
+def split_rows(found: Mapping[Group, Mapping[int, Outcome]]) -> dict[str, list[Row]]:
+    rows = rows_of(found, RANDOM)
+    return {split: [row for row in rows if row.group.split == split] for split in dict.fromkeys(g.split for g in found)}
+
+
+@pytest.fixture
+def matrix() -> Matrix:
+    points = ("learning_rate 0.1", f"learning_rate 0.4 {EVIL}")
+    return Matrix(
+        name="digits",
+        rows=split_rows(FOUND),
+        random_starts=RANDOM,
+        seeds=[0, 1, 2],
+        labels=["yes", EVIL, "$x_{"],
+        counts={"even": {f"silo-{number}": [number, 4, 0] for number in range(10)}},
+        tuning={
+            Group("even", "random", "fedavg", "all"): Tuned(points, (0.31, 0.42), 1),
+            Group("even", "synthetic", "fedavg", "all"): Tuned(points, (0.66, None), 0),
+        },
+        trial_rounds=5,
+        failures={"even/synthetic/moon/all/seed-0": f"the loss is not a number {EVIL}"},
+        settings_text=f"name: digits # {EVIL} & more\n",
+    )
+
+
+def test_the_page_has_every_part(tmp_path: Path, matrix: Matrix) -> None:
+    path = write_matrix_report(tmp_path / "report", matrix)
+    assert sorted(file.name for file in path.parent.iterdir()) == FILES
+    page = Page(path)
+    assert page.open == []
+    assert page.sections == ["split-even", f"split-{SPLIT}", "tuning", "failures", "settings"]
+    assert page.tags.count("h1") == 1
+    assert "Of 1 federated arm from other than random weights, 1 ends above the best" in page.text
+    for part in ("70.0 ± 10.0 %", "baseline", "silo-9", "seeds 0, 1, 2", "51.0 ± 1.0 %"):
+        assert part in page.text
+    # Of fedavg from synthetic: rounds 1 and 2 reach the 70.0 % of the baseline, seed 2 does not.
+    to_target, difference = r"1\.5 \(2 of 3 seeds\)1\.50 MB \(2 of 3 seeds\)", r"\+3\.3 ± 17\.62 of 3"
+    assert re.search(rf"73\.3 ± 7\.6 %.*{to_target}{difference}", page.text)
+    assert "fedavg from random, all data pooled (1 of 3 seeds)" in page.text
+    assert "moon from synthetic (0 of 3 seeds)" in page.text
+    assert "same budget: 2 points, each a federation of 5 rounds on seed 0" in page.text
+    assert "42.0 % ✓" in page.text
+    assert "66.0 % ✓" in page.text
+    assert "31.0 % ✓" not in page.text
+    assert "the loss is not a number" in page.text
+
+
+def test_the_page_needs_nothing_but_itself(tmp_path: Path, matrix: Matrix) -> None:
+    page = Page(write_matrix_report(tmp_path, matrix))
+    assert len(page.images) == 4, "curves of two splits, bars, and the sweep"
+    assert len(page.resources) == 4
+    for image in page.images:
+        mime, _, data = str(image["src"]).removeprefix("data:").partition(";base64,")
+        assert mime == "image/svg+xml"
+        assert ET.fromstring(b64decode(data, validate=True)).tag.endswith("svg")
+        assert len(str(image["alt"])) > 30
+    assert not {"script", "link", "iframe", "object", "base", "form"} & set(page.tags)
+    assert "url(" not in page.source
+    assert "http:" not in page.source
+    assert "default-src 'none'" in page.source
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(text=st.text(st.characters(codec="latin-1", exclude_categories=["Cc"])))
+@example(EVIL)
+@example("$x_{")
+def test_no_text_from_outside_becomes_markup(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    text = f"a{text}"  # a name starts with a letter or digit
+    group = Group(text, text, text, "all")
+    cells = {0: outcome(0.5, 0.6)}
+    matrix = Matrix(
+        name=text,
+        rows={text: rows_of({group: cells}, frozenset({text}))},
+        random_starts=frozenset({text}),
+        seeds=[0],
+        labels=[text],
+        counts={text: {text: [3]}},
+        tuning={group: Tuned((text,), (0.5,), 0)},
+        trial_rounds=1,
+        failures={text: text},
+        settings_text=text,
+    )
+    path = write_matrix_report(tmp_path_factory.mktemp("report"), matrix)
+    page = Page(path)
+    assert page.open == []
+    assert text in page.text
+    assert set(page.tags) <= PLAIN_TAGS | {"img", "figure", "figcaption"}
+    (line,) = csv.DictReader(path.with_name("results.csv").open(encoding="utf-8", newline=""))
+    assert line["strategy"] == text
+    assert json.loads(path.with_name("results.json").read_text(encoding="utf-8"))["experiment"] == text
+
+
+def test_csv_has_the_numbers_of_every_seed_and_round(tmp_path: Path, matrix: Matrix) -> None:
+    write_matrix_report(tmp_path, matrix)
+    results = list(csv.DictReader((tmp_path / "results.csv").open(encoding="utf-8", newline="")))
+    rounds = list(csv.DictReader((tmp_path / "rounds.csv").open(encoding="utf-8", newline="")))
+    rows = {str(row.group): row for each in matrix.rows.values() for row in each}
+    assert len(results) == sum(len(cells) for cells in FOUND.values())
+    for line in results:
+        row, seed = rows["/".join(line[name] for name in ("split", "start", "strategy", "silos"))], int(line["seed"])
+        one = row.outcomes[seed]
+        assert float(line["start_accuracy"]) == one.start
+        assert float(line["final_accuracy"]) == one.curve[-1]
+        assert float(line["kept_accuracy"]) == one.kept
+        assert line["worst_silo_accuracy"] == (str(one.worst) if row.group.silos == "alone" else "")
+        assert line["bytes_a_round"] == (str(one.bytes_a_round) if row.federated else "")
+        reached = row.rounds_to_target[seed]
+        assert line["rounds_to_target"] == ("" if reached is None else str(reached))
+        difference = None if row.pairs is None else row.pairs.by_seed.get(seed)
+        assert line["difference_to_baseline"] == ("" if difference is None else str(difference))
+    curve = [
+        (int(line["round"]), float(line["accuracy"]))
+        for line in rounds
+        if (line["split"], line["start"], line["strategy"], line["silos"], line["seed"])
+        == ("even", "synthetic", "fedavg", "all", "1")
+    ]
+    assert curve == [(0, 0.52), (1, 0.6), (2, 0.75)]
+    assert len(rounds) == sum(1 + len(one.curve) for cells in FOUND.values() for one in cells.values())
+
+
+def test_json_has_the_numbers_of_every_arm(tmp_path: Path, matrix: Matrix) -> None:
+    write_matrix_report(tmp_path, matrix)
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert found["seeds"] == [0, 1, 2]
+    assert found["failures"] == matrix.failures
+    even, other = found["splits"]
+    assert even["target"] == matrix.rows["even"][0].target
+    assert even["baseline"] == {"split": "even", "start": "random", "strategy": "fedavg", "silos": "all"}
+    assert other["target"] is None
+    assert other["baseline"] is None
+    for arm, row in zip(even["arms"], matrix.rows["even"], strict=True):
+        assert Group(arm["split"], arm["start"], arm["strategy"], arm["silos"]) == row.group
+        assert arm["final_accuracy"] == {"mean": row.accuracy.mean, "sd": row.accuracy.sd}
+        assert [cell["seed"] for cell in arm["cells"]] == list(row.outcomes)
+        for cell in arm["cells"]:
+            assert tuple(cell["curve"]) == row.outcomes[cell["seed"]].curve
+            assert cell["rounds_to_target"] == row.rounds_to_target[cell["seed"]]
+    ours = next(arm for arm in even["arms"] if arm["start"] == "synthetic")
+    assert ours["median_rounds_to_target"] == 1.5
+    assert ours["median_bytes_to_target"] == 1.5e6
+    assert ours["seeds_at_target"] == 2
+    assert ours["seeds_above_baseline"] == 2
+    assert ours["difference_to_baseline"]["mean"] == pytest.approx(0.1 / 3)
+
+
+def test_latex_has_a_table_a_split_and_no_commands_from_outside(tmp_path: Path, matrix: Matrix) -> None:
+    write_matrix_report(tmp_path, matrix)
+    text = (tmp_path / "table.tex").read_text(encoding="utf-8")
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
+    assert r"fed\_prox from random & 46.7 $\pm$ 15.3 \%" in text
+    assert r"& $-$23.3 $\pm$ 23.1 & 0 of 3 \\" in text
+    assert r"\textless{}script\textgreater{}" in text
+    columns = {line.count("&") for line in text.splitlines() if line.endswith(r"\\")}
+    assert columns == {8, 7}, "the first split has a column for the worst silo"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("100 %", r"100 \%"),
+        ("a_b & c", r"a\_b \& c"),
+        (r"\input{/etc/passwd}", r"\textbackslash{}input\{/etc/passwd\}"),
+        ("$x^2~#1|", r"\$x\textasciicircum{}2\textasciitilde{}\#1\textbar{}"),
+    ],
+)
+def test_latex_is_escaped(text: str, expected: str) -> None:
+    assert escape_latex(text) == expected
+
+
+def test_the_same_outcomes_give_the_same_bytes(tmp_path: Path, matrix: Matrix) -> None:
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        write_matrix_report(folder, matrix)
+    for name in FILES:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_an_experiment_in_which_all_failed_still_has_a_report(tmp_path: Path, matrix: Matrix) -> None:
+    failed = replace(matrix, rows=split_rows({group: {} for group in FOUND}), tuning={})
+    page = Page(write_matrix_report(tmp_path, failed))
+    assert page.sections == ["split-even", f"split-{SPLIT}", "failures", "settings"]
+    assert page.images == []
+    assert "has no arm to compare" in page.text
+    assert len((tmp_path / "results.csv").read_text(encoding="utf-8").splitlines()) == 1
+
+
+def test_a_grid_of_other_size_is_not_called_equal(tmp_path: Path, matrix: Matrix) -> None:
+    other = Tuned(("a", "b", "c"), (0.1, 0.2, 0.3), 2)
+    uneven = replace(matrix, tuning={**matrix.tuning, Group("even", "random", "fed_prox", "all"): other})
+    page = Page(write_matrix_report(tmp_path, uneven))
+    assert "different budgets: 2 and 3 points" in page.text
+    assert "same budget" not in page.text
+
+
+def test_a_report_that_cannot_be_written_is_an_error_that_names_the_file(tmp_path: Path, matrix: Matrix) -> None:
+    (tmp_path / "report").write_text("in the way")
+    with pytest.raises(StorageError, match=r"results\.csv"):
+        write_matrix_report(tmp_path / "report", matrix)
+
+
+def test_a_sweep_needs_several_numbers_of_silos() -> None:
+    rows = split_rows(FOUND)["even"]
+    sweeps = sweeps_of(rows, everyone=10)
+    assert {(group.start, group.strategy): list(each) for group, each in sweeps.items()} == {
+        ("random", "fedavg"): [5, 10]
+    }
+    assert sweeps_of([row for row in rows if row.group.silos != 5], everyone=10) == {}
+    assert sweeps_of(rows, everyone=None) == {}
+
+
+def test_strategies_share_a_colour_and_starts_their_dashes() -> None:
+    starts, strategies = ("random", "synthetic", "other"), [f"method-{number}" for number in range(10)]
+    groups = [Group("even", start, strategy, "all") for start in starts for strategy in strategies]
+    looks = looks_of(groups, RANDOM)
+    assert len({(line["color"], line["marker"], line["ls"]) for line in map(looks.line, groups)}) == len(groups)
+    assert len({looks.colour(group) for group in groups if group.strategy == "method-3"}) == 1

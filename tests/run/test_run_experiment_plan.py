@@ -1,0 +1,88 @@
+"""From an experiment file to its cells: what is run, with which settings, and how often each strategy is tried."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptfl_dist.config import load_experiment
+from gptfl_dist.config.experiment import ExperimentFile, Group
+from gptfl_dist.errors import ConfigError
+from gptfl_dist.run.experiment.plan import cells_of, groups_of, overlaid, settings_of, trials_of
+
+BLOCK = {"splits": ["a"], "starts": ["random"], "strategies": ["fedavg", "prox"]}
+CONTENT: dict[str, Any] = {
+    "name": "x",
+    "labels": ["no", "yes"],
+    "data": {"path": "train.npz"},
+    "test_data": "test.npz",
+    "seeds": [3, 5],
+    "federation": {"training": {"epochs": 2, "momentum": 0.5}, "federation": {"rounds": 9}},
+    "splits": {"a": {"kind": "dirichlet", "silos": 2, "alpha": 0.1}},
+    "strategies": {"fedavg": {}, "prox": {"settings": {"training": {"proximal": 0.1, "momentum": 0.0}}}},
+    "tuning": {"rounds": 2, "grid": [{"training": {"learning_rate": 0.1}}, {"training": {"learning_rate": 0.2}}]},
+    "cells": [BLOCK],
+}
+
+
+def loaded(folder: Path, **changes: Any) -> ExperimentFile:
+    path = folder / "experiment.yaml"
+    path.write_text(json.dumps({**CONTENT, **changes}))
+    return load_experiment(path)
+
+
+def test_a_block_is_every_combination_and_nothing_is_run_twice(tmp_path: Path) -> None:
+    more = {**BLOCK, "strategies": ["fedavg"], "silos": ["all", 1, "pooled"]}
+    groups = groups_of(loaded(tmp_path, cells=[BLOCK, more]))
+    assert [(group.strategy, group.silos) for group in groups] == [
+        ("fedavg", "all"),
+        ("prox", "all"),
+        ("fedavg", 1),
+        ("fedavg", "pooled"),
+    ]
+
+
+def test_settings_are_laid_over_each_other_and_the_matrix_has_the_last_word(tmp_path: Path) -> None:
+    file = loaded(tmp_path)
+    group = Group("a", "random", "prox", 1)
+    cell = cells_of(file, group)[1]
+    settings = settings_of(file, cell, 1, [{"name": "silo-1"}, {"name": "silo-2"}])
+    assert settings["training"] == {"epochs": 2, "momentum": 0.0, "proximal": 0.1, "learning_rate": 0.2}
+    assert (settings["federation"]["rounds"], settings["federation"]["cohort"]) == (9, 1)
+    assert (settings["seed"], settings["arms"]) == (5, ["fedavg_random"])
+    assert file.federation["training"] == {"epochs": 2, "momentum": 0.5}  # is not changed by it
+
+
+def test_every_strategy_is_tried_alike_on_the_first_seed_in_short(tmp_path: Path) -> None:
+    file = loaded(tmp_path)
+    for group in groups_of(file):
+        trials = trials_of(file, group)
+        assert [(trial.seed, trial.trial) for trial in trials] == [(3, 0), (3, 1)]
+        assert settings_of(file, trials[1], 1, [])["federation"]["rounds"] == 2
+    alone = loaded(tmp_path, tuning={"grid": [{}]})
+    assert [trials_of(alone, group) for group in groups_of(alone)] == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"cells": [{**BLOCK, "strategies": ["moon"]}]}, "cells name moon, expected one of strategies: fedavg, prox"),
+        ({"strategies": {"fedavg": {}, "prox": {"grid": [{}]}}}, "the grid of prox has 1 points, expected 2"),
+        ({"federation": {"seed": 1}}, "federation sets seed, which the experiment sets itself"),
+        ({"splits": {"a": {"kind": "shards", "silos": 2}}}, "kind is shards, which needs shards"),
+        ({"splits": {"a": {"kind": "key", "key": "k", "silos": 2}}}, "kind is key, which takes no silos"),
+    ],
+)
+def test_what_makes_no_matrix_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        loaded(tmp_path, **changes)
+
+
+def test_overlaid() -> None:
+    assert overlaid({"a": {"b": 1, "c": [1]}, "d": 1}, {"a": {"c": [2]}, "d": {"e": 1}}) == {
+        "a": {"b": 1, "c": [2]},
+        "d": {"e": 1},
+    }
