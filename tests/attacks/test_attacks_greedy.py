@@ -12,7 +12,7 @@ import pytest
 from exchange_world import HOST, SILOS, World, header_of, in_loop, train_order
 
 from gptfl_dist.config.federation import Limits
-from gptfl_dist.exchange.base import Answered, Disconnected, Receipt
+from gptfl_dist.exchange.base import PROTOCOL_VERSION, Answered, Disconnected, Receipt
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
 from gptfl_dist.exchange.grpc.health import EXCHANGE
 from gptfl_dist.exchange.grpc.server import NONCE
@@ -127,7 +127,7 @@ async def test_calls_and_messages_without_end_are_slowed_down_and_others_are_not
                 answered.append(time.monotonic())
 
         work = line.stream_stream(f"/{EXCHANGE}/Work")()
-        hello = pb.Hello(oldest_version=1, newest_version=1, instance="x")
+        hello = pb.Hello(oldest_version=PROTOCOL_VERSION, newest_version=PROTOCOL_VERSION, instance="x")
         await work.write(pb.FromSilo(hello=hello).SerializeToString())
         assert await work.read()
 
