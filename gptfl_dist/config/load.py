@@ -111,14 +111,19 @@ def federation_of(settings: Settings, folder: Path, where: str) -> FederationFil
 
 
 def kind_of(value: object) -> type[File] | None:
-    """The kind of file that most of the keys of these settings belong to; None where no key belongs to one alone."""
+    """The kind of file that has most of the keys of these settings, among several the one that lacks least.
+
+    None where only keys are known that every kind has, or nothing tells two kinds apart.
+    """
     keys = set(value) if isinstance(value, dict) else set()
-    own = {}
+    scores = {}
     for kind in _KINDS:
-        others = set().union(*(other.model_fields for other in _KINDS if other is not kind))
-        own[kind] = len(keys & (set(kind.model_fields) - others))
-    found = max(_KINDS, key=lambda kind: own[kind])
-    return found if own[found] else None
+        lacking = sum(field.is_required() and name not in keys for name, field in kind.model_fields.items())
+        scores[kind] = len(keys & set(kind.model_fields)), -lacking
+    best = max(scores.values())
+    found = [kind for kind, score in scores.items() if score == best]
+    common = set.intersection(*(set(kind.model_fields) for kind in _KINDS))
+    return found[0] if len(found) == 1 and keys & set(found[0].model_fields) > common & keys else None
 
 
 def to_yaml(file: File) -> str:

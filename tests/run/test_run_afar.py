@@ -65,7 +65,8 @@ def test_an_operator_does_from_afar_what_the_file_does_and_an_observer_only_look
     assert (anna.parent / "credentials" / "key.pem").stat().st_mode & 0o077 == 0
     for name in world.names:  # invited from afar
         line = here.gptfl.run("invite", anna, name).stdout.split()[-1]
-        assert world.join(name, line).wait() == 0
+        joined = world.join(name, line)
+        assert joined.wait() == 0, joined.stdout + joined.stderr
     silos = {name: world.silo(name) for name in world.names}
     wait_for(lambda: "silo-3" in world.federation.owed(1), 120)
 
