@@ -145,7 +145,7 @@ def test_a_backup_beside_a_coordinator_at_work_is_restored_elsewhere_and_the_run
     federation: Callable[..., Federation], gptfl: Commands, tmp_path: Path, undisturbed: Federation
 ) -> None:
     """The whole folder is lost with the machine; the silos have an address and certificates, which stay."""
-    world = Invited(federation(), gptfl, tmp_path)
+    world = Invited(federation(), gptfl, tmp_path).begin()
     lines = {name: world.invitation(name) for name in world.names}
     coordinator = world.coordinator()
     for name, line in lines.items():
