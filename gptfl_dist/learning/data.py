@@ -25,6 +25,8 @@ from gptfl_dist.errors import DataError
 from gptfl_dist.learning.images import pixels
 from gptfl_dist.learning.sources import CHECK, Kind, Raw, kind_of, list_samples
 
+_MOST_NAMED = 10  # labels in one message
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
@@ -108,18 +110,27 @@ def split(data: ImageSet, validation_share: float, seed: int) -> tuple[ImageSet,
 def _translate(found: list[str], renames: dict[str, str], labels: Sequence[str], path: Path) -> list[int]:
     """The data's label names as indices into the federation's labels."""
     index_of = {label: index for index, label in enumerate(labels)}
-    for name, count in Counter(found).items():
-        label = renames.get(name, name)
-        if label not in index_of:
-            nearest = difflib.get_close_matches(label, labels, n=1, cutoff=0.0)[0]
-            renamed = f" (renamed to {label!r} by data.labels)" if name in renames else ""
-            raise DataError(
-                f"the label {name!r}{renamed} of {count} sample(s) in {path} is none of the federation's labels: "
-                f"{', '.join(labels)}",
-                hint=f"the nearest is {nearest!r}: add '{name}: {nearest}' to data.labels in the silo file if it is "
-                "meant, or remove those samples",
-            )
+    counts = Counter(found)
+    unknown = [name for name in counts if renames.get(name, name) not in index_of]
+    if unknown:
+        told = [
+            f"{name!r}{f' (renamed to {renames[name]!r} by data.labels)' if name in renames else ''} of "
+            f"{counts[name]} sample(s)"
+            for name in unknown[:_MOST_NAMED]
+        ]
+        more = f" and {len(unknown) - _MOST_NAMED} more" if len(unknown) > _MOST_NAMED else ""
+        raise DataError(
+            f"the label {', '.join(told)}{more} in {path} is none of the federation's labels: {', '.join(labels)}",
+            hint=_advice(renames.get(unknown[0], unknown[0]), unknown[0], labels),
+        )
     return [index_of[renames.get(name, name)] for name in found]
+
+
+def _advice(label: str, name: str, labels: Sequence[str]) -> str:
+    """A label is proposed only where it is nearly the same word: who obeys a wrong guess trains the wrong thing."""
+    near = difflib.get_close_matches(label, labels, n=1, cutoff=0.6)
+    meant = f"'{name}: {near[0]}', if that is meant" if near else f"'{name}: ...' with the federation's name for it"
+    return f"add {meant}, to data.labels in the silo file, or remove those samples"
 
 
 def _image(where: str, raw: Raw, task: Task) -> np.ndarray:

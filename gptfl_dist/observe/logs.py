@@ -1,7 +1,8 @@
 """Logs: everything into a file, one JSON object a line, and what a person must see on stderr.
 
 The package logs through `logging.getLogger(__name__)`; what a call gives as `extra={...}` becomes fields of its line.
-Libraries are heard from warning upwards only.
+`extra=PRINTED` marks what the command prints by itself: it goes to the file alone. Libraries are heard from warning
+upwards only.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import TextIO
 
 from gptfl_dist.files import storage_error
 
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+PRINTED = {"printed": True}
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", *PRINTED}
 
 
 class JsonLines(logging.Formatter):
@@ -84,6 +86,7 @@ def configure(path: Path, *, shown: int = logging.WARNING) -> None:
     """
     stderr = _Stderr()
     stderr.setLevel(shown)
+    stderr.addFilter(lambda record: not getattr(record, "printed", False))
     stderr.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -15,11 +15,11 @@ from gptfl_dist.config.base import port_of
 from gptfl_dist.config.federation import Enrolment as EnrolmentSettings
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import load_federation, load_silo
-from gptfl_dist.errors import ConfigError, StorageError
+from gptfl_dist.errors import ConfigError, GptflError, StorageError
 from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.launch.start import open_trainer
-from gptfl_dist.observe.logs import configure
+from gptfl_dist.observe.logs import PRINTED, configure
 from gptfl_dist.observe.summary import Summary
 from gptfl_dist.run.actions import answer_of
 from gptfl_dist.run.addresses import try_listening
@@ -40,6 +40,7 @@ from gptfl_dist.security.trust import KeptTrust, Trust
 if TYPE_CHECKING:
     from gptfl_dist.exchange.grpc.port import Port
 
+_log = logging.getLogger(__name__)
 _KEEPALIVE = 30.0  # seconds; a silent connection through a firewall is kept open by it
 
 
@@ -131,6 +132,9 @@ async def run_silo(
     try:
         fresh = Freshness(folder, own.federation, lambda: exchange.credentials.authority)
         return await Silo(silo=silo, exchange=exchange, runner=runner, folder=folder, fresh=fresh).run()
+    except GptflError as error:
+        _log.error("this silo ends: %s", error.message, extra=PRINTED)
+        raise
     finally:
         for task in beside:
             task.cancel()

@@ -130,7 +130,15 @@ def test_a_label_that_the_federation_does_not_know_ends_a_local_run(gptfl: Comma
     message = refused(gptfl.start("run", file, "--format", "json"), 3)
     assert "silo-2" in message
     assert f"the label 'rihgt' of 12 sample(s) in {tmp_path / 'silo-2.npz'}" in message
-    assert "the nearest is 'right'" in message
+    assert "add 'rihgt: right', if that is meant, to data.labels" in message
+
+
+def test_labels_that_are_no_words_of_the_federation_get_no_guess(gptfl: Commands, tmp_path: Path) -> None:
+    file = tiny_federation(tmp_path)
+    tiny_images(tmp_path / "silo-2.npz", labels=("0", "1"))
+    message = refused(gptfl.start("run", file, "--format", "json"), 3)
+    assert "the label '0' of 12 sample(s), '1' of 12 sample(s) in" in message
+    assert "add '0: ...' with the federation's name for it" in message
 
 
 # Generators

@@ -192,7 +192,7 @@ def test_an_image_without_a_label(tmp_path: Path) -> None:
 def test_an_unknown_label_is_named_with_its_nearest(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "data")
     (root / "yes").rename(root / "yess")
-    refused(root, "'yess'", "1 sample", "'yes'", "data.labels")
+    refused(root, "'yess'", "1 sample", "'yess: yes'", "data.labels")
     refused(root, "'yess'", "'sure'", "data.labels", labels={"yess": "sure"})
 
 

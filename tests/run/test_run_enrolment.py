@@ -244,6 +244,9 @@ def test_a_revoked_silo_is_out_at_once_and_the_others_go_on(invited: Callable[..
     assert silos["silo-3"].wait(20) == 6
     assert time.monotonic() - started < 5
     assert "was revoked" in silos["silo-3"].stderr
+    log = (world.home("silo-3") / "silo-3-work" / "agent.jsonl").read_text()
+    assert "was revoked" in log.partition("this silo ends: ")[2]
+    assert silos["silo-3"].stderr.count("was revoked") == 1
     for command in (coordinator, silos["silo-1"], silos["silo-2"]):
         assert command.wait() == 0, command.stderr
     world.gptfl.run("audit", "verify", world.federation.path)
