@@ -70,6 +70,7 @@ def test_an_operator_does_from_afar_what_the_file_does_and_an_observer_only_look
     silos = {name: world.silo(name) for name in world.names}
     wait_for(lambda: "silo-3" in world.federation.owed(1), 120)
 
+    wait_for(lambda: all(silo["connected"] for silo in here.told("silos", local)))
     for command in ("silos", "operators", "requests"):
         assert here.told(command, ben) == here.told(command, anna) == here.told(command, local)
     seen = here.told("status", ben)

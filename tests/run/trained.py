@@ -140,5 +140,5 @@ class TrainedWorld(World):
             runner = TrainerInLoop(self.silos[name], self.folder, self._spoils.get(name))
             self.trainers[name] = runner
             exchange = MemorySiloExchange(network=self.network, silo=name)
-            silo = Silo(silo=self.silos[name], exchange=exchange, runner=runner, folder=self.folder / name)
+            silo = Silo(silo=self.silos[name], exchange=exchange, runner=runner, folder=self.folder / name, fresh=None)
             self._running[name] = asyncio.create_task(silo.run())

@@ -96,7 +96,7 @@ def test_a_silo_whose_certificate_is_over_by_the_coordinators_clock_reads_both(m
     late = copy.copy(authority)
     late._valid = timedelta(seconds=-1)
     error = dialled(authority.issue_coordinator(["127.0.0.1"]), late.issue_silo("alice"), answers=1)
-    assert "does not take this silo's certificate: expired, it says; it is valid " in error.message
+    assert "does not take this side's certificate: expired, it says; it is valid " in error.message
     assert "by this machine's clock" in error.message
     assert "compare the clocks" in error.hint
 
@@ -120,7 +120,7 @@ def test_a_silo_that_joins_reads_both_clocks_and_keeps_its_invitation(monkeypatc
     registry.create()
     authority, alice, port = vault.open(7 * DAY), Identity("fed", "silo", "alice"), free_port()
     fingerprint = root_fingerprint(vault.roots()[0])
-    line = InvitationLine(f"localhost:{port}", alice, registry.invite("alice", HOUR), fingerprint)
+    line = InvitationLine(f"localhost:{port}", alice, registry.invite(alice, HOUR), fingerprint)
     with coordinators_clock(monkeypatch, ahead):
         shown = authority.issue_coordinator(["localhost"])
         desk = Desk(lambda: authority, registry, lambda: shown, False, "localhost:1", lambda event, **fields: None)
