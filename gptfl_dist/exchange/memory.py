@@ -30,6 +30,7 @@ from gptfl_dist.exchange.base import (
     Origin,
     Recalled,
     Receipt,
+    SiloBarred,
     SiloConnected,
     SiloJoined,
     SiloLeft,
@@ -277,6 +278,14 @@ class MemoryCoordinatorExchange:
     def note_progress(self, silo: str, nonce: str, done: int, total: int, note: str) -> None:
         if self._inbox.awaits(silo, nonce):
             self.events.put_nowait(SiloProgress(silo, nonce, done, total, note))
+
+    def bar(self, silo: str, reason: str) -> None:
+        """Cuts a silo off as one whose certificates were revoked; that it connects again says that it may."""
+        self.events.put_nowait(SiloBarred(silo, reason))
+        if (nonce := self._inbox.owed(silo)) is not None:
+            self.give_up(silo, nonce, f"refused: {reason}")
+        if silo in self._lines:
+            self.leave(silo, self._lines[silo])
 
     def give_up(self, silo: str, nonce: str, reason: str) -> None:
         """Tells that an order failed, once. What a silo says of orders that are not open changes nothing."""

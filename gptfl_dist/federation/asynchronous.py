@@ -23,6 +23,10 @@ class AsynchronousCoordinator(Coordinator):
         return self.state == "evaluate"
 
     @property
+    def _enlists_in_mid_round(self) -> bool:
+        return True
+
+    @property
     def missing(self) -> set[str]:
         """The silos that are not connected, where those that are cannot fill the buffer."""
         absent = self._expected - self._connected
@@ -52,7 +56,7 @@ class AsynchronousCoordinator(Coordinator):
         if len(self._delivered) >= self._buffer:
             return ()
         room = self._rules.cohort - len(self._open.keys() & self._connected)
-        return self._sample(self._free - self._failed.keys(), max(0, room), f"{self.round}/{len(self._cohort)}")
+        return self._sample(self._free, max(0, room), f"{self.round}/{len(self._cohort)}")
 
     def _end_if_complete(self) -> list[Command]:
         more = self._draw()
@@ -60,7 +64,7 @@ class AsynchronousCoordinator(Coordinator):
             self._cohort += more
             self._open |= dict.fromkeys(more, self.round)
             return [Enlist(self.round, more), *(Call(silo, self.round) for silo in more)]
-        absent = self._expected - self._connected - self._delivered.keys() - self._failed.keys()
+        absent = self._expected - self._connected - self._delivered.keys()
         if not self._open and len(self._delivered) < self._rules.quorum and absent:
             return []  # one of them may join before the deadline
         return super()._end_if_complete()

@@ -12,6 +12,10 @@ An order may outlive its round: where late updates are carried over, a silo that
 and its update counts in the round in which it arrives. A silo has one order at a time, and gets the next one only
 after its update was counted. `federation.asynchronous` builds on that.
 
+A round is begun only with a quorum. A silo that was revoked is not waited for where the others make one; where they do
+not, it is, up to the join deadline, for it may be invited anew. So does a round that has begun and lost its quorum by a
+revocation, or was broken off without one: it keeps what was delivered, gathers again, and enlists who is there then.
+
 While it is paused no round is opened: a round in progress ends as ever, then the state is `paused` until it goes on.
 """
 
@@ -41,7 +45,7 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Barred:
-    """A silo may not take part any more, and is not waited for; that it joins again says that it may."""
+    """A silo may not take part any more; that it joins again says that it may."""
 
     silo: str
 
@@ -98,7 +102,10 @@ State = Literal["paused", "gather", "train", "aggregate", "evaluate", "done"]
 
 @dataclass(frozen=True, slots=True)
 class StartRound:
-    """Make the weights of `round - 1` available, and an order of this round for each silo of the cohort."""
+    """Make the weights of `round - 1` available, and an order of this round for each silo of the cohort.
+
+    Where the round was begun already it goes on, and no order is made.
+    """
 
     round: int
     cohort: tuple[str, ...]
@@ -107,10 +114,17 @@ class StartRound:
 
 @dataclass(frozen=True, slots=True)
 class Enlist:
-    """Make orders of the round in progress for more silos."""
+    """Make orders of the round in progress for more silos, or new ones for those whose order came to nothing."""
 
     round: int
     silos: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """The round in progress stands still until there are silos enough; it goes on with StartRound."""
+
+    round: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +170,17 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """The arm cannot go on. `untrainable`: all silos that did not deliver said themselves that they failed."""
+    """The arm cannot go on. `untrainable`: all silos that did not deliver said themselves that they failed.
+
+    `revoked` are the silos that may not take part any more, and were needed.
+    """
 
     reason: str
     untrainable: bool = False
+    revoked: tuple[str, ...] = ()
 
 
-Command = StartRound | Enlist | Call | Recall | SetDeadline | Aggregate | Finish | GiveUp
+Command = StartRound | Enlist | Halt | Call | Recall | SetDeadline | Aggregate | Finish | GiveUp
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +240,7 @@ class Coordinator:
 
         `owed` and `delivered` are orders of earlier rounds, by silo: open ones, and those whose updates wait to count.
         """
-        self._connected = set(connected)
+        self._connected = set(connected) - self._barred
         self._open, self._delivered = dict(owed or {}), dict(delivered or {})
         self.round = finished_rounds + 1
         if last:
@@ -238,11 +256,17 @@ class Coordinator:
         delivered: Mapping[str, int],
         failed: Mapping[str, str],
     ) -> list[Command]:
-        """Goes on in a training round that was broken off: who delivered or failed (and why) is not called again."""
-        self._connected = set(connected)
+        """Goes on in a training round that was broken off: who delivered or failed (and why) is not called again.
+
+        Where no quorum can come of it that way, who failed may be called on again, and others are.
+        """
+        self._connected = set(connected) - self._barred
         self.round, self.state = round_, "train"
         self._cohort, self._open, self._delivered = tuple(cohort), dict(owed), dict(delivered)
-        self._failed = dict(failed)
+        short = len(self._engaged) < self._rules.quorum
+        self._failed = {} if short else dict(failed)
+        if short and not self._enlists_in_mid_round:
+            return self._call(self._open) + self._wait_for_silos()
         return [
             StartRound(round_, self._cohort, "train"),
             SetDeadline(round_, "train", self._rules.deadline),
@@ -254,7 +278,9 @@ class Coordinator:
         """The commands that follow from an event. Events of orders that are not open change nothing."""
         if isinstance(event, Joined):
             self._connected.add(event.silo)
-            self._barred.discard(event.silo)
+            if event.silo in self._barred:
+                self._barred.remove(event.silo)
+                self._failed.pop(event.silo, None)  # it failed as another, so to speak
             return self._call([event.silo]) + self._go_on()
         if isinstance(event, Left):
             self._connected.discard(event.silo)
@@ -263,6 +289,7 @@ class Coordinator:
             return self._go_on()
         if isinstance(event, Barred):
             self._barred.add(event.silo)
+            self._connected.discard(event.silo)
             return self._go_on()
         if isinstance(event, Paused):
             self._paused = True
@@ -271,13 +298,14 @@ class Coordinator:
             return []
         if isinstance(event, Resumed):
             self._paused = False
-            return self._gather() if self.state == "paused" else []
+            return self._wait_for_silos() if self.state == "paused" else []
         if isinstance(event, Delivered) and self._open.get(event.silo) == event.round:
             self._delivered[event.silo] = self._open.pop(event.silo)
             return self._go_on()
         if isinstance(event, Failed) and self._open.get(event.silo) == event.round:
             del self._open[event.silo]
-            self._failed[event.silo] = event.reason
+            if self._cohort or self.state not in ("gather", "paused"):  # else it was an order of an earlier round
+                self._failed[event.silo] = event.reason
             return self._go_on()
         if isinstance(event, DeadlinePassed) and (event.round, event.state) == (self.round, self.state):
             return self._deadline_passed()
@@ -301,13 +329,27 @@ class Coordinator:
     @property
     def missing(self) -> set[str]:
         """The silos that are not connected and are waited for."""
-        wanted = self._expected if self.state == "gather" else self._awaited
-        return wanted - self._connected
+        if self.state != "gather":
+            return self._awaited - self._connected
+        done = self._delivered.keys() if self._cohort else set()
+        return self._expected - self._connected - done
 
     @property
     def _expected(self) -> set[str]:
-        """The silos that may take part."""
-        return set(self._rules.silos) - self._barred
+        """The silos that are waited for: who may take part, and who was revoked where a round needs them too."""
+        able = set(self._rules.silos) - self._barred - self._failed.keys()
+        enough = self.round > self._last or len(able | self._engaged) >= self._rules.quorum
+        return able if enough else self._possible
+
+    @property
+    def _possible(self) -> set[str]:
+        """The silos of which an update may come in this round, or is there; a revoked one may be invited anew."""
+        return (set(self._rules.silos) - (self._failed.keys() - self._barred)) | self._engaged
+
+    @property
+    def _engaged(self) -> set[str]:
+        """The silos of which this round has an update, or an open order."""
+        return self._open.keys() | self._delivered.keys()
 
     @property
     def _awaited(self) -> set[str]:
@@ -316,8 +358,21 @@ class Coordinator:
 
     @property
     def _free(self) -> set[str]:
-        """The connected silos that can be called on: they owe nothing, and their spool holds nothing uncounted."""
-        return self._connected - self._open.keys() - self._delivered.keys()
+        """The connected silos that can be called on.
+
+        They owe nothing, their spool holds nothing uncounted, and they did not fail in this round.
+        """
+        return self._connected - self._engaged - self._failed.keys()
+
+    @property
+    def _room(self) -> int:
+        """How many more silos the cohort of this round takes."""
+        return self._rules.cohort - len(self._engaged.intersection(self._cohort))
+
+    @property
+    def _enlists_in_mid_round(self) -> bool:
+        """Whether silos are called on while the round goes on."""
+        return False
 
     @property
     def _complete(self) -> bool:
@@ -326,14 +381,18 @@ class Coordinator:
 
     def _enough(self, *, late: bool) -> bool:
         """Whether a round can start; after the join deadline a quorum will do."""
-        if late:
-            return len(self._free) + len(self._open) + len(self._delivered) >= self._rules.quorum
-        engaged = len(self._open) + len(self._delivered)
-        return len(self._free) >= min(self._rules.cohort, len(self._expected) - engaged)
+        if not self._makes_quorum:
+            return False
+        return late or len(self._free) >= min(self._room, len(self._expected - self._engaged))
+
+    @property
+    def _makes_quorum(self) -> bool:
+        """Whether a quorum can come of the silos that are there."""
+        return len(self._free | self._engaged) >= self._rules.quorum
 
     def _draw(self) -> tuple[str, ...]:
         """The silos to call on next."""
-        return self._sample(self._free, self._rules.cohort, str(self.round))
+        return self._sample(self._free, self._room, str(self.round))
 
     def _sample(self, silos: Iterable[str], count: int, what_for: str) -> tuple[str, ...]:
         # A string seed is hashed by `random` itself (SHA-512), alike on every machine.
@@ -362,6 +421,10 @@ class Coordinator:
 
     def _gather(self) -> list[Command]:
         self._cohort, self._failed, self._late = (), {}, set()
+        return self._wait_for_silos()
+
+    def _wait_for_silos(self) -> list[Command]:
+        """Waits for the silos of a round, which has a cohort already where it was begun."""
         if self._paused:
             self.state = "paused"
             return []
@@ -372,20 +435,24 @@ class Coordinator:
     def _start_if_enough(self, *, late: bool) -> list[Command]:
         """Starts the round once its silos are there; the first one of all, and the evaluation, wait for every silo."""
         final = self.round > self._last
-        if final or not self._assembled:
+        if final:
             enough = len(self._connected) >= (self._rules.quorum if late else max(1, len(self._expected)))
+        elif not self._assembled and not self._cohort:
+            enough = self._makes_quorum and (late or self._expected <= self._connected)
         else:
             enough = self._enough(late=late)
         if not enough:
             return []
         self._assembled = True
         self.state = "evaluate" if final else "train"
-        self._cohort = tuple(sorted(self._free)) if final else self._draw()
-        self._open |= dict.fromkeys(self._cohort, self.round)
+        begun, drawn = self._cohort, tuple(sorted(self._free)) if final else self._draw()
+        self._cohort = tuple(sorted({*begun, *drawn}))
+        self._open |= dict.fromkeys(drawn, self.round)
         return [
-            StartRound(self.round, self._cohort, self.state),
+            StartRound(self.round, begun or drawn, self.state),
+            *([Enlist(self.round, drawn)] if begun and drawn else []),
             SetDeadline(self.round, self.state, self._rules.deadline),
-            *self._call(self._cohort),
+            *self._call(drawn),
             *self._go_on(),
         ]
 
@@ -402,12 +469,7 @@ class Coordinator:
 
     def _deadline_passed(self) -> list[Command]:
         if self.state == "gather":
-            commands = self._start_if_enough(late=True)
-            missing = ", ".join(sorted(set(self._rules.silos) - self._connected))
-            return commands or self._give_up(
-                f"round {self.round}: {len(self._connected)} silos are connected and {self._rules.quorum} are needed; "
-                f"missing: {missing}"
-            )
+            return self._start_if_enough(late=True) or self._give_up(self._too_few_silos)
         if not self.recalls_at_deadline:
             return self._aggregate() if len(self._delivered) >= self._rules.quorum else self._give_up(self._too_few)
         late = self._open
@@ -426,19 +488,39 @@ class Coordinator:
             return self._aggregate()
         if self._open:
             return []  # orders of earlier rounds: their updates may still make a quorum before the deadline
-        reasons = "; ".join(f"{silo}: {reason}" for silo, reason in sorted(self._failed.items()))
+        lost = set(self._cohort) - self._delivered.keys() - (self._failed.keys() - self._barred)
+        if lost and len(self._possible) >= self._rules.quorum and not self._enlists_in_mid_round:
+            return [Halt(self.round), *self._wait_for_silos()]
+        called = {*self._cohort, *self._failed}
+        without = called - self._delivered.keys()
+        told = [f"{silo}: {self._failed.get(silo, 'not called on again')}" for silo in sorted(without)]
         return self._give_up(
-            f"round {self.round}: {len(self._delivered)} of the {len(self._cohort)} silos called on delivered and "
-            f"{self._rules.quorum} are needed ({reasons})",
-            untrainable=not self._late,
+            f"round {self.round}: {len(self._delivered)} of the {len(called)} silos called on delivered and "
+            f"{self._rules.quorum} are needed ({'; '.join(told) or 'no others are there'})",
+            untrainable=not self._late and self._barred.isdisjoint(without),
         )
+
+    @property
+    def _too_few_silos(self) -> str:
+        """Why a round cannot be begun, or go on, at the join deadline."""
+        here = self._connected if self.round > self._last else self._free | self._engaged
+        absent = sorted(set(self._rules.silos) - self._connected - self._engaged)
+        missing = ", ".join(map(self._named, absent))
+        failed = "; ".join(f"{silo}: {reason}" for silo, reason in sorted(self._failed.items()) if silo not in absent)
+        return (
+            f"round {self.round}: {len(here)} silos are connected{' or called on' if self._engaged else ''} and "
+            f"{self._rules.quorum} are needed; missing: {missing}" + (f"; failed: {failed}" if failed else "")
+        )
+
+    def _named(self, silo: str) -> str:
+        return f"{silo} (revoked)" if silo in self._barred else silo
 
     @property
     def _too_few(self) -> str:
         """Why a round cannot be counted at its deadline, where nobody is recalled."""
-        here, gone = (sorted(self._open.keys() & self._connected), sorted(self._missing_at_deadline))
+        here, gone = sorted(self._open.keys() & self._connected), sorted(self._missing_at_deadline)
         failed = [f"{silo}: {reason}" for silo, reason in sorted(self._failed.items())]
-        told = {"still at work": here, "not connected": gone, "failed": failed}
+        told = {"still at work": here, "not connected": list(map(self._named, gone)), "failed": failed}
         return (
             f"round {self.round}: {len(self._delivered)} updates came before the deadline and {self._rules.quorum} are "
             "needed" + "".join(f"; {what}: {', '.join(silos)}" for what, silos in told.items() if silos)
@@ -455,4 +537,5 @@ class Coordinator:
 
     def _give_up(self, reason: str, *, untrainable: bool = False) -> list[Command]:
         self.state = "done"
-        return [GiveUp(reason, untrainable)]
+        called = set(self._cohort or self._rules.silos)
+        return [GiveUp(reason, untrainable, tuple(sorted(self._barred & called - self._delivered.keys())))]

@@ -123,7 +123,10 @@ class Ledger(Record):
             self._insert_orders(arm, round_, nonces)
 
     def enlist(self, arm: str, round_: int, cohort: Iterable[str], nonces: Mapping[str, str]) -> None:
-        """Notes the cohort of the round in progress as it is now, and the orders that came with it."""
+        """Notes the cohort of the round in progress as it is now, and the orders that came with it.
+
+        A silo whose order came to nothing may get another one in its place.
+        """
         with self._lock, self._storing(), self._database:
             self._database.execute("BEGIN")
             self._database.execute(
@@ -133,7 +136,7 @@ class Ledger(Record):
 
     def _insert_orders(self, arm: str, round_: int, nonces: Mapping[str, str]) -> None:
         self._database.executemany(
-            "INSERT INTO orders (arm, round, silo, nonce) VALUES (?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO orders (arm, round, silo, nonce) VALUES (?, ?, ?, ?)",
             [(arm, round_, silo, nonce) for silo, nonce in nonces.items()],
         )
 

@@ -144,6 +144,13 @@ class ArmRun:
     def stop_counting(self, traffic: Traffic) -> None:
         self._began, self._counted = None, (traffic.down, traffic.up)
 
+    def halt(self, traffic: Traffic) -> None:
+        """Time does not count while the round waits for silos; what it has taken so far stays."""
+        spent = self.spent(traffic)
+        if spent is not None:
+            self.spent_before = spent
+            self.stop_counting(traffic)
+
     def set_deadline(self, seconds: float, passed: Callable[[], None]) -> None:
         """Calls `passed` after so many seconds, in place of what was to be called at an earlier deadline."""
         if self._deadline is not None:

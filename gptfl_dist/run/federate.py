@@ -35,6 +35,7 @@ from gptfl_dist.exchange.base import (
 )
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.federation import coordinator as machine
+from gptfl_dist.federation.freshness import ROLLBACK
 from gptfl_dist.federation.orders import RECALLED, Kind, Order, Report
 from gptfl_dist.ledger.records import ArmRecord, RoundRecord
 from gptfl_dist.ledger.requests import LOOK_EVERY, paused_since
@@ -170,8 +171,8 @@ class Federator:
                 commands = arm.machine.begin(
                     self._presence.connected, record.finished_rounds, owed, delivered, last=last
                 )
-                if owed:
-                    await self._publish(arm)
+            if owed:
+                await self._publish(arm)
             while True:
                 for command in commands:
                     await self._do(arm, command)
@@ -274,9 +275,13 @@ class Federator:
             self._next.open(arm)
         elif isinstance(command, machine.Enlist):
             nonces = _nonces(command.silos)
-            arm.cohort += command.silos
+            arm.cohort = tuple(sorted({*arm.cohort, *command.silos}))
             ledger.enlist(plan.name, command.round, arm.cohort, nonces)
             self._enlist(arm, "train", nonces)
+        elif isinstance(command, machine.Halt):
+            await self._next.stop()
+            self._note_spent(arm)
+            arm.halt(self.exchange.traffic)
         elif isinstance(command, machine.Call):
             await self.exchange.send(command.silo, arm.orders[command.silo])
         elif isinstance(command, machine.Recall):
@@ -308,10 +313,7 @@ class Federator:
         else:
             ledger.forgive(plan.name, arm.machine.round, command.reason)  # not of a round that was closed
             kind = RoundFailed if command.untrainable else FederationError
-            raise kind(
-                f"arm {plan.name}, {command.reason}",
-                hint="look at the silos' logs; the same command goes on from this round and calls them again",
-            )
+            raise kind(f"arm {plan.name}, {command.reason}", hint=_hint(command))
 
     def _note_spent(self, arm: ArmRun) -> None:
         spent = arm.spent(self.exchange.traffic)
@@ -337,7 +339,8 @@ class Federator:
         if isinstance(event, Answered | OrderFailed | SiloProgress):
             order = arm.orders.get(event.silo)
             return self._answer(arm, order, event) if order is not None and order.nonce == event.nonce else []
-        if isinstance(event, machine.DeadlinePassed) and (event.round, event.state) == (arm.round, arm.machine.state):
+        now = (arm.round, arm.machine.state)
+        if isinstance(event, machine.DeadlinePassed) and now[1] != "gather" and (event.round, event.state) == now:
             # Whoever's update was committed a moment ago has delivered; from here on nobody else can, or counts later.
             in_time = {
                 silo: round_
@@ -452,6 +455,22 @@ class Federator:
                 keep |= {r.weights for r in record.rounds if r.weights is not None}
         self.ledger.drop_weights_except(keep)
         self.ledger.drop_states_except(newest)
+
+
+def _hint(command: machine.GiveUp) -> str:
+    """What the operator can do where an arm cannot go on."""
+    if ROLLBACK in command.reason:
+        return (
+            "where the run folder was set back on purpose, as from a copy, say so with gptfl epoch FEDERATION_FILE; "
+            "then the same command goes on from this round"
+        )
+    if command.revoked:
+        return (
+            f"invite {', '.join(command.revoked)} anew (gptfl invite FEDERATION_FILE NAME), then the same command goes "
+            "on from this round and waits until they have joined; or begin anew with a smaller federation.quorum, with "
+            "--fresh"
+        )
+    return "look at the silos' logs; the same command goes on from this round and calls them again"
 
 
 def _nonces(silos: Iterable[str]) -> dict[str, str]:

@@ -19,6 +19,7 @@ class Presence:
         self._watcher = watcher
         self._news: list[str] = []  # since the operator was told last
         self._missing: tuple[str, ...] = ()  # as the operator was told
+        self._revoked: set[str] = set()  # of those, likewise
 
     def take(self, event: SiloJoined | SiloLeft | SiloBarred) -> machine.Event:
         """Notes who came and who went, and says what that means to a round."""
@@ -46,6 +47,12 @@ class Presence:
             self._watcher.waiting_for(waited_for)
             if waited_for:
                 self._news.append(f"waiting for {', '.join(waited_for)}")
+        if self._revoked != (revoked := self.barred.intersection(waited_for)):
+            self._revoked = revoked
+            if revoked:
+                self._news.append(
+                    f"there is no quorum without {', '.join(sorted(revoked))}, which gptfl invite lets in again"
+                )
         if self._news:
             here = f"({len(self.connected)} of {len(self._silos)} are here)"
             self._watcher.note(f"{', '.join(self._news)} {here}")

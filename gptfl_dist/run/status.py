@@ -56,8 +56,9 @@ def status_of(path: Path, *, file: str = "") -> Status:
     if found is None:
         if path.is_dir():
             raise ConfigError(f"{path}: no run was started here", hint="name a run folder, or a federation file")
-        next_ = [f"gptfl check {path}, then gptfl run {path}"]
         settings = load_federation(path)
+        start = "run" if settings.enrolment is None else "coordinator"
+        next_ = [f"gptfl check {path}, then gptfl {start} {path}"]
         silos = [SiloStatus(entry.name, None, "idle", "", None, 0, None) for entry in settings.silos]
         return Status(settings.name, str(folder), "not started", now(), silos=silos, next=next_)
     return _Telling(file or str(path), path.is_dir(), folder, found, live, life).status()

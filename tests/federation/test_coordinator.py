@@ -16,9 +16,11 @@ from gptfl_dist.federation.coordinator import (
     Coordinator,
     DeadlinePassed,
     Delivered,
+    Enlist,
     Failed,
     Finish,
     GiveUp,
+    Halt,
     Joined,
     Left,
     Paused,
@@ -80,6 +82,78 @@ def test_nobody_waits_for_a_silo_that_is_barred_until_it_joins_again():
     machine.handle(Joined("c"))
     machine.handle(Delivered("c", 2))
     assert StartRound(3, SILOS, "evaluate") in machine.handle(Aggregated(2))
+
+
+def test_a_revoked_silo_is_waited_for_where_there_is_no_quorum_without_it():
+    machine = Coordinator(rules(quorum=4))
+    machine.begin(["a", "b", "c", "d"])
+    for silo in "abcd":
+        machine.handle(Delivered(silo, 1))
+    assert [machine.handle(Paused()), machine.handle(Aggregated(1))] == [[], []]
+    assert machine.handle(Barred("d")) == machine.handle(Left("d")) == []
+    assert machine.handle(Resumed()) == [SetDeadline(2, "gather", 30.0)]
+    assert machine.missing == {"d"}
+    assert calls(machine.handle(Joined("d"))) == list(SILOS)
+
+
+def test_a_silo_that_is_revoked_before_the_first_round_is_waited_for_as_well_and_named_at_the_join_deadline():
+    machine = Coordinator(rules(quorum=4))
+    machine.begin(["a", "b", "d"])
+    assert machine.handle(Barred("c")) == machine.handle(Barred("d")) == []  # though d is still connected
+    (give_up,) = machine.handle(DeadlinePassed(1, "gather"))
+    assert "2 silos are connected and 4 are needed; missing: c (revoked), d (revoked)" in give_up.reason
+    assert give_up.revoked == ("c", "d")
+
+
+def test_a_silo_that_is_revoked_in_mid_round_is_called_on_again_once_it_joins_anew_and_nobody_else_is():
+    machine = Coordinator(rules(quorum=4))
+    machine.begin(SILOS)
+    for silo in "abc":
+        machine.handle(Delivered(silo, 1))
+    machine.handle(Barred("d"))
+    assert machine.handle(Failed("d", 1, "revoked")) == [Halt(1), SetDeadline(1, "gather", 30.0)]
+    assert (machine.state, machine.missing) == ("gather", {"d"})
+    machine.handle(Left("a"))  # it has delivered
+    assert machine.missing == {"d"}
+    again = machine.handle(Joined("d"))
+    assert again == [StartRound(1, SILOS, "train"), Enlist(1, ("d",)), SetDeadline(1, "train", 60.0), Call("d", 1)]
+    assert machine.handle(Delivered("d", 1)) == [Aggregate(1, SILOS)]
+
+
+def test_a_revoked_silo_s_place_in_a_round_goes_to_another_that_is_there():
+    machine = Coordinator(rules(cohort=2, quorum=2))
+    out, stays = calls(machine.begin(SILOS))
+    machine.handle(Barred(out))
+    machine.handle(Delivered(stays, 1))
+    (instead,) = calls(machine.handle(Failed(out, 1, "revoked")))
+    assert instead not in (out, stays)
+    assert machine.handle(Delivered(instead, 1)) == [Aggregate(1, tuple(sorted([stays, instead])))]
+
+
+def test_nobody_waits_for_a_revoked_silo_that_could_not_save_the_round():
+    machine = Coordinator(rules(quorum=4))
+    machine.begin(SILOS)
+    for silo in "ab":
+        machine.handle(Delivered(silo, 1))
+    machine.handle(Failed("c", 1, "out of memory"))
+    machine.handle(Barred("d"))
+    (give_up,) = machine.handle(Failed("d", 1, "refused: it was revoked"))
+    assert "2 of the 4" in give_up.reason
+    assert "(c: out of memory; d: refused: it was revoked)" in give_up.reason
+    assert (give_up.untrainable, give_up.revoked) == (False, ("d",))
+
+
+def test_a_round_that_was_broken_off_below_its_quorum_enlists_others_and_who_failed():
+    machine = Coordinator(rules())
+    began = machine.resume(["a", "b"], 2, ["a", "b"], {}, {"a": 2}, {"b": "refused: it was revoked"})
+    assert began == [SetDeadline(2, "gather", 30.0)]
+    assert machine.missing == {"c", "d"}
+    machine.handle(Barred("d"))
+    again = machine.handle(Joined("c"))
+    assert again[:2] == [StartRound(2, ("a", "b"), "train"), Enlist(2, ("b", "c"))]
+    assert calls(again) == ["b", "c"]
+    machine.handle(Delivered("b", 2))
+    assert machine.handle(Delivered("c", 2)) == [Aggregate(2, ("a", "b", "c"))]
 
 
 def test_without_a_quorum_the_run_ends_and_says_which_silo_failed_and_why():
@@ -252,16 +326,24 @@ def test_whatever_the_silos_do_the_run_ends_and_only_deliveries_of_the_cohort_ar
     spec = rules(rounds=data.draw(st.integers(1, 3)), cohort=cohort, quorum=data.draw(st.integers(1, cohort)))
     machine = Coordinator(spec)
     pending = list(machine.begin(data.draw(st.sets(st.sampled_from(SILOS)))))
-    cohort_now: tuple[str, ...] = ()
+    begun, cohort_now = 0, ()
     delivered: set[str] = set()
+    barred: set[str] = set()
     rounds: list[int] = []
-    last, paused = spec.rounds, False
+    last, paused, revocations = spec.rounds, False, 0
     for step in range(200):
         for command in pending:
             if isinstance(command, StartRound):
                 assert not paused
-                cohort_now, delivered = command.cohort, set()
+                if begun != command.round:
+                    begun, cohort_now, delivered = command.round, command.cohort, set()
+                    assert len(cohort_now) >= (spec.quorum if command.kind == "train" else 1)
+                assert command.cohort == cohort_now
                 assert len(set(cohort_now)) == len(cohort_now)
+                assert not barred & set(calls(pending))
+            if isinstance(command, Enlist):
+                assert len(delivered | set(command.silos)) >= spec.quorum
+                cohort_now = tuple(sorted({*cohort_now, *command.silos}))
             if isinstance(command, Call):
                 assert command.silo in cohort_now
                 assert command.silo not in delivered
@@ -270,6 +352,8 @@ def test_whatever_the_silos_do_the_run_ends_and_only_deliveries_of_the_cohort_ar
                 assert set(command.silos) == delivered
                 assert len(command.silos) >= spec.quorum
                 rounds.append(command.round)
+            if isinstance(command, GiveUp):
+                assert "()" not in command.reason
             if isinstance(command, Finish):
                 assert rounds == list(range(1, last + 1))
         if machine.state == "done":
@@ -285,11 +369,13 @@ def test_whatever_the_silos_do_the_run_ends_and_only_deliveries_of_the_cohort_ar
         )
         if step % 10 == 9:
             kind = "resume" if paused else "deadline"  # time goes on whatever the silos do
+        if kind == "bar":
+            revocations += 1  # an operator does not revoke for ever
+            kind = "bar" if revocations <= 5 else "leave"
+        barred = barred | {silo} if kind == "bar" else barred - {silo} if kind == "join" else barred
         paused = kind == "pause" or (paused and kind != "resume")
-        if kind == "deliver" and machine.state == "train" and silo in cohort_now:
-            failed = silo in machine._failed
-            if not failed:
-                delivered.add(silo)
+        if kind == "deliver" and machine.state == "train" and silo in machine.owed:
+            delivered.add(silo)
         events = {
             "join": Joined(silo),
             "leave": Left(silo),

@@ -12,6 +12,7 @@ from gptfl_dist.federation.asynchronous import AsynchronousCoordinator
 from gptfl_dist.federation.coordinator import (
     Aggregate,
     Aggregated,
+    Barred,
     Call,
     Command,
     Coordinator,
@@ -136,6 +137,7 @@ class World:
         self.closed = 0
         self.unclosed: int | None = None
         self.aggregating: dict[str, int] = {}
+        self.barred: set[str] = set()
 
     def take(self, commands: list[Command]) -> None:
         for command in commands:
@@ -167,12 +169,16 @@ class World:
                 assert not self.open
                 assert set(command.evaluated) == set(self.committed)
 
+        if self.spec.buffer is None and any(isinstance(c, StartRound) and c.kind == "train" for c in commands):
+            engaged = self.open.keys() | self.committed.keys() | self.aggregating.keys()
+            assert len(engaged) >= self.spec.quorum
+
     def enlist(self, round_: int, silos: tuple[str, ...], *, limited: bool) -> None:
         assert not set(silos) & (self.open.keys() | self.committed.keys() | self.aggregating.keys())
         assert not set(silos) & self.failed.keys()
         assert set(silos) <= self.connected
         self.open |= dict.fromkeys(silos, round_)
-        self.cohort += silos
+        self.cohort = tuple(sorted({*self.cohort, *silos}))
         at_work = {silo for silo, given in self.open.items() if silo in self.connected}
         own = {silo for silo, given in self.open.items() if given == round_}
         if limited and silos:
@@ -188,7 +194,10 @@ class World:
         self.committed |= self.aggregating
         self.aggregating, self.deadlines = {}, set()
         if self.unclosed is not None:
-            return machine.resume(self.connected, self.unclosed, self.cohort, self.open, self.committed, self.failed)
+            failed = self.failed
+            if len(self.open) + len(self.committed) < self.spec.quorum:
+                self.failed = {}  # it may be called on again
+            return machine.resume(self.connected, self.unclosed, self.cohort, self.open, self.committed, failed)
         return machine.begin(self.connected, self.closed, self.open, self.committed)
 
 
@@ -210,6 +219,7 @@ def test_whatever_the_silos_do_the_run_ends_and_every_update_counts_once_at_most
     world, machine = World(spec), kind(spec)
     world.connected = data.draw(st.sets(st.sampled_from(SILOS)))
     world.take(machine.begin(world.connected))
+    revocations = 5
     for step in range(300):
         if machine.state == "done":
             break
@@ -217,14 +227,23 @@ def test_whatever_the_silos_do_the_run_ends_and_every_update_counts_once_at_most
             assert (machine.round, machine.state) in world.deadlines  # whatever happens, this state has an end
             assert machine.owed == world.open
         event = data.draw(
-            st.sampled_from(["join", "leave", "deliver", "fail", "deadline", "stray", "close", "restart"])
+            st.sampled_from(["join", "leave", "bar", "deliver", "fail", "deadline", "stray", "close", "restart"])
         )
         silo = data.draw(st.sampled_from(SILOS))
         given_in = world.open.get(silo)
         if step % 10 == 9:
             event = "deadline" if machine.state != "aggregate" else "close"  # time goes on whatever the silos do
+        if event == "bar" and revocations:  # an operator does not revoke for ever
+            revocations -= 1
+            world.barred.add(silo)
+            world.connected.discard(silo)
+            world.take(machine.handle(Barred(silo)))
+            event = "fail"  # as the exchange says at once
         if event == "join":
             world.connected.add(silo)
+            if silo in world.barred:
+                world.barred.remove(silo)
+                world.failed.pop(silo, None)
             world.take(machine.handle(Joined(silo)))
         elif event == "leave":
             world.connected.discard(silo)
@@ -249,6 +268,7 @@ def test_whatever_the_silos_do_the_run_ends_and_every_update_counts_once_at_most
             world.take(machine.handle(Aggregated(machine.round)))
         elif event == "restart" and machine.state != "evaluate":
             machine = kind(spec, assembled=data.draw(st.booleans()))
+            machine.bar(world.barred)
             world.take(world.restart(machine))
     else:
         pytest.fail("300 events, each state with a deadline, and no end")

@@ -259,6 +259,35 @@ def test_a_revoked_silo_is_out_at_once_and_the_others_go_on(invited: Callable[..
     assert (listed["standing"], listed["reason"]) == ("revoked", "laptop stolen")
 
 
+def test_a_silo_that_is_revoked_between_rounds_is_invited_anew_and_the_run_comes_to_its_end(
+    invited: Callable[..., Invited], undisturbed: Federation
+) -> None:
+    """All are needed. The coordinator waits, also once it was started again, and so enrols the silo."""
+    world = invited()
+    path = world.federation.path
+    assert f"gptfl coordinator {path}" in world.gptfl.run("status", path).stdout
+    coordinator = world.coordinator()
+    for name in world.names:
+        assert world.join(name, world.invitation(name)).wait() == 0
+    world.gptfl.run("pause", path)
+    silos = {name: world.silo(name) for name in world.names}
+    wait_for(lambda: all(silo["connected"] for silo in world.tell("silos")))
+    world.gptfl.run("revoke", path, "silo-2")
+    assert silos["silo-2"].wait(20) == 6
+    world.gptfl.run("resume", path)
+    wait_for(lambda: "no quorum without silo-2" in coordinator.stderr)
+    os.kill(coordinator.process.pid, signal.SIGTERM)
+    assert coordinator.wait() == 130
+    coordinator = world.coordinator()
+    wait_for(lambda: "no quorum without silo-2" in coordinator.stderr)
+    (world.home("silo-2") / "credentials").rename(world.folder / "revoked")
+    assert world.join("silo-2", world.invitation("silo-2")).wait() == 0
+    silos["silo-2"] = world.silo("silo-2")
+    for command in (coordinator, *silos.values()):
+        assert command.wait() == 0, command.stderr
+    assert world.federation.result() == undisturbed.result()
+
+
 def test_an_operator_approves_of_a_key_and_the_silo_waits_for_it(invited: Callable[..., Invited]) -> None:
     world = invited(approval=True)
     coordinator = world.coordinator()

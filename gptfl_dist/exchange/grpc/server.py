@@ -160,9 +160,9 @@ class GrpcCoordinatorExchange:
             try:
                 barred = self._trust.barred()
                 for silo in sorted(barred.keys() - told.keys()):
+                    self.events.put_nowait(SiloBarred(silo, barred[silo]))  # first, for it says why the order fails
                     if (nonce := self._inbox.owed(silo)) is not None:
                         self._fail(silo, nonce, f"refused: {barred[silo]}")
-                    self.events.put_nowait(SiloBarred(silo, barred[silo]))
                 told = dict(barred)
                 for line in list(self._lines.values()):
                     if self._callers.why_not(line.peer):
