@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from gptfl_dist.config.at_rest import AtRest
-from gptfl_dist.errors import ConfigError, StorageError, first_line
+from gptfl_dist.errors import ConfigError, IdentityError, StorageError, first_line
 from gptfl_dist.files import storage_error, write_file
 from gptfl_dist.security.credentials import require_private
 from gptfl_dist.weights.sealed import KEY_BYTES, seal, unsealed, use_key
@@ -24,7 +24,7 @@ def use_at_rest(settings: AtRest | None, folder: Path | None = None) -> None:
 
     `folder` is where it keeps its files: what lies there must have been encrypted with the same key.
 
-    Raises ConfigError, IdentityError where others may read the key's file, StorageError.
+    Raises ConfigError, StorageError.
     """
     key = None if settings is None else key_of(settings)
     use_key(key)
@@ -48,12 +48,14 @@ def use_at_rest(settings: AtRest | None, folder: Path | None = None) -> None:
 
 
 def key_of(settings: AtRest) -> bytes:
-    """The key, from wherever the settings say. Raises ConfigError, IdentityError."""
+    """The key, from wherever the settings say. Raises ConfigError, also where others may read its file."""
     if settings.key_file is not None:
         where = f"at_rest.key_file {settings.key_file}"
         try:
             require_private(settings.key_file)
             text = settings.key_file.read_text("ascii")
+        except IdentityError as error:
+            raise ConfigError(f"at_rest.key_file {error.message}", hint=error.hint) from None
         except (OSError, ValueError) as error:
             raise ConfigError(f"{where}: {first_line(error)}", hint=_HINT) from None
     elif settings.key_env is not None:

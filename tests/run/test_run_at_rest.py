@@ -16,7 +16,7 @@ from test_run_sides import Sides
 from gptfl_dist.config.at_rest import AtRest
 from gptfl_dist.config.document import dump_yaml
 from gptfl_dist.config.federation import FederationFile
-from gptfl_dist.errors import ConfigError, GptflError, IdentityError, LaunchError
+from gptfl_dist.errors import ConfigError, GptflError, LaunchError
 from gptfl_dist.run.archive import manifest_of, unpack
 from gptfl_dist.run.at_rest import KEY_CHECK, key_of, use_at_rest
 from gptfl_dist.run.collective import _shared_out
@@ -91,6 +91,36 @@ def test_an_encrypted_run_comes_to_the_same_weights_of_which_no_window_is_on_the
             assert "Traceback" not in command.stderr
 
 
+def test_a_fresh_run_deletes_nothing_before_it_has_its_keys(
+    federation: Callable[..., Federation], gptfl: Commands
+) -> None:
+    run = federation(epochs=1)
+    key, silo = key_file(run.folder / "at-rest.key"), run.folder / "silo-1.yaml"
+    change(run.path, at_rest={"key_file": key.name})
+    gptfl.run("run", run.path, "--exchange", "grpc")
+    before = {path: path.read_bytes() for path in run.run_folder.rglob("*.s*") if path.is_file()}
+    assert {path.name for path in before} >= {"ledger.sqlite", "fedavg_random.safetensors"}
+
+    def refused(said: str, *commands: str) -> None:
+        for command in commands:
+            failed = gptfl.start(command, run.path, "--fresh")
+            assert failed.wait() == 2, failed.stderr
+            assert said in failed.stderr
+            assert {path: path.read_bytes() for path in before} == before
+
+    key.chmod(0o644)
+    refused("others may read", "coordinator", "run")
+    key_file(key, "a5")
+    refused("expected 64 hexadecimal digits", "coordinator", "run")
+    key.unlink()
+    refused("No such file", "coordinator", "run")
+    change(silo, at_rest={"key_env": "GPTFL_NO_SUCH_VARIABLE"})
+    key_file(key, "b6" * 32)  # another key than that of the run, all of which is deleted
+    refused("at_rest.key_env GPTFL_NO_SUCH_VARIABLE", "run")
+    change(silo, at_rest=None)
+    gptfl.run("run", run.path, "--exchange", "grpc", "--fresh")
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -114,7 +144,7 @@ def test_a_key_is_had_from_a_file_a_variable_or_a_command(tmp_path: Path, monkey
     assert key_of(AtRest(key_env="GPTFL_KEY")) == key
     assert key_of(AtRest(key_command=["cat", str(path)])) == key
     path.chmod(0o640)
-    with pytest.raises(IdentityError, match="others may read"):
+    with pytest.raises(ConfigError, match=r"at_rest\.key_file .*others may read"):
         key_of(AtRest(key_file=path))
 
 
