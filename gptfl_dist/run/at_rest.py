@@ -73,10 +73,10 @@ def key_of(settings: AtRest, folder: Path | None = None) -> bytes:
     Raises ConfigError, also where others may read the key's file.
     """
     hint = _MAKE_ONE
+    where = place_of(settings)
     if folder is not None and (folder / KEY_CHECK).exists():
         hint = f"bring back the key that {folder} was begun with: with another what lies there cannot be read"
     if settings.key_file is not None:
-        where = f"at_rest.key_file {settings.key_file}"
         try:
             require_private(settings.key_file)
             text = settings.key_file.read_text("ascii")
@@ -85,11 +85,11 @@ def key_of(settings: AtRest, folder: Path | None = None) -> bytes:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{where}: {first_line(error)}", hint=hint) from None
     elif settings.key_env is not None:
-        where, text = f"at_rest.key_env {settings.key_env}", os.environ.get(settings.key_env, "")
+        text = os.environ.get(settings.key_env, "")
         if not text:
             raise ConfigError(f"{where}: there is no such variable", hint="set it before the command is started")
     else:
-        where, text = "at_rest.key_command", _told(settings.key_command or [])
+        text = _told(where, settings.key_command or [])
     try:
         key = bytes.fromhex(text.strip())
     except ValueError:
@@ -99,15 +99,21 @@ def key_of(settings: AtRest, folder: Path | None = None) -> bytes:
     return key
 
 
-def _told(command: list[str]) -> str:
+def place_of(settings: AtRest) -> str:
+    """Where the key is to be, as people are told."""
+    if settings.key_file is not None:
+        return f"at_rest.key_file {settings.key_file}"
+    if settings.key_env is not None:
+        return f"at_rest.key_env {settings.key_env}"
+    return f"at_rest.key_command {(settings.key_command or [''])[0]}"
+
+
+def _told(where: str, command: list[str]) -> str:
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"at_rest.key_command {command[0]}: {first_line(error)}") from None
+        raise ConfigError(f"{where}: {first_line(error)}") from None
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise ConfigError(
-            f"at_rest.key_command {command[0]} ended with exit code {done.returncode}{': ' if said else ''}"
-            f"{''.join(said)}"
-        )
+        raise ConfigError(f"{where} ended with exit code {done.returncode}{': ' if said else ''}{''.join(said)}")
     return done.stdout.decode(errors="replace")

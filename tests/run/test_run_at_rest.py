@@ -19,7 +19,10 @@ from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.errors import ConfigError, GptflError, LaunchError
 from gptfl_dist.run.archive import manifest_of, unpack
 from gptfl_dist.run.at_rest import KEY_CHECK, key_of, use_at_rest
+from gptfl_dist.run.backup import back_up
 from gptfl_dist.run.collective import _shared_out
+from gptfl_dist.run.restore import restore
+from gptfl_dist.testing.federations import tiny_federation
 from gptfl_dist.weights import WeightsFile
 from gptfl_dist.weights.sealed import use_key
 
@@ -163,6 +166,32 @@ def test_a_folder_keeps_to_its_key(tmp_path: Path) -> None:
     for settings in (second, None):
         with pytest.raises(ConfigError, match="what lies there is encrypted"):
             use_at_rest(settings, tmp_path / "run")
+
+
+def test_a_key_that_was_lost_is_to_be_brought_back_and_not_made_anew(tmp_path: Path) -> None:
+    key, folder = tmp_path / "key", tmp_path / "run"
+    settings = AtRest(key_file=key)
+    with pytest.raises(ConfigError, match="No such file") as first:
+        use_at_rest(settings, folder)
+    assert "openssl rand" in first.value.hint
+    key_file(key)
+    use_at_rest(settings, folder)
+    for lose in (key.unlink, lambda: key_file(key, "a5")):
+        lose()
+        with pytest.raises(ConfigError) as lost:
+            use_at_rest(settings, folder)
+        assert lost.value.hint.startswith(f"bring back the key that {folder} was begun with")
+
+
+def test_a_restore_says_that_the_key_is_to_be_brought(tmp_path: Path) -> None:
+    key = key_file(tmp_path / "at-rest.key")
+    path = tiny_federation(tmp_path, at_rest={"key_file": key.name})
+    back_up(path, tmp_path / "a.tar")
+    said = restore(tmp_path / "a.tar", tmp_path / "new", "").next
+    assert not (tmp_path / "new" / key.name).exists()
+    (told,) = (line for line in said if "at_rest" in line)
+    assert told.startswith(f"bring the key of at_rest.key_file {tmp_path / 'new' / key.name}: it is not in the archive")
+    assert said.index(told) < len(said) - 1  # the start comes last
 
 
 def test_ranks_that_share_a_process_cannot_encrypt(tmp_path: Path) -> None:
