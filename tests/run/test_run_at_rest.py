@@ -97,10 +97,14 @@ def test_an_encrypted_run_comes_to_the_same_weights_of_which_no_window_is_on_the
 def test_a_fresh_run_deletes_nothing_before_it_has_its_keys(
     federation: Callable[..., Federation], gptfl: Commands
 ) -> None:
-    run = federation(epochs=1)
+    training = {"batch_size": 8, "learning_rate": 0.01, "warm_up_rounds": 0, "epochs": 1, "momentum": 0.0}
+    run = federation(training=training, strategy={"rule": "scaffold"})
     key, silo = key_file(run.folder / "at-rest.key"), run.folder / "silo-1.yaml"
-    change(run.path, at_rest={"key_file": key.name})
+    for path in (run.path, silo):
+        change(path, at_rest={"key_file": key.name})
     gptfl.run("run", run.path, "--exchange", "grpc")
+    for kept in (run.run_folder / "silos" / "silo-1" / "kept", run.run_folder / "strategy"):
+        assert {path.read_bytes()[: len(_MAGIC)] for path in kept.glob("*.safetensors")} == {_MAGIC}
     before = {path: path.read_bytes() for path in run.run_folder.rglob("*.s*") if path.is_file()}
     assert {path.name for path in before} >= {"ledger.sqlite", "fedavg_random.safetensors"}
 
