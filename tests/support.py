@@ -162,6 +162,12 @@ def free_port() -> int:
         return port
 
 
+def listens(port: int) -> bool:
+    """Whether anybody takes connections at a port of this machine."""
+    with socket.socket() as line:
+        return line.connect_ex(("127.0.0.1", port)) == 0
+
+
 RULES = {"rounds": 3, "cohort": "all", "quorum": "all", "deadline": "120s", "join_deadline": "120s"}
 
 

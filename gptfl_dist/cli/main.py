@@ -413,7 +413,7 @@ def _run(file: Path, wire: Wire, fresh: bool, format_: Format) -> None:
         from gptfl_dist.run.local import run_locally
         from gptfl_dist.run.signals import run_until_done
 
-        open_run_folder(file, fresh)
+        open_run_folder(file, fresh, with_silos=True)
         if choice.wire is Wire.memory:
             _say(f"exchange: none, all in this process ({choice.why})")
             summary = run_until_done(run_in_memory(file, _say))

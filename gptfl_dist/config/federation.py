@@ -477,11 +477,20 @@ class FederationFile(Section):
     @model_validator(mode="after")
     def _enough_for_the_rule(self) -> Self:
         strategy, training = self.strategy, self.training
-        quorum = self.federation.quorum_of(len(self.silos))
-        if quorum < strategy.fewest:
+        silos, fewest = len(self.silos), strategy.fewest
+        quorum = self.federation.quorum_of(silos)
+        if quorum < fewest:
+            found = (
+                f"strategy.rule is {strategy.rule}, which needs {fewest} updates to bear {strategy.borne} malicious "
+                "silo(s), but "
+            )
+            if silos < fewest:
+                raise ValueError(
+                    f"{found}silos names {silos}: name {fewest} silos or more, lower strategy.malicious, or take "
+                    "another rule"
+                )
             raise ValueError(
-                f"strategy.rule is {strategy.rule}, which needs {strategy.fewest} updates to bear {strategy.borne} "
-                f"malicious silo(s), but a round may end with {quorum}: raise federation.quorum, or lower "
+                f"{found}a round may end with {quorum}: raise federation.quorum to {fewest} or more, or lower "
                 "strategy.malicious"
             )
         if strategy.rule == "fednova" and training.proximal * max(training.learning_rates) >= 1:

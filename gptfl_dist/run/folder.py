@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from gptfl_dist.config.load import load_federation
+from gptfl_dist.config.load import load_federation, load_silo
 from gptfl_dist.files import storage_error
 from gptfl_dist.ledger.lock import locked
 from gptfl_dist.ledger.record import FILE_NAME
 from gptfl_dist.observe.live import LIVE
 from gptfl_dist.observe.logs import configure
-from gptfl_dist.run.at_rest import KEY_CHECK
+from gptfl_dist.run.at_rest import KEY_CHECK, key_of
 from gptfl_dist.run.auditor import close_log
 from gptfl_dist.run.candidates import CANDIDATES, CHOICE, CONTACT_SHEET, DROPPED_SHEET, PRETRAINING_STATE
 
@@ -36,13 +36,21 @@ def run_folder_of(path: Path) -> Path:
     return path if path.is_dir() else load_federation(path).run_folder
 
 
-def open_run_folder(path: Path, fresh: bool) -> None:
+def open_run_folder(path: Path, fresh: bool, *, with_silos: bool = False) -> None:
     """Starts the log in the run folder of the federation file at `path`; `fresh` deletes first what a run left there.
 
-    Raises StorageError, also where `fresh` meets a coordinator at work.
+    `with_silos`: the run starts the silos as well, whose work folders lie in the run folder.
+
+    Raises ConfigError, with nothing deleted, where a key of `at_rest` cannot be had; StorageError, also where `fresh`
+    meets a coordinator at work.
     """
-    folder = load_federation(path).run_folder
+    file = load_federation(path)
+    folder = file.run_folder
     if fresh and (folder / FILE_NAME).exists():
+        silos = [load_silo(entry.file).at_rest for entry in file.silos if with_silos and entry.file is not None]
+        for at_rest in (file.at_rest, *silos):
+            if at_rest is not None:
+                key_of(at_rest)  # it may be another than before, as nothing stays that the old one encrypted
         with locked(folder):
             delete_run(folder)
     configure(folder / "logs" / "coordinator.jsonl")

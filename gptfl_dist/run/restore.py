@@ -18,6 +18,7 @@ from gptfl_dist.files import storage_error, sync_folder
 from gptfl_dist.ledger.record import FILE_NAME
 from gptfl_dist.observe.progress import progress
 from gptfl_dist.run.archive import Manifest, manifest_of, unpack
+from gptfl_dist.run.at_rest import place_of
 from gptfl_dist.run.epoch import EpochBegun, begin_epoch_in
 
 
@@ -92,5 +93,10 @@ def _what_is_next(manifest: Manifest, file: Path) -> list[str]:
         told.append(
             f"revoke again whom you revoked after {made}, and invite again whose certificate was made after it: the "
             "registry knows nothing of either"
+        )
+    if (at_rest := load_federation(file).at_rest) is not None:
+        told.append(
+            f"bring the key of {place_of(at_rest)}: it is not in the archive, and without the one that was in use then "
+            "the weights there cannot be read"
         )
     return [*told, f"start it with: gptfl coordinator {file}"]

@@ -47,7 +47,7 @@ def out_of_date(certificate: x509.Certificate) -> str:
 def require_current(certificate: x509.Certificate, name: str, *, hint: str = "renew the certificate") -> None:
     """Raises IdentityError where a certificate does not hold now; `name` is what the message calls it."""
     if wrong := out_of_date(certificate):
-        raise IdentityError(f"{name}: {wrong}", hint=f"{hint}, or set this machine's clock")
+        raise IdentityError(f"{name}: {wrong}", hint=f"{hint}; set this machine's clock if it is wrong")
 
 
 def require_same_time(told: str, who: str) -> None:

@@ -53,10 +53,28 @@ def load_credentials(
         raise IdentityError(
             f"{certificate} was not issued by {authority}", hint="ask the coordinator's operator for a matching set"
         )
-    for each in chain:
-        require_current(each, str(certificate))
-    require_current(root, str(authority))
-    return Credentials(pem[authority], pem[certificate], pem[key]), identity_in(pem[certificate], str(certificate))
+    identity = require_own_current(pem[certificate], str(certificate))
+    for each, path in (*((each, certificate) for each in chain[1:]), (root, authority)):
+        require_current(each, str(path), hint="have the coordinator's operator replace it: gptfl authority rotate")
+    return Credentials(pem[authority], pem[certificate], pem[key]), identity
+
+
+def require_own_current(certificate: bytes, name: str) -> Identity:
+    """The identity in this side's own PEM certificate. Raises IdentityError where it does not hold now."""
+    identity = identity_in(certificate, name)
+    require_current(x509.load_pem_x509_certificate(certificate), name, hint=how_to_replace(identity))
+    return identity
+
+
+def how_to_replace(identity: Identity) -> str:
+    """What is to be done where somebody's certificate is over, for it renews itself only while it holds."""
+    if identity.role == "coordinator":
+        return "make new sets: gptfl credentials FEDERATION_FILE --host NAME"
+    role = "" if identity.role == "silo" else f" --role {identity.role}"
+    return (
+        f"be invited anew: at the coordinator gptfl invite FEDERATION_FILE {identity.name}{role}; here move the folder "
+        "of the old credentials away, then gptfl join LINE (a set of gptfl credentials is made and brought anew)"
+    )
 
 
 def credentials_for(key: ec.EllipticCurvePrivateKey, certificate: bytes, authority: bytes) -> Credentials:

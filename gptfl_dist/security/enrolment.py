@@ -3,8 +3,8 @@
 HTTP over TLS 1.3, two requests. `GET /v1/authority` answers with the root certificate, which the other side
 compares with the fingerprint of its invitation before it says anything. `POST /v1/enrol` takes the token, the identity
 that it is for and a certificate request, and answers with the certificate, or with 202 while the operator has yet to
-approve. The port is open only while there
-are invitations that nobody used.
+approve. The port is open only while there are invitations that can be used or wait for approval, and for a few seconds
+after the last was used: its answer may have been lost.
 
 Whoever can reach the port can talk to it, so a connection gets little: a few seconds, a few kilobytes, one of a few
 places; and an address that guessed wrong several times gets nothing for a while.

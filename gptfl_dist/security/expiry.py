@@ -1,7 +1,8 @@
-"""Which certificates end soon, said early enough to replace them in peace: in the last sixth of their life.
+"""Which certificates end soon, said early enough to replace them in peace.
 
-A certificate with a long life is told of in its last days alone: seven for a side's own, sixty for what issued it,
-which takes more people to replace.
+A side's own certificate is told of seven days before its end; where it renews itself, not before the last sixth of its
+life, for renewal is under way until then. What issued it is told of sixty days before, however short its life: to
+replace it takes more people.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ _OWN, _ISSUERS = timedelta(days=7), timedelta(days=60)
 def ending(credentials: Credentials, *, renewed: bool) -> list[str]:
     """What of one side's certificates ends soon, a sentence each.
 
-    A certificate that is `renewed` by itself may have a short life; another's last week is told however short it is.
+    A certificate that is `renewed` by itself may have a short life: its last sixth alone is told of.
     """
     own, *chain = x509.load_pem_x509_certificates(credentials.certificate)
-    early = _early(own, _OWN) if renewed else _OWN
+    early = min(_OWN, _SHARE_LEFT * (own.not_valid_after_utc - own.not_valid_before_utc)) if renewed else _OWN
     advice = "a silo that was invited renews it while it is connected; else make new sets: gptfl credentials"
     roots = x509.load_pem_x509_certificates(credentials.authority)
     return [*_told("the certificate", own, early, advice), *authority_ending(chain, roots)]
@@ -36,12 +37,7 @@ def authority_ending(chain: list[x509.Certificate], roots: list[x509.Certificate
     named = [("the issuing certificate", each) for each in chain]
     named += [] if root is None else [("the root certificate", root)]
     advice = "the coordinator's operator replaces it: gptfl authority rotate"
-    return [told for name, each in named for told in _told(name, each, _early(each, _ISSUERS), advice)]
-
-
-def _early(certificate: x509.Certificate, most: timedelta) -> timedelta:
-    """How long before its end a certificate is told of."""
-    return min(most, _SHARE_LEFT * (certificate.not_valid_after_utc - certificate.not_valid_before_utc))
+    return [told for name, each in named for told in _told(name, each, _ISSUERS, advice)]
 
 
 def _told(name: str, certificate: x509.Certificate, early: timedelta, advice: str) -> list[str]:

@@ -26,7 +26,7 @@ from gptfl_dist.config.base import host_of, port_of
 from gptfl_dist.errors import ConnectionFailed, IdentityError
 from gptfl_dist.security.authority import Credentials
 from gptfl_dist.security.clocks import life, out_of_date
-from gptfl_dist.security.credentials import identity_in, tls_context
+from gptfl_dist.security.credentials import how_to_replace, identity_in, tls_context
 from gptfl_dist.security.identity import Identity
 
 _PATIENCE = 5.0  # seconds for the whole of it
@@ -156,12 +156,13 @@ async def _first_word(reader: asyncio.StreamReader, address: str, credentials: C
     try:
         return await reader.read(1)
     except ssl.SSLError as error:
-        why = error.reason or str(error)
+        why, advice = error.reason or str(error), "ask the coordinator's operator for a matching set of files"
         if why.endswith("CERTIFICATE_EXPIRED"):  # by the coordinator's clock
             why = f"expired, it says; it is {life(x509.load_pem_x509_certificate(credentials.certificate))}"
+            advice = how_to_replace(identity_in(credentials.certificate, "this side's certificate"))
         raise IdentityError(
             f"{address} does not take this side's certificate: {why}",
-            hint="ask the coordinator's operator for a matching set of files, and compare the clocks",
+            hint=f"{advice}; compare the clocks",
         ) from None
     except ConnectionError:
         return b""

@@ -131,7 +131,7 @@ def _ask(
         raise ConnectionFailed(
             f"{address} does not answer: {error}",
             hint="check that the coordinator runs and that this machine may dial out to that port; the port is closed "
-            "where no invitation is open",
+            "where no invitation is open: if yours was used and its answer lost, ask for a new one",
         ) from None
     except (ValueError, RecursionError):
         raise ProtocolError(f"{address} answers what is no answer", hint="check the address") from None

@@ -24,7 +24,7 @@ FILE_NAME = "registry.sqlite"
 _PATIENCE = 10.0  # seconds that a writer waits for another
 
 _COLUMNS = "serial, role, name, issued, expires, key, issuer, revoked, reason"
-_ASKED_AGAIN = timedelta(minutes=10)  # for so long the port stays open after a token was used: its answer may be lost
+_ASKED_AGAIN = timedelta(seconds=5)  # after a token was used, for as long as `gptfl join` tries again for its answer
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS invitations(
@@ -146,7 +146,7 @@ class Registry:
             return [Invitation(*row) for row in rows]
 
     def is_open(self) -> bool:
-        """Whether anybody may still enrol, or ask again for an answer that was lost."""
+        """Whether anybody may still enrol, or did a moment ago and may ask again for an answer that was lost."""
         with self._open() as database:
             found = database.execute(
                 "SELECT 1 FROM invitations WHERE (used IS NULL OR used >= ?) AND expires >= ? LIMIT 1",

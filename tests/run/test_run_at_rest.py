@@ -16,10 +16,13 @@ from test_run_sides import Sides
 from gptfl_dist.config.at_rest import AtRest
 from gptfl_dist.config.document import dump_yaml
 from gptfl_dist.config.federation import FederationFile
-from gptfl_dist.errors import ConfigError, GptflError, IdentityError, LaunchError
+from gptfl_dist.errors import ConfigError, GptflError, LaunchError
 from gptfl_dist.run.archive import manifest_of, unpack
 from gptfl_dist.run.at_rest import KEY_CHECK, key_of, use_at_rest
+from gptfl_dist.run.backup import back_up
 from gptfl_dist.run.collective import _shared_out
+from gptfl_dist.run.restore import restore
+from gptfl_dist.testing.federations import tiny_federation
 from gptfl_dist.weights import WeightsFile
 from gptfl_dist.weights.sealed import use_key
 
@@ -91,6 +94,40 @@ def test_an_encrypted_run_comes_to_the_same_weights_of_which_no_window_is_on_the
             assert "Traceback" not in command.stderr
 
 
+def test_a_fresh_run_deletes_nothing_before_it_has_its_keys(
+    federation: Callable[..., Federation], gptfl: Commands
+) -> None:
+    training = {"batch_size": 8, "learning_rate": 0.01, "warm_up_rounds": 0, "epochs": 1, "momentum": 0.0}
+    run = federation(training=training, strategy={"rule": "scaffold"})
+    key, silo = key_file(run.folder / "at-rest.key"), run.folder / "silo-1.yaml"
+    for path in (run.path, silo):
+        change(path, at_rest={"key_file": key.name})
+    gptfl.run("run", run.path, "--exchange", "grpc")
+    for kept in (run.run_folder / "silos" / "silo-1" / "kept", run.run_folder / "strategy"):
+        assert {path.read_bytes()[: len(_MAGIC)] for path in kept.glob("*.safetensors")} == {_MAGIC}
+    before = {path: path.read_bytes() for path in run.run_folder.rglob("*.s*") if path.is_file()}
+    assert {path.name for path in before} >= {"ledger.sqlite", "fedavg_random.safetensors"}
+
+    def refused(said: str, *commands: str) -> None:
+        for command in commands:
+            failed = gptfl.start(command, run.path, "--fresh")
+            assert failed.wait() == 2, failed.stderr
+            assert said in failed.stderr
+            assert {path: path.read_bytes() for path in before} == before
+
+    key.chmod(0o644)
+    refused("others may read", "coordinator", "run")
+    key_file(key, "a5")
+    refused("expected 64 hexadecimal digits", "coordinator", "run")
+    key.unlink()
+    refused("No such file", "coordinator", "run")
+    change(silo, at_rest={"key_env": "GPTFL_NO_SUCH_VARIABLE"})
+    key_file(key, "b6" * 32)  # another key than that of the run, all of which is deleted
+    refused("at_rest.key_env GPTFL_NO_SUCH_VARIABLE", "run")
+    change(silo, at_rest=None)
+    gptfl.run("run", run.path, "--exchange", "grpc", "--fresh")
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -114,7 +151,7 @@ def test_a_key_is_had_from_a_file_a_variable_or_a_command(tmp_path: Path, monkey
     assert key_of(AtRest(key_env="GPTFL_KEY")) == key
     assert key_of(AtRest(key_command=["cat", str(path)])) == key
     path.chmod(0o640)
-    with pytest.raises(IdentityError, match="others may read"):
+    with pytest.raises(ConfigError, match=r"at_rest\.key_file .*others may read"):
         key_of(AtRest(key_file=path))
 
 
@@ -133,6 +170,32 @@ def test_a_folder_keeps_to_its_key(tmp_path: Path) -> None:
     for settings in (second, None):
         with pytest.raises(ConfigError, match="what lies there is encrypted"):
             use_at_rest(settings, tmp_path / "run")
+
+
+def test_a_key_that_was_lost_is_to_be_brought_back_and_not_made_anew(tmp_path: Path) -> None:
+    key, folder = tmp_path / "key", tmp_path / "run"
+    settings = AtRest(key_file=key)
+    with pytest.raises(ConfigError, match="No such file") as first:
+        use_at_rest(settings, folder)
+    assert "openssl rand" in first.value.hint
+    key_file(key)
+    use_at_rest(settings, folder)
+    for lose in (key.unlink, lambda: key_file(key, "a5")):
+        lose()
+        with pytest.raises(ConfigError) as lost:
+            use_at_rest(settings, folder)
+        assert lost.value.hint.startswith(f"bring back the key that {folder} was begun with")
+
+
+def test_a_restore_says_that_the_key_is_to_be_brought(tmp_path: Path) -> None:
+    key = key_file(tmp_path / "at-rest.key")
+    path = tiny_federation(tmp_path, at_rest={"key_file": key.name})
+    back_up(path, tmp_path / "a.tar")
+    said = restore(tmp_path / "a.tar", tmp_path / "new", "").next
+    assert not (tmp_path / "new" / key.name).exists()
+    (told,) = (line for line in said if "at_rest" in line)
+    assert told.startswith(f"bring the key of at_rest.key_file {tmp_path / 'new' / key.name}: it is not in the archive")
+    assert said.index(told) < len(said) - 1  # the start comes last
 
 
 def test_ranks_that_share_a_process_cannot_encrypt(tmp_path: Path) -> None:

@@ -16,10 +16,15 @@ from PIL import Image
 from slurm_cluster import SlurmCluster
 from support import Commands
 
+from gptfl_dist.config.at_rest import AtRest
+from gptfl_dist.config.load import load_federation, load_silo
+from gptfl_dist.errors import GptflError
+from gptfl_dist.run.at_rest import use_at_rest
 from gptfl_dist.run.check import Finding, check_file
 from gptfl_dist.run.institution import make_credentials
 from gptfl_dist.security.authority import Authority, Credentials
 from gptfl_dist.testing.federations import tiny_federation, tiny_images
+from gptfl_dist.weights.sealed import in_use, use_key
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -394,3 +399,62 @@ def test_the_launchers_of_a_federations_silos_and_what_fast_does_not_take(tmp_pa
     assert (findings["fast at silo-1"].status, findings["fast at silo-2"].status) == ("warning", "warning")
     assert "has launch.how: mpirun" in findings["fast at silo-1"].found
     assert "has code.script:" in findings["fast at silo-2"].found
+
+
+# Encryption at rest
+
+
+def _sealed(folder: Path, key: Path) -> None:
+    """Begins a run folder or a silo's work folder with a key."""
+    use_at_rest(AtRest(key_file=key), folder)
+    use_key(None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("{key_file: missing.key}", "No such file"),
+        ("{key_file: open.key}", "others may read"),
+        ("{key_file: other.key}", "the key that at_rest names is another one"),
+        ("{key_env: GPTFL_NO_SUCH_VARIABLE}", "there is no such variable"),
+        ("{key_command: [echo, 00ff]}", "gives no key: expected 64 hexadecimal digits"),
+        ("{key_command: [sh, -c, exit 3]}", "ended with exit code 3"),
+        ("", "no at_rest names its key"),
+        ("{key_file: at-rest.key}", ""),
+    ],
+)
+def test_the_key_of_each_side_is_had_as_a_run_would(tmp_path: Path, settings: str, said: str) -> None:
+    for name, digits, mode in (("at-rest", "a5", 0o600), ("other", "b6", 0o600), ("open", "a5", 0o644)):
+        (tmp_path / f"{name}.key").write_text(digits * 32)
+        (tmp_path / f"{name}.key").chmod(mode)
+    file = tiny_federation(tmp_path)
+    silo = tmp_path / "silo-1.yaml"
+    folders = [tmp_path / "run", tmp_path / "run" / "silos" / "silo-1", tmp_path / "silo-1-work"]
+    for folder in folders:
+        _sealed(folder, tmp_path / "at-rest.key")
+    for path in (file, silo):
+        with path.open("a") as text:
+            text.write(f"at_rest: {settings}\n" if settings else "")
+    of_federation, of_silo = by_name(check_file(file)), by_name(check_file(silo))
+    found = [of_federation["at_rest"], of_federation["at_rest of silo-1"], of_silo["at_rest"]]
+    ends = [(file, folders[0]), (silo, folders[1]), (silo, folders[2])]
+    for finding, (path, folder) in zip(found, ends, strict=True):
+        if not said:
+            assert (finding.status, finding.found) == ("ok", f"the key is the one that {folder} was begun with")
+            continue
+        assert said in finding.found
+        with pytest.raises(GptflError) as ended:  # what the run would end with
+            use_at_rest((load_federation(path) if path == file else load_silo(path)).at_rest, folder)
+        use_key(None)
+        assert (finding.status, finding.exit_code) == ("failed", 2)
+        assert (finding.found, finding.hint) == (ended.value.message, ended.value.hint)
+    assert of_federation["at_rest of silo-2"].found == "none: weights and updates are kept as they are"
+
+
+def test_the_check_of_a_key_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "at-rest.key").write_text("a5" * 32)
+    (tmp_path / "at-rest.key").chmod(0o600)
+    file = tiny_federation(tmp_path, at_rest={"key_file": "at-rest.key"})
+    assert by_name(check_file(file))["at_rest"].found == "there is a key"
+    assert not (tmp_path / "run").exists()
+    assert not in_use()

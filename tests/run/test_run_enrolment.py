@@ -22,7 +22,7 @@ from cryptography import x509
 from hospital import Hospital, pem
 from opened_line import OpenedLine
 from secrets_on_the_wire import scalar
-from support import RULES, Command, Commands, Federation, free_port, wait_for
+from support import RULES, Command, Commands, Federation, free_port, listens, wait_for
 
 from gptfl_dist.config.document import dump_yaml
 from gptfl_dist.security.authority import Credentials, key_bytes, new_key
@@ -161,6 +161,8 @@ def test_silos_join_by_invitation_and_no_private_key_leaves_its_machine(
         assert f"enrolled as {name}" in joined.stdout
         assert "FAILED" not in joined.stdout.upper()
     assert set(world.standings().values()) == {"enrolled"}
+    wait_for(lambda: not listens(world.ports["enrolment"]), seconds=15)  # the coordinator waits for its silos still
+    assert coordinator.process.poll() is None
     silos = [world.silo(name) for name in world.names]
     for command in (coordinator, *silos):
         assert command.wait() == 0, command.stderr

@@ -101,6 +101,8 @@ def test_a_rule_is_held_against_the_smallest_round(rule: str, needed: int) -> No
         ValueError, match=rf"{rule}, which needs {needed} updates to bear 2 .* may end with {needed - 1}:"
     ):
         federation(needed + 3, strategy=strategy, federation={"quorum": needed - 1})
+    with pytest.raises(ValueError, match=rf"silos names 2: name {needed} silos or more, lower strategy.malicious"):
+        federation(2, strategy=strategy)
     with pytest.raises(ValueError, match="may end with 4"):  # the majority of the buffer
         federation(
             9, strategy={"rule": "krum"}, federation={"mode": "asynchronous", "buffer": 7},

@@ -98,6 +98,7 @@ def test_a_silo_whose_certificate_is_over_by_the_coordinators_clock_reads_both(m
     error = dialled(authority.issue_coordinator(["127.0.0.1"]), late.issue_silo("alice"), answers=1)
     assert "does not take this side's certificate: expired, it says; it is valid " in error.message
     assert "by this machine's clock" in error.message
+    assert "gptfl invite FEDERATION_FILE alice" in error.hint
     assert "compare the clocks" in error.hint
 
 

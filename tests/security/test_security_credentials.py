@@ -136,10 +136,19 @@ def test_a_certificate_of_another_authority_is_refused(folder):
         load(folder)
 
 
-def test_an_expired_certificate_is_refused(tmp_path):
-    Authority.new("fed", valid=timedelta(seconds=-10)).issue_silo("alice").save(tmp_path)
+@pytest.mark.parametrize(
+    ("role", "advice"),
+    [
+        ("silo", "gptfl invite FEDERATION_FILE alice;"),
+        ("operator", "gptfl invite FEDERATION_FILE alice --role operator;"),
+    ],
+)
+def test_an_expired_certificate_is_refused_and_how_to_get_another_is_said(tmp_path, role, advice):
+    Authority.new("fed", valid=timedelta(seconds=-10)).issue(role, "alice").save(tmp_path)
     with pytest.raises(IdentityError, match=r"valid .* and now it is") as error:
         load(tmp_path)
+    assert advice in error.value.hint
+    assert "then gptfl join" in error.value.hint
     assert "clock" in error.value.hint
 
 

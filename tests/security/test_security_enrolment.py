@@ -16,7 +16,7 @@ from typing import get_args
 import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
-from support import free_port, wait_for
+from support import free_port, listens, wait_for
 
 from gptfl_dist.errors import ConfigError, ConnectionFailed, IdentityError
 from gptfl_dist.security import enrolment as enrolment_module
@@ -87,11 +87,6 @@ def office(tmp_path, monkeypatch):
     return Office(tmp_path)
 
 
-def listens(port):
-    with socket.socket() as line:
-        return line.connect_ex(("127.0.0.1", port)) == 0
-
-
 @pytest.mark.parametrize("role", get_args(Invited))
 def test_an_invitation_brings_a_certificate_for_the_key_that_was_made_here(office, role):
     invitation = office.invite(role=role)
@@ -152,19 +147,35 @@ def test_a_registry_from_when_there_were_silos_alone_is_read_on(tmp_path):
     assert registry.is_open()  # the operator's invitation is another's
 
 
-def test_the_port_is_open_only_while_somebody_is_invited(office, monkeypatch):
-    monkeypatch.setattr(registry_module, "_ASKED_AGAIN", timedelta(seconds=-2))
+def test_the_port_is_open_only_while_somebody_is_invited(office):
     with office:
         assert not listens(office.port)
         invitation = office.invite()
         wait_for(lambda: listens(office.port))
         enrol(invitation, new_key())
-        wait_for(lambda: not listens(office.port))
+        wait_for(lambda: not listens(office.port), seconds=10)
+    with office:  # started again
+        assert not listens(office.port)
         short = office.invite("bob", timedelta(seconds=1))
         wait_for(lambda: listens(office.port))
         wait_for(lambda: not listens(office.port))
         with pytest.raises(ConnectionFailed, match="does not answer"):
             enrol(short, new_key())
+
+
+def test_the_port_stays_open_for_who_waits_for_approval(tmp_path, monkeypatch):
+    monkeypatch.setattr(enrolment_module, "_LOOK_EVERY", 0.05)
+    office, key = Office(tmp_path, approval=True), new_key()
+    invitation = office.invite()
+    with office:
+        assert enrol(invitation, key) is None
+        now = registry_module._now
+        monkeypatch.setattr(registry_module, "_now", lambda: now() + HOUR / 2)  # long after it asked
+        time.sleep(0.3)  # several looks whether the port is needed
+        office.registry.approve(ALICE, fingerprint_of(key.public_key()))
+        assert enrol(invitation, key)
+        monkeypatch.setattr(registry_module, "_now", lambda: now() + HOUR * 0.6)
+        wait_for(lambda: not listens(office.port))
 
 
 def test_a_token_works_once_and_again_only_for_the_key_that_used_it(office):

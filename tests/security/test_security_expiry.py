@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 import pytest
+from hospital import Hospital, pem
 
 from gptfl_dist.security.authority import Authority
 from gptfl_dist.security.expiry import ending
@@ -40,6 +41,22 @@ def test_an_authoritys_own_certificates_are_told_of_sixty_days_before(monkeypatc
     assert len(found) == len(told)
     assert all(line.startswith(start) for line, start in zip(found, told, strict=True))
     assert all("gptfl authority rotate" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("age", "left", "told"), [(0, 40, True), (0, 59, True), (50, 40, True), (0, 61, False), (400, 61, False)]
+)
+def test_an_issuing_certificate_of_somebody_elses_authority_is_told_of_sixty_days_before_however_short_its_life(
+    tmp_path, age, left, told
+):
+    vault, hospital = Vault(tmp_path / "authority", "fed"), Hospital()
+    signed = hospital.sign(vault.request_issuing().read_bytes(), valid=left * DAY, age=age * DAY)
+    for name, content in (("chain", signed), ("root", pem(hospital.root))):
+        (tmp_path / name).write_bytes(content)
+    vault.install_issuing(tmp_path / "chain", tmp_path / "root")
+    of_a_silo = ending(vault.open(7 * DAY).issue_silo("alice"), renewed=True)
+    for found in (vault.warnings(), of_a_silo):
+        assert [line.startswith("the issuing certificate ends in ") for line in found] == [True] * told
 
 
 @pytest.mark.parametrize(

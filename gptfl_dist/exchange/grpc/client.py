@@ -14,7 +14,6 @@ from typing import TypeAlias, TypeVar
 import grpc
 import grpc.aio
 from blake3 import blake3
-from cryptography import x509
 
 from gptfl_dist import __version__
 from gptfl_dist.errors import ConnectionFailed, GptflError, IdentityError, ProtocolError, StorageError
@@ -37,8 +36,7 @@ from gptfl_dist.exchange.grpc.server import NONCE
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.files import storage_error
 from gptfl_dist.security.authority import Credentials
-from gptfl_dist.security.clocks import require_current
-from gptfl_dist.security.credentials import identity_in
+from gptfl_dist.security.credentials import identity_in, require_own_current
 from gptfl_dist.security.handshake import Unreachable, is_loopback, shake_hands
 from gptfl_dist.security.signing import sign
 from gptfl_dist.weights import Layout, WeightsFile
@@ -103,7 +101,7 @@ class GrpcSiloExchange:
         """Opens a connection, and takes it into use once the coordinator has said welcome."""
         shown = self._credentials
         # The coordinator would hang up without a word.
-        require_current(x509.load_pem_x509_certificate(shown.certificate), "this silo's certificate")
+        require_own_current(shown.certificate, "this silo's certificate")
         channel = channel_to(self._address, shown, self._keepalive)
         try:
             call, welcome = await self._greet(channel)

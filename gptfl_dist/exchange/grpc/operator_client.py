@@ -6,7 +6,6 @@ from typing import Self
 
 import grpc
 import grpc.aio
-from cryptography import x509
 from grpc_health.v1 import health_pb2
 
 from gptfl_dist import errors
@@ -17,7 +16,7 @@ from gptfl_dist.exchange.grpc import operator_pb2 as pb
 from gptfl_dist.exchange.grpc.client import channel_to, guard
 from gptfl_dist.exchange.grpc.health import HEALTH, OPERATOR
 from gptfl_dist.security.authority import Credentials
-from gptfl_dist.security.clocks import require_current
+from gptfl_dist.security.credentials import require_own_current
 from gptfl_dist.security.handshake import shake_hands
 from gptfl_dist.security.identity import Identity
 
@@ -34,10 +33,7 @@ class OperatorClient:
         self._own = own
 
     async def __aenter__(self) -> Self:
-        require_current(
-            x509.load_pem_x509_certificate(self._credentials.certificate),
-            f"the certificate of the {self._own.role} {self._own.name}",
-        )
+        require_own_current(self._credentials.certificate, f"the certificate of the {self._own.role} {self._own.name}")
         self._channel = channel_to(self._address, self._credentials, _KEEPALIVE)
         return self
 

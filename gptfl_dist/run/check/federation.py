@@ -31,6 +31,7 @@ from gptfl_dist.federation.orders import Order
 from gptfl_dist.federation.silo import PolicyGuard
 from gptfl_dist.observe.wording import size
 from gptfl_dist.run.addresses import try_listening
+from gptfl_dist.run.at_rest import try_at_rest
 from gptfl_dist.run.candidates import candidate_files
 from gptfl_dist.run.check.common import (
     check_credentials,
@@ -68,6 +69,7 @@ def check_federation(checks: Checklist, path: Path, file: FederationFile) -> Non
     checks.run("strategy", lambda: _strategy(path, file))
     checks.run("compression", lambda: _compression(path, file))
     checks.run("run folder", lambda: writable(file.run_folder))
+    checks.run("at_rest", lambda: try_at_rest(file.at_rest, file.run_folder))
     if _synthesises(file):
         checks.run("synthesis.folder", lambda: writable(file.synthesis.folder))
     checks.run("disk space", lambda: _space(path, file))
@@ -76,6 +78,7 @@ def check_federation(checks: Checklist, path: Path, file: FederationFile) -> Non
         silo_path = entry.file
         if silo_path is not None:
             checks.run(f"silo file of {entry.name}", partial(_silo_file, path, file, entry, silo_path))
+            checks.run(f"at_rest of {entry.name}", partial(_silo_at_rest, file, entry, silo_path))
             checks.run(f"training of {entry.name}", partial(_silo_training, path, file, entry, silo_path))
             if file.collective.reduction == "fast":
                 checks.run(f"fast at {entry.name}", partial(_trains_in_its_rank, silo_path))
@@ -368,6 +371,11 @@ def _silo_file(path: Path, file: FederationFile, entry: SiloEntry, silo_path: Pa
     if silo.launch.how != "child":
         return f"{silo_path} fits, launcher: {launcher_found(silo)}"
     return f"{silo_path} fits"
+
+
+def _silo_at_rest(file: FederationFile, entry: SiloEntry, silo_path: Path) -> str:
+    """The key of a silo that `gptfl run` starts, in the work folder that it has then."""
+    return try_at_rest(load_silo(silo_path).at_rest, file.run_folder / "silos" / entry.name)
 
 
 def _trains_in_its_rank(silo_path: Path) -> str:

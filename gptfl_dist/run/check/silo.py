@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gptfl_dist.config.silo import Coordinator, SiloFile
 from gptfl_dist.launch.start import launch_folder
+from gptfl_dist.run.at_rest import try_at_rest
 from gptfl_dist.run.check.common import (
     check_credentials,
     code_beside,
@@ -27,6 +28,7 @@ def check_silo(checks: Checklist, path: Path, silo: SiloFile) -> None:
         checks.run("code", lambda: _silo_code(path, silo))
     work = silo.work_folder or path.absolute().parent / f"{silo.name}-work"
     checks.run("work folder", lambda: writable(work))
+    checks.run("at_rest", lambda: try_at_rest(silo.at_rest, work))
     if silo.launch.how != "child":
         checks.run("launch folder", lambda: writable(launch_folder(silo, work)))
         checks.run("launcher", lambda: launcher_found(silo))
