@@ -31,7 +31,7 @@ from gptfl_dist.exchange.collective.watch import RankEnded, Watch
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.launch.start import open_trainer
 from gptfl_dist.observe.summary import Summary
-from gptfl_dist.run.coordinator import Surroundings, coordinate, silo_files
+from gptfl_dist.run.coordinator import Surroundings, coordinate, require_one_key, silo_files
 from gptfl_dist.run.credentials import coordinator_credentials, silo_credentials
 from gptfl_dist.run.folder import PRIVATE, make_folder, open_run_folder
 from gptfl_dist.run.freshness import Freshness
@@ -109,12 +109,7 @@ def _ranks_of(path: Path, collective: Collective) -> dict[str, range]:
 
 def _shared_out(file: FederationFile, size: int) -> dict[str, range]:
     ranks = assign(list(silo_files(file)), size)
-    keys = {"the federation file": file.at_rest, **{name: load_silo(p).at_rest for name, p in silo_files(file).items()}}
-    if encrypting := [name for name, key in keys.items() if key is not None]:
-        raise LaunchError(
-            f"at_rest is set in {', '.join(encrypting)}, and ranks share files and processes, which have one key",
-            hint="start the sides apart with gptfl coordinator and gptfl silo, or use an encrypted disk",
-        )
+    require_one_key(file, {name: load_silo(path) for name, path in silo_files(file).items()})
     if file.collective.reduction == "fast" and size > len(ranks) + 1:
         raise LaunchError(
             f"collective.reduction is fast, and the world has {size} ranks, expected at most {len(ranks) + 1}: one "

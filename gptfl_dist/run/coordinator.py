@@ -25,7 +25,16 @@ from gptfl_dist.aggregation.rules import rule_of
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import load_federation, load_silo
 from gptfl_dist.config.silo import SiloFile
-from gptfl_dist.errors import ConfigError, DataError, GptflError, Interrupted, RunAborted, StorageError, first_line
+from gptfl_dist.errors import (
+    ConfigError,
+    DataError,
+    GptflError,
+    Interrupted,
+    LaunchError,
+    RunAborted,
+    StorageError,
+    first_line,
+)
 from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.launch.trainer import TrainerProcess, python_module
@@ -287,3 +296,13 @@ def load_silos(path: Path, file: FederationFile) -> dict[str, tuple[Path, SiloFi
         require_data(silo)  # the trainer would find out only after synthesis and pre-training
         loaded[name] = silo_path, silo
     return loaded
+
+
+def require_one_key(file: FederationFile, silos: dict[str, SiloFile]) -> None:
+    """Raises LaunchError where a side encrypts at rest, in a run whose sides share processes and so have one key."""
+    keys = {"the federation file": file.at_rest, **{name: silo.at_rest for name, silo in silos.items()}}
+    if encrypting := [name for name, key in keys.items() if key is not None]:
+        raise LaunchError(
+            f"at_rest is set in {', '.join(encrypting)}, and here all sides share processes, which have one key",
+            hint="start the sides apart with gptfl coordinator and gptfl silo, or use an encrypted disk",
+        )

@@ -17,7 +17,7 @@ from gptfl_dist.exchange.base import CoordinatorExchange
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.exchange.memory import MemoryCoordinatorExchange, MemoryNetwork, MemorySiloExchange
 from gptfl_dist.observe.summary import Summary
-from gptfl_dist.run.coordinator import Surroundings, coordinate, load_silos
+from gptfl_dist.run.coordinator import Surroundings, coordinate, load_silos, require_one_key
 from gptfl_dist.run.evaluation import Evaluator, InProcessEvaluator
 from gptfl_dist.run.folder import PRIVATE, make_folder
 from gptfl_dist.run.in_process import InProcessRunner
@@ -31,10 +31,9 @@ async def run_in_memory(path: Path, say: Callable[[str], None]) -> Summary:
     file = load_federation(path)
     turn = asyncio.Lock()
     network = MemoryNetwork()
-    runners = {
-        name: (silo, InProcessRunner(silo, silo_path.parent, turn))
-        for name, (silo_path, silo) in load_silos(path, file).items()
-    }
+    loaded = load_silos(path, file)
+    require_one_key(file, {name: silo for name, (_, silo) in loaded.items()})
+    runners = {name: (silo, InProcessRunner(silo, where.parent, turn)) for name, (where, silo) in loaded.items()}
     working: list[asyncio.Task[None]] = []
 
     def make_exchange(file: FederationFile, inbox: Inbox) -> CoordinatorExchange:

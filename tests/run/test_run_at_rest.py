@@ -202,7 +202,7 @@ def test_ranks_that_share_a_process_cannot_encrypt(tmp_path: Path) -> None:
     silo = tmp_path / "silo.yaml"
     silo.write_text(json.dumps({"name": "s", "data": {"path": "d"}, "at_rest": {"key_env": "A"}}))
     content: dict[str, Any] = {"name": "f", "labels": ["a", "b"], "silos": [{"name": "s", "file": str(silo)}]}
-    with pytest.raises(LaunchError, match="at_rest is set in s, and ranks share files"):
+    with pytest.raises(LaunchError, match="at_rest is set in s, and here all sides share processes"):
         _shared_out(FederationFile.model_validate(content), 2)
     with pytest.raises(GptflError, match="at_rest is set in the federation file, s"):
         _shared_out(FederationFile.model_validate({**content, "at_rest": {"key_env": "A"}}), 2)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from support import Commands, Federation, wait_for
 
+from gptfl_dist.errors import LaunchError
+
 
 @pytest.fixture
 def commands(tmp_path: Path) -> Iterator[Commands]:
@@ -52,3 +54,12 @@ def test_a_silo_with_a_script_of_its_own_is_refused_before_anything_starts(tmp_p
     assert command.wait() == 2
     assert "silo silo-1 is trained by" in command.stderr
     assert "Traceback" not in command.stderr
+
+
+def test_a_silo_that_encrypts_at_rest_is_refused_for_there_is_one_key(tmp_path: Path, commands: Commands) -> None:
+    federation = Federation(tmp_path / "sealed")
+    silo = federation.path.parent / "silo-1.yaml"
+    silo.write_text(silo.read_text() + "at_rest: {key_env: SOME_KEY}\n")
+    command = commands.start("run", federation.path, "--exchange", "memory")
+    assert command.wait() == LaunchError.exit_code
+    assert "at_rest is set in silo-1, and here all sides share processes" in command.stderr
