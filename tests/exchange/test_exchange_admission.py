@@ -96,14 +96,14 @@ async def test_a_revoked_silo_is_cut_off_within_a_second_though_it_says_nothing(
         with pytest.raises(IdentityError, match="was revoked at"):
             await alice.receive()
         assert time.monotonic() - started < 1
-        failed = await world.event()
-        assert isinstance(failed, OrderFailed)
-        assert (failed.silo, failed.nonce) == ("alice", "n1")
-        assert "was revoked" in failed.reason
         barred = await world.event()
         assert isinstance(barred, SiloBarred)
         assert barred.silo == "alice"
         assert "(a test)" in barred.reason
+        failed = await world.event()
+        assert isinstance(failed, OrderFailed)
+        assert (failed.silo, failed.nonce) == ("alice", "n1")
+        assert "was revoked" in failed.reason
         assert await world.event() == SiloLeft("alice")
         with pytest.raises(IdentityError, match="was revoked at"):
             await alice.connect()
