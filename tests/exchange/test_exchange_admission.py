@@ -122,6 +122,7 @@ async def test_what_a_revoked_silo_was_sending_is_refused(tmp_path):
                 await asyncio.sleep(0.01)
             kept.revoke()
             started = time.monotonic()
+            assert isinstance(await world.event(), SiloBarred)
             failed = await world.event()
             assert time.monotonic() - started < 1
             assert isinstance(failed, OrderFailed)
