@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before a group is open: functions in there keep what is the default one by then
 
 from gptfl_dist.errors import LaunchError, first_line
 from gptfl_dist.exchange.collective.base import DEPTH, Buffer, Message, decode, encode
@@ -38,12 +39,12 @@ class TorchCollective:
         self._failed: asyncio.Future[BaseException] | None = None
 
     def _fastest(self) -> tuple[str, Any]:
-        """The device on which broadcasts and reductions go, and the process group for them."""
+        """The device on which broadcasts and reductions go, and the process group for them if it is not the default."""
         local = int(os.environ["LOCAL_RANK"])
         able = torch.tensor([int(dist.is_nccl_available() and local < torch.cuda.device_count())])
         dist.all_reduce(able, dist.ReduceOp.MIN)
         if not able:
-            return "cpu", dist.group.WORLD
+            return "cpu", None
         torch.cuda.set_device(local)
         return f"cuda:{local}", dist.new_group(backend="nccl", timeout=_NEVER)
 
