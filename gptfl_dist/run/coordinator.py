@@ -129,13 +129,15 @@ def _in_a_process(path: Path, file: FederationFile) -> Evaluator:
 class Surroundings:
     """What differs from wire to wire, and whom the coordinator tells what it does.
 
-    `opened` is called once the exchange takes silos, with a function that ends the federation with an error; `say`
+    `serving` is entered once nothing speaks against the run, and left with its end: what answers from its first second
+    on. `opened` is called once the exchange takes silos, with a function that ends the federation with an error; `say`
     shows a line to the operator. `make_evaluator` and `run_stage` are given the federation file's path.
     """
 
     make_exchange: Callable[[FederationFile, Inbox], CoordinatorExchange]
     opened: Callable[[CoordinatorExchange, Callable[[BaseException], None]], Awaitable[None]]
     say: Callable[[str], None]
+    serving: Callable[[], contextlib.AbstractAsyncContextManager[object]] = contextlib.nullcontext
     make_evaluator: Callable[[Path, FederationFile], Evaluator] = _in_a_process
     run_stage: Callable[[Stage, Path], Awaitable[dict[str, Any]]] = run_stage
 
@@ -168,7 +170,8 @@ async def coordinate(path: Path, around: Surroundings) -> Summary:
             _end_noted(ledger, _digest(file)),
             contextlib.closing(LiveFile(file.run_folder, ledger.holder)) as live,
         ):
-            return await auditor.beside(_run(path, file, ledger, live, around))
+            async with around.serving():
+                return await auditor.beside(_run(path, file, ledger, live, around))
     finally:
         ledger.close()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -50,7 +50,6 @@ async def run_coordinator(path: Path, say: Callable[[str], None]) -> Summary:
     settings, enrolment = federation.exchange, federation.enrolment
     use_at_rest(federation.at_rest, federation.run_folder)
     trust = coordinator_trust(path, federation)
-    try_listening(settings.listen)  # gRPC would not say why it cannot
     port = _port(path, federation, trust)
 
     def make_exchange(file: FederationFile, inbox: Inbox) -> CoordinatorExchange:
@@ -61,16 +60,23 @@ async def run_coordinator(path: Path, say: Callable[[str], None]) -> Summary:
     async def opened(exchange: CoordinatorExchange, fail: Callable[[BaseException], None]) -> None:
         say(f"taking silos at {settings.listen}, gRPC with mutual TLS")
 
-    async with AsyncExitStack() as stack:
-        stack.callback(trust.close)
-        stack.push_async_callback(port.close)
-        await port.open()
-        say(f"answering operators at {settings.listen}, gRPC with mutual TLS")
-        stack.callback(asyncio.create_task(warn(trust.credentials, renewed=enrolment is not None)).cancel)
-        if enrolment is not None and isinstance(trust, KeptTrust):
-            stack.enter_context(Enrolment(enrolment.listen, _desk(federation, enrolment, trust)))
-            say(f"enrolling invited silos at {enrolment.listen}, while there are invitations")
-        return await coordinate(path, Surroundings(make_exchange=make_exchange, opened=opened, say=say))
+    @asynccontextmanager
+    async def serving() -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            try_listening(settings.listen)  # gRPC would not say why it cannot
+            stack.push_async_callback(port.close)
+            await port.open()
+            say(f"answering operators at {settings.listen}, gRPC with mutual TLS")
+            stack.callback(asyncio.create_task(warn(trust.credentials, renewed=enrolment is not None)).cancel)
+            if enrolment is not None and isinstance(trust, KeptTrust):
+                stack.enter_context(Enrolment(enrolment.listen, _desk(federation, enrolment, trust)))
+                say(f"enrolling invited silos at {enrolment.listen}, while there are invitations")
+            yield
+
+    with closing(trust):
+        return await coordinate(
+            path, Surroundings(make_exchange=make_exchange, opened=opened, say=say, serving=serving)
+        )
 
 
 def _port(path: Path, file: FederationFile, trust: Trust) -> Port:

@@ -139,6 +139,22 @@ def test_a_silo_tries_to_reach_its_coordinator_until_it_is_stopped_and_says_so_o
     assert silo.alive() == {}
 
 
+def test_other_settings_are_refused_before_a_port_is_opened(sides: Sides) -> None:
+    coordinator = sides.coordinator()
+    wait_for(lambda: "taking silos at localhost" in coordinator.stderr)
+    twin = sides.coordinator()
+    assert twin.wait(60) == 10
+    assert "another coordinator is at work on this run" in twin.stderr
+    coordinator.process.send_signal(signal.SIGTERM)
+    assert coordinator.wait() == 130
+    _change(sides.federation.path, seed=4711)
+    other = sides.coordinator()
+    assert other.wait() == 2
+    assert "holds a run of other settings" in other.stderr
+    assert "answering operators" in coordinator.stderr
+    assert "answering operators" not in twin.stderr + other.stderr
+
+
 def _log(sides: Sides, silo: str) -> str:
     log = sides.federation.folder / f"{silo}-work" / "agent.jsonl"
     return log.read_text() if log.exists() else ""
