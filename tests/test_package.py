@@ -17,6 +17,7 @@ PACKAGE = Path(gptfl_dist.__file__).parent
 ROOMS = (
     "errors",
     "files",
+    "lock",
     "config",
     "audio",
     "weights",

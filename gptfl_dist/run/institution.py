@@ -19,6 +19,7 @@ from gptfl_dist.errors import ConfigError, GptflError, StorageError
 from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.launch.start import open_trainer
+from gptfl_dist.lock import held
 from gptfl_dist.observe.logs import PRINTED, configure
 from gptfl_dist.observe.summary import Summary
 from gptfl_dist.run.actions import answer_of
@@ -126,24 +127,29 @@ async def run_silo(
     credentials, own = silo_credentials(path, silo, credentials_folder)
     folder = work_folder or silo.work_folder or path.parent / f"{silo.name}-work"
     make_folder(folder, PRIVATE)
-    use_at_rest(silo.at_rest, folder)
-    configure(folder / "agent.jsonl", shown=logging.INFO)  # all that the silo's operator sees of it
-    address = coordinator if coordinator is not None else side.address if side is not None else ""
-    exchange = GrpcSiloExchange(address=address, credentials=credentials, keepalive=_KEEPALIVE)
-    runner = ProcessRunner(silo, path.parent, await open_trainer(silo, path.parent, folder))
-    beside = [
-        asyncio.create_task(keep_valid(exchange, own, credential_files(path, silo, credentials_folder))),
-        asyncio.create_task(warn(lambda: exchange.credentials, renewed=True)),
-    ]
-    try:
-        fresh = Freshness(folder, own.federation, lambda: exchange.credentials.authority)
-        return await Silo(silo=silo, exchange=exchange, runner=runner, folder=folder, fresh=fresh).run()
-    except GptflError as error:
-        _log.error("this silo ends: %s", error.message, extra=PRINTED)
-        raise
-    finally:
-        for task in beside:
-            task.cancel()
+    refusal = StorageError(
+        f"{folder}: another process is at work there for a silo",
+        hint="stop it, or give each silo a work folder of its own, with work_folder in its silo file",
+    )
+    with held(folder / "silo.lock", refusal):
+        use_at_rest(silo.at_rest, folder)
+        configure(folder / "agent.jsonl", shown=logging.INFO)  # all that the silo's operator sees of it
+        address = coordinator if coordinator is not None else side.address if side is not None else ""
+        exchange = GrpcSiloExchange(address=address, credentials=credentials, keepalive=_KEEPALIVE)
+        runner = ProcessRunner(silo, path.parent, await open_trainer(silo, path.parent, folder))
+        beside = [
+            asyncio.create_task(keep_valid(exchange, own, credential_files(path, silo, credentials_folder))),
+            asyncio.create_task(warn(lambda: exchange.credentials, renewed=True)),
+        ]
+        try:
+            fresh = Freshness(folder, own.federation, lambda: exchange.credentials.authority)
+            return await Silo(silo=silo, exchange=exchange, runner=runner, folder=folder, fresh=fresh).run()
+        except GptflError as error:
+            _log.error("this silo ends: %s", error.message, extra=PRINTED)
+            raise
+        finally:
+            for task in beside:
+                task.cancel()
 
 
 def make_credentials(path: Path, hosts: list[str], out: Path, days: int) -> list[str]:

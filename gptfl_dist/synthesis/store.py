@@ -8,7 +8,6 @@ holds another request is refused, never overwritten.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from gptfl_dist.config.federation import Task
 from gptfl_dist.config.units import format_duration
 from gptfl_dist.errors import StorageError
 from gptfl_dist.files import storage_error, write_file
+from gptfl_dist.lock import held
 from gptfl_dist.synthesis.samples import Sample
 
 MANIFEST = "manifest.json"
@@ -143,14 +143,8 @@ def locked(folder: Path) -> Iterator[None]:
     """Make the folder and hold it against other processes; a killed process lets go by itself. Raises StorageError."""
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / ".lock").open("wb")
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StorageError(
-                f"another process is generating into {folder}", hint="Wait until it ends, or stop it."
-            ) from error
+    refusal = StorageError(f"another process is generating into {folder}", hint="Wait until it ends, or stop it.")
+    with held(folder / ".lock", refusal):
         with storing(folder):
             for part in folder.glob(".*.part"):
                 part.unlink()  # of a process that was killed while it wrote

@@ -155,6 +155,19 @@ def test_other_settings_are_refused_before_a_port_is_opened(sides: Sides) -> Non
     assert "answering operators" not in twin.stderr + other.stderr
 
 
+def test_a_second_process_in_a_silos_work_folder_is_refused_and_the_first_goes_on(sides: Sides) -> None:
+    first = sides.silo("silo-1")
+    wait_for(lambda: "not connected: " in first.stderr)
+    second = sides.silo("silo-1")
+    assert second.wait(60) == 10
+    assert f"{sides.federation.folder / 'silo-1-work'}: another process is at work there for a silo" in second.stderr
+    os.kill(first.process.pid, signal.SIGKILL)
+    first.wait_until_gone()
+    third = sides.silo("silo-1")
+    wait_for(lambda: "not connected: " in third.stderr)
+    assert third.process.poll() is None
+
+
 def _log(sides: Sides, silo: str) -> str:
     log = sides.federation.folder / f"{silo}-work" / "agent.jsonl"
     return log.read_text() if log.exists() else ""
