@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -23,6 +24,9 @@ Address = Annotated[
     Field(description="a host and a port of at most 65535 as host:port"),
 ]
 
+EVERYWHERE = ("0.0.0.0", "::")
+"""The hosts to listen on that stand for all addresses of a machine."""
+
 
 def host_of(address: str) -> str:
     """The host of host:port, an IPv6 address without its brackets and in its one spelling."""
@@ -35,6 +39,12 @@ def host_of(address: str) -> str:
 
 def port_of(address: str) -> int:
     return int(address.rpartition(":")[2])
+
+
+def host_to_bind(address: str) -> str:
+    """The host to listen on: 0.0.0.0 and [::] mean the same, every address of this machine, IPv4 and IPv6 alike."""
+    host = host_of(address)
+    return "::" if host in EVERYWHERE and socket.has_dualstack_ipv6() else host
 
 
 class Section(BaseModel):

@@ -10,7 +10,7 @@ from pathlib import Path
 from prometheus_client import generate_latest, start_http_server
 from pydantic import TypeAdapter, ValidationError
 
-from gptfl_dist.config.base import Address, host_of, port_of
+from gptfl_dist.config.base import Address, host_to_bind, port_of
 from gptfl_dist.config.load import load_federation
 from gptfl_dist.errors import ConfigError, LaunchError
 from gptfl_dist.observe.metrics import registry_of
@@ -33,7 +33,7 @@ def serve_metrics(path: Path, listen: str, say: Callable[[str], None]) -> None:
     metrics_text(path)
     registry = registry_of(lambda: status_of(path), lambda: _expiries(path))
     try:
-        server, thread = start_http_server(port_of(listen), host_of(listen), registry)
+        server, thread = start_http_server(port_of(listen), host_to_bind(listen), registry)
     except OSError as error:
         raise LaunchError(
             f"cannot listen on {listen}: {error.strerror or error}", hint="name a free port with --listen"

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from gptfl_dist.config.base import host_of, port_of
+from gptfl_dist.config.base import host_to_bind, port_of
 from gptfl_dist.errors import GptflError, IdentityError, LaunchError
 from gptfl_dist.security.authority import Authority, Credentials
 from gptfl_dist.security.credentials import serving_context
@@ -129,14 +129,24 @@ class _Server(ThreadingHTTPServer):
         self._shown: tuple[Credentials, ssl.SSLContext] | None = None
         self._lock = threading.Lock()
         self._places: Counter[str] = Counter()
-        if ":" in host_of(listen):
+        host = host_to_bind(listen)
+        if ":" in host:
             self.address_family = socket.AF_INET6
         try:
-            super().__init__((host_of(listen), port_of(listen)), _Request)
+            super().__init__((host, port_of(listen)), _Request)
         except OSError as error:
             raise LaunchError(
                 f"cannot listen on {listen}: {error.strerror}", hint="set enrolment.listen to a free port"
             ) from None
+
+    def server_bind(self) -> None:
+        if self.server_address[0] == "::":
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
+
+    def get_request(self) -> tuple[Any, Any]:
+        request, (host, *more) = super().get_request()
+        return request, (host.removeprefix("::ffff:"), *more)  # an IPv4 address by its own name
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._lock:

@@ -37,13 +37,14 @@ ALICE = Identity("fed", "silo", "alice")
 class Office:
     """An authority with its enrolment port; a context manager."""
 
-    def __init__(self, folder, *, approval=False):
+    def __init__(self, folder, *, approval=False, host="127.0.0.1"):
         self.vault = Vault(folder / "authority", "fed")
         self.vault.create()
         self.registry = Registry(self.vault.folder)
         self.registry.create()
         self.authority = self.vault.open(timedelta(days=1))
         self.port = free_port()
+        self.host = host
         shown = self.authority.issue_coordinator(["localhost", "127.0.0.1"])
         self.desk = Desk(lambda: self.authority, self.registry, lambda: shown, approval, "localhost:8443", self.note)
         self.noted = []
@@ -58,7 +59,7 @@ class Office:
         return InvitationLine(f"localhost:{self.port}", who, self.registry.invite(who, valid), fingerprint)
 
     def __enter__(self):
-        self._stack.enter_context(Enrolment(f"127.0.0.1:{self.port}", self.desk))
+        self._stack.enter_context(Enrolment(f"{self.host}:{self.port}", self.desk))
         return self
 
     def __exit__(self, *_):
@@ -393,3 +394,14 @@ def test_what_is_no_invitation_is_told(line):
     with pytest.raises(ConfigError, match="no invitation") as error:
         InvitationLine.parse(line)
     assert "gptfl invite" in error.value.hint
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])
+def test_all_addresses_are_those_of_ipv4_and_ipv6_whichever_stands_for_them(tmp_path, host, caplog):
+    with Office(tmp_path, host=host) as office:
+        office.invite()
+        wait_for(lambda: listens(office.port))
+        assert office.post(b"{}")[0] == 403
+        assert "enrolment: 127.0.0.1 is refused" in caplog.text
+        socket.create_connection(("::1", office.port), timeout=20).close()
