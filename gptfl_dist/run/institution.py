@@ -64,7 +64,7 @@ async def run_coordinator(path: Path, say: Callable[[str], None]) -> Summary:
     @asynccontextmanager
     async def serving() -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            try_listening(settings.listen)  # gRPC would not say why it cannot
+            try_listening(settings.listen, "exchange.listen")  # gRPC would not say why it cannot
             stack.push_async_callback(port.close)
             await port.open()
             say(f"answering operators at {settings.listen}, gRPC with mutual TLS")

@@ -19,6 +19,7 @@ from support import Commands
 from gptfl_dist.config.at_rest import AtRest
 from gptfl_dist.config.load import load_federation, load_silo
 from gptfl_dist.errors import GptflError
+from gptfl_dist.ledger.lock import locked
 from gptfl_dist.run.at_rest import use_at_rest
 from gptfl_dist.run.check import Finding, check_file
 from gptfl_dist.run.institution import make_credentials
@@ -125,6 +126,19 @@ def test_no_mistake_hides_another(tmp_path: Path) -> None:
     assert all(found[name].hint for name in expected)
     assert (found["silo files"].status, found["silo files"].exit_code) == ("warning", 0)
     assert "silo-6" in found["silo files"].found
+
+
+def test_a_port_in_use_is_no_fault_where_a_coordinator_of_this_run_is_at_work(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        file = tiny_federation(tmp_path, exchange={"listen": address})
+        assert by_name(check_file(file))["exchange.listen"].exit_code == 11
+        folder = load_federation(file).run_folder
+        folder.mkdir()
+        with locked(folder):
+            found = by_name(check_file(file))["exchange.listen"]
+    assert found.status == "ok"
+    assert found.found.startswith(f"{address} is in use, and a coordinator of this run is at work")
 
 
 def test_silos_whose_modules_have_one_name_are_kept_apart(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from gptfl_dist.aggregation.rules import rule_of
 from gptfl_dist.aggregation.server import moment_names
-from gptfl_dist.config.base import host_of, port_of
+from gptfl_dist.config.base import EVERYWHERE, host_of, port_of
 from gptfl_dist.config.federation import FederationFile, Filter, Generator, SiloEntry
 from gptfl_dist.config.load import load_silo
 from gptfl_dist.config.plan import LocalTraining, Plan
@@ -29,8 +29,9 @@ from gptfl_dist.errors import (
 )
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.federation.silo import PolicyGuard
+from gptfl_dist.ledger.lock import at_work
 from gptfl_dist.observe.wording import size
-from gptfl_dist.run.addresses import try_listening
+from gptfl_dist.run.addresses import PortInUse, try_listening
 from gptfl_dist.run.at_rest import try_at_rest
 from gptfl_dist.run.candidates import candidate_files
 from gptfl_dist.run.check.common import (
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
 
 _PATIENCE = 5.0  # seconds for an answer of the hub
 _SEARCH = 60.0  # seconds to load an MPI library in a process of its own
-_WILDCARDS = ("", "0.0.0.0", "::")
 
 
 def check_federation(checks: Checklist, path: Path, file: FederationFile) -> None:
@@ -86,9 +86,9 @@ def check_federation(checks: Checklist, path: Path, file: FederationFile) -> Non
                 checks.run(f"credentials of {entry.name}", partial(_silo_credentials, file, entry, silo_path))
     checks.run("silo files", lambda: _silo_entries(file))
     checks.run("credentials", lambda: _coordinator_credentials(file))
-    checks.run("exchange.listen", lambda: _listen(file.exchange.listen))
+    checks.run("exchange.listen", partial(_listen, file, "exchange.listen", file.exchange.listen))
     if file.enrolment is not None:
-        checks.run("enrolment.listen", partial(_listen, file.enrolment.listen))
+        checks.run("enrolment.listen", partial(_listen, file, "enrolment.listen", file.enrolment.listen))
     checks.run("MPI", _mpi)
 
 
@@ -464,7 +464,7 @@ def _coordinator_credentials(file: FederationFile) -> str:
             dialled[host_of(side.address)] = f"coordinator.address of {entry.name}"
     names = host_names(exchange.certificate)
     for host, setting in dialled.items():
-        if host in _WILDCARDS or host in names:
+        if host in EVERYWHERE or host in names:
             continue
         found = f"{exchange.certificate} holds for {', '.join(sorted(names)) or 'no host'}, not for {host} ({setting})"
         hint = f"make a set for that name: gptfl credentials FEDERATION_FILE --host {host}"
@@ -474,8 +474,13 @@ def _coordinator_credentials(file: FederationFile) -> str:
     return valid_until(shown, f"the coordinator's, for {', '.join(sorted(names))}")
 
 
-def _listen(address: str) -> str:
-    try_listening(address)
+def _listen(file: FederationFile, setting: str, address: str) -> str:
+    try:
+        try_listening(address, setting)
+    except PortInUse:
+        if at_work(file.run_folder) is None:
+            raise
+        return f"{address} is in use, and a coordinator of this run is at work ({file.run_folder})"
     return f"{address} can be listened on" if port_of(address) else f"{host_of(address)}, any free port"
 
 
