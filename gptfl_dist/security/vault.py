@@ -129,6 +129,11 @@ class Vault:
                 f"{chain} is no certificate for {' or '.join(str(self.folder / name) for name in names)}",
                 hint=f"have {self.folder / _REQUEST} signed",
             )
+        if self.request is not None and self.exists and key.public_key() != self._key(names[-1]).public_key():
+            raise IdentityError(
+                f"{chain} is for the issuing key in use, and {self.request} asks for a certificate of the next one",
+                hint=f"have {self.request} signed and install what comes of it; the present one is used until then",
+            )
         try:
             signs = read[0].extensions.get_extension_for_class(x509.BasicConstraints).value.ca
         except (x509.ExtensionNotFound, ValueError):

@@ -192,6 +192,19 @@ def test_a_certificate_that_was_renewed_for_the_same_key_is_taken_too(below):
     assert meet(vault.open(DAY).issue_coordinator(["localhost"]), old.issue_silo("alice"))
 
 
+def test_the_old_chain_is_not_installed_while_a_request_for_the_next_one_waits(below):
+    vault, hospital = below
+    old = vault.open(DAY)
+    request = vault.request_next()
+    with pytest.raises(IdentityError, match="is for the issuing key in use, and .*csr asks for a certificate") as error:
+        install(vault, old.chain, pem(hospital.root))
+    assert f"have {request} signed" in error.value.hint
+    assert vault.open(DAY).chain == old.chain
+    chain = hospital.sign(request.read_bytes())  # whose key is still there
+    install(vault, chain, pem(hospital.root))
+    assert vault.open(DAY).chain == chain
+
+
 def test_a_new_root_above_it_comes_by_a_bridge_from_the_old_one(below):
     vault, hospital = below
     old_silo = vault.open(DAY).issue_silo("alice")
