@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from datetime import timedelta
+from datetime import datetime, timedelta
 from getpass import getpass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +16,7 @@ from gptfl_dist.cli.options import FederationPath, Format, FormatOption, Invited
 from gptfl_dist.security.identity import called
 
 if TYPE_CHECKING:
-    from gptfl_dist.run.admission import OperatorListed, SiloListed
+    from gptfl_dist.run.admission import AuthorityShown, OperatorListed, SiloListed
     from gptfl_dist.run.check import Finding
 
 authority = typer.Typer(
@@ -66,7 +66,11 @@ def install(
     from gptfl_dist.run import admission
 
     shown = admission.install_issuing(file, chain, roots)
-    _print(format_, asdict(shown), f"{shown.folder}: ready; the fingerprint is\n{shown.fingerprints[0]}")
+    _print(
+        format_,
+        asdict(shown),
+        f"{shown.folder}: ready; the fingerprint is\n{shown.fingerprints[0]}{_next(shown, file)}",
+    )
 
 
 @authority.command()
@@ -75,11 +79,11 @@ def show(file: FederationPath, format_: FormatOption = Format.text) -> None:
     from gptfl_dist.run import admission
 
     shown = admission.show_authority(file)
-    old = "".join(f"\nand still the one before it  {each}" for each in shown.fingerprints[1:])
+    old = "".join(f"\nand still the one before it  {each}" for each in shown.fingerprints[1:]) + _next(shown, file)
     where = "its key is here" if shown.root_key_here else "its key is elsewhere"
     text = (
         f"folder       {shown.folder}\nfingerprint  {shown.fingerprints[0]}{old}\n"
-        f"root until   {shown.root_expires[:10]} ({where})\nissues until {shown.issuing_expires[:10]}"
+        f"root until   {_minute(shown.root_expires)} ({where})\nissues until {_minute(shown.issuing_expires)}"
         + ("" if shown.request is None else f"\n{_to_be_signed(shown.request, file)}")
         + "".join(f"\nwarning      {each}" for each in shown.warnings)
     )
@@ -104,7 +108,7 @@ def rotate(
     from gptfl_dist.run import admission
 
     shown = admission.rotate_authority(file, finish=finish)
-    changed = f"{shown.folder}: the fingerprint is now\n{shown.fingerprints[0]}"
+    changed = f"{shown.folder}: the fingerprint is now\n{shown.fingerprints[0]}{_next(shown, file)}"
     waits = not finish and shown.request is not None
     _print(format_, asdict(shown), _to_be_signed(shown.request, file) if waits else changed)
 
@@ -288,6 +292,19 @@ def _standing(each: OperatorListed | SiloListed) -> list[str]:
     parts = [f"{each.standing} {since} {each.until}" if each.until else each.standing]
     parts += [f"({each.reason})"] if each.reason else []
     return parts + ([f"certificate {each.serial}"] if each.serial else [])
+
+
+def _next(shown: AuthorityShown, file: Path) -> str:
+    """What is left to do while two roots are trusted."""
+    if len(shown.fingerprints) == 1:
+        return ""
+    finish = f"gptfl authority rotate {file} --finish"
+    return f"\nthe root before it is trusted too; once all certificates were renewed, end that: {finish}"
+
+
+def _minute(moment: str) -> str:
+    """A moment for people; certificates may hold for hours alone."""
+    return f"{datetime.fromisoformat(moment):%F %R} UTC"
 
 
 def _to_be_signed(request: Path | str | None, file: Path) -> str:

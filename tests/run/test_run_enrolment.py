@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import ssl
 import subprocess
@@ -141,6 +142,18 @@ def test_an_authority_of_ones_own_institution_renews_the_issuing_certificate_und
     assert (after["request"], after["warnings"]) == (None, [])
     issuers = {name: chain_of(world.home(name) / "credentials" / "certificate.pem")[1] for name in world.names}
     assert len(set(issuers.values())) == 2
+
+
+def test_while_two_roots_are_trusted_the_authority_says_what_ends_that(
+    invited: Callable[..., Invited], gptfl: Commands
+) -> None:
+    path = invited().federation.path
+    finish = f"end that: gptfl authority rotate {path} --finish"
+    for words in (("rotate", path), ("show", path)):
+        assert finish in gptfl.run("authority", *words).stdout
+    for words in (("rotate", path, "--finish"), ("show", path)):
+        assert "--finish" not in (told := gptfl.run("authority", *words).stdout)
+    assert re.search(r"^issues until \d{4}-\d\d-\d\d \d\d:\d\d UTC$", told, re.MULTILINE)
 
 
 def chain_of(path: Path) -> list[x509.Certificate]:

@@ -196,7 +196,9 @@ def test_the_old_chain_is_not_installed_while_a_request_for_the_next_one_waits(b
     vault, hospital = below
     old = vault.open(DAY)
     request = vault.request_next()
-    with pytest.raises(IdentityError, match="is for the issuing key in use, and .*csr asks for a certificate") as error:
+    with pytest.raises(
+        IdentityError, match=r"is for the issuing key in use, and .*csr asks for a certificate"
+    ) as error:
         install(vault, old.chain, pem(hospital.root))
     assert f"have {request} signed" in error.value.hint
     assert vault.open(DAY).chain == old.chain

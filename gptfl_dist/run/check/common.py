@@ -86,7 +86,7 @@ def valid_until(credentials: Credentials, whose: str, *, renewed: bool = False) 
     if soon := ending(credentials, renewed=renewed):
         raise ending_soon(whose, soon)
     end = x509.load_pem_x509_certificate(credentials.certificate).not_valid_after_utc
-    return f"{whose}, valid until {end:%F}"
+    return f"{whose}, valid until {end:%F %R} UTC"
 
 
 def ending_soon(whose: str, told: list[str]) -> Doubt:
