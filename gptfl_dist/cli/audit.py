@@ -73,7 +73,8 @@ def show(
     gptfl audit show federation.yaml --silo silo-2 --round 3
     gptfl audit show federation.yaml --event "update refused" --format json
 
-    Digests are cut short and signatures left out in the text. The exit code is 13 where the log does not verify.
+    In the text digests and signatures are cut short, and signed statements and certificates left out. The exit code is
+    13 where the log does not verify.
     """
     from gptfl_dist.run.audit import audit_of, entries_of, entry_text, require_whole
 

@@ -51,6 +51,9 @@ EVENTS = frozenset(
 )  # fmt: skip
 """The kinds of entries, as docs/reference.md explains them."""
 
+_FOR_PROGRAMS = ("number", "time", "event", "previous", "hash", "outbox", "statement", "certificate")
+_CUT = 12  # characters that are left of what is cut short
+
 _COLUMNS = ("number", "time", "event", "silo", "arm", "round", "details", "hash", "verdict")
 
 
@@ -132,9 +135,8 @@ def entries_of(
 
 
 def entry_text(entry: Entry) -> str:
-    """An entry for people, on one line: digests cut short, the chain's own fields left out."""
-    fields = {name: value for name, value in entry.items() if name not in ("number", "time", "event", "previous")}
-    told = " ".join(f"{name}={_short(value)}" for name, value in fields.items() if name not in ("hash", "outbox"))
+    """An entry for people, on one line: digests and signatures cut short, and left out what only programs read."""
+    told = " ".join(f"{name}={_short(value, name)}" for name, value in entry.items() if name not in _FOR_PROGRAMS)
     return f"{entry['number']:>6}  {entry['time'][:19]}Z  {_short(entry['event']):<20}  {told}".rstrip()
 
 
@@ -267,14 +269,16 @@ def _pinned(key: str) -> str:
     return digits
 
 
-def _short(value: object) -> str:
+def _short(value: object, name: str = "") -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name}: {_short(inner)}" for name, inner in value.items()) + "}"
     if isinstance(value, list):
         return ",".join(_short(inner) for inner in value)
     text = str(value)
-    if len(text) >= 32 and set(text) <= set("0123456789abcdef"):
-        return text[:12]
+    if text.startswith("-----BEGIN "):
+        return "PEM"
+    if name == "signature" or (len(text) >= 32 and set(text) <= set("0123456789abcdef")):
+        text = text[:_CUT]
     return text if text.isprintable() else json.dumps(text)
 
 

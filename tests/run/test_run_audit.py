@@ -255,6 +255,10 @@ def test_the_commands_find_show_and_export_a_change(gptfl: Commands, finished: P
     last = gptfl.run("audit", "show", folder, "--event", "update accepted", "--last", "1", "--format", "json").stdout
     entry = json.loads(last)
     assert entry in audit_of(folder).verification.entries.values()
+    whole = gptfl.run("audit", "show", folder).stdout
+    assert f" signature={entry['signature'][:12]}" in whole
+    assert "BEGIN" not in whole
+    assert max(map(len, whole.splitlines())) < 400
 
     nothing = gptfl.run("audit", "show", folder, "--silo", "silo-9")
     assert (nothing.stdout, "entries of" in nothing.stderr, "fits" in nothing.stderr) == ("", True, True)
