@@ -7,6 +7,7 @@ on after a coordinator was killed, which is when somebody must be woken, and sta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import get_args
 
@@ -17,15 +18,23 @@ from prometheus_client.registry import Collector
 from gptfl_dist.observe.status import State, Status
 
 
-def registry_of(status: Callable[[], Status], expiries: Callable[[], Mapping[str, datetime]]) -> CollectorRegistry:
-    """A registry whose metrics are those of one run; `expiries` is until when each silo's certificate holds."""
+@dataclass(frozen=True, slots=True)
+class Expiries:
+    """Until when certificates hold: each silo's, and by `coordinator`, `issuing`, `root` those of the other side."""
+
+    silos: Mapping[str, datetime] = field(default_factory=dict)
+    coordinator: Mapping[str, datetime] = field(default_factory=dict)
+
+
+def registry_of(status: Callable[[], Status], expiries: Callable[[], Expiries]) -> CollectorRegistry:
+    """A registry whose metrics are those of one run."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Run(status, expiries))
     return registry
 
 
 class _Run(Collector):
-    def __init__(self, status: Callable[[], Status], expiries: Callable[[], Mapping[str, datetime]]) -> None:
+    def __init__(self, status: Callable[[], Status], expiries: Callable[[], Expiries]) -> None:
         self._status = status
         self._expiries = expiries
 
@@ -59,9 +68,13 @@ class _Run(Collector):
         for stage, seconds in found.seconds.items():
             stages.add_metric([stage], seconds)
         yield stages
-        ends = {silo: end.timestamp() for silo, end in self._expiries().items()}
+        expiries = self._expiries()
+        ends = {silo: end.timestamp() for silo, end in expiries.silos.items()}
         text = "until when a silo's certificate holds"
         yield _of_each("gptfl_certificate_expiry_timestamp_seconds", text, "silo", ends)
+        ends = {name: end.timestamp() for name, end in expiries.coordinator.items()}
+        text = "until when the certificates that silos are shown hold: coordinator, issuing, root"
+        yield _of_each("gptfl_coordinator_certificate_expiry_timestamp_seconds", text, "certificate", ends)
 
     def _arms(self, found: Status) -> Iterator[Metric]:
         rounds = CounterMetricFamily("gptfl_rounds", "rounds that were aggregated", labels=["arm"])

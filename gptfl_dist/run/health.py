@@ -109,21 +109,24 @@ def _coordinator(path: Path, alive: bool) -> Health:
         return Health(True, doing)
     if not live.serving or state == "aborting":
         return Health(False, f"{doing}: it takes no silos now")
-    _shake_hands(file)
+    shown_certificate(file)
     return Health(True, f"{doing}: it takes silos")
 
 
-def _shake_hands(file: FederationFile) -> None:
-    """Raises IdentityError where the port does not show the coordinator's certificate."""
+def shown_certificate(file: FederationFile) -> bytes | None:
+    """The coordinator's certificate as its port shows it to whoever dials, as PEM; None where the file cannot tell.
+
+    Raises IdentityError where the port does not show it.
+    """
     listen = file.exchange.listen
     if port_of(listen) == 0:
-        return  # a run on this machine alone, whose port nobody is told
+        return None  # a run on this machine alone, whose port nobody is told
     if file.enrolment is not None:
         roots = Vault(file.enrolment.authority, file.name).roots()
     elif file.exchange.authority is not None:
         roots = certificates_in(file.exchange.authority)
     else:
-        return  # whose authority is its own
+        return None  # whose authority is its own
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
@@ -141,6 +144,7 @@ def _shake_hands(file: FederationFile) -> None:
     found = identity_in(shown, f"the certificate of {listen}")
     if found != Identity(file.name, "coordinator", "coordinator"):
         raise IdentityError(f"{listen} is {found.uri}, expected the coordinator of {file.name}")
+    return shown
 
 
 def _silo(process: _Process) -> Health:

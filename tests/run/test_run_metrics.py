@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,11 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from support import Commands, Federation, free_port, wait_for
+
+from gptfl_dist.config.document import dump_yaml
+from gptfl_dist.run.institution import make_credentials
+from gptfl_dist.run.metrics import metrics_text
+from gptfl_dist.testing.federations import tiny_federation
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "prometheus"
 
@@ -60,6 +66,37 @@ def test_a_run_at_work_is_scraped_and_a_killed_one_is_still_told_of(
     found = scraped()
     assert found["gptfl_coordinator_up"] == {(): 0.0}
     assert found["gptfl_run_state"][("killed",)] == 1.0
+
+
+def expiries(text: str) -> dict[tuple[str, ...], float]:
+    return values(text).get("gptfl_coordinator_certificate_expiry_timestamp_seconds", {})
+
+
+def test_what_the_coordinator_shows_is_told_of_with_those_above_it(
+    gptfl: Commands, federation: Callable[..., Federation]
+) -> None:
+    world = federation()
+    content = yaml.safe_load(world.path.read_text())
+    content |= {"silos": [{"name": name} for name in world.silos], "exchange": {"listen": f"localhost:{free_port()}"}}
+    world.path.write_text(dump_yaml({**content, "enrolment": {"hosts": ["localhost"], "certificates": "2h"}}))
+    gptfl.run("authority", "init", world.path)
+    before = expiries(metrics_text(world.path))
+    assert before.keys() == {("issuing",), ("root",)}
+    coordinator = gptfl.start("coordinator", world.path)
+    wait_for(lambda: "taking silos at" in coordinator.stderr)
+    at_work = expiries(metrics_text(world.path))
+    assert at_work.keys() == {("coordinator",), *before}
+    assert time.time() < at_work["coordinator",] < time.time() + 7200 < at_work["issuing",] < at_work["root",]
+
+
+def test_the_files_of_a_coordinator_tell_until_when_they_hold(tmp_path: Path) -> None:
+    files = {name: f"credentials/coordinator/{name}.pem" for name in ("authority", "certificate", "key")}
+    path = tiny_federation(tmp_path, exchange=files)
+    assert expiries(metrics_text(path)) == {}
+    make_credentials(path, ["localhost"], tmp_path / "credentials", 5)
+    found = expiries(metrics_text(path))
+    assert found.keys() == {("coordinator",), ("issuing",), ("root",)}
+    assert abs(found["coordinator",] - time.time() - 5 * 86400) < 3600
 
 
 def _listens(port: int) -> bool:
