@@ -254,8 +254,8 @@ def _left(seconds: float | None) -> str:
 
 
 def _row(arm: str, *cells: str) -> str:
-    widths = (8, 15, 10, 8, 9, 9, 9, 13, 7)
-    return f"{arm:<27}" + "".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=False))
+    widths = (7, 14, 9, 7, 8, 8, 11, 12, 6)
+    return " ".join([f"{arm:<27}", *(cell.rjust(width) for cell, width in zip(cells, widths, strict=False))])
 
 
 def _on_terminal(stream: TextIO) -> bool:

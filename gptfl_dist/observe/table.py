@@ -31,9 +31,14 @@ def print_table(summary: Summary, stream: TextIO | None = None) -> None:
 
         console = Console(file=stream)
         table = Table(box=SIMPLE_HEAD)
+        rows = _rows(summary)
         for number, heading in enumerate(_HEADINGS):
-            table.add_column(heading, justify="right" if number else "left")
-        for row in _rows(summary):
+            if number:  # names may be broken where it is narrow, numbers never
+                widest = max((len(row[number]) for row in rows), default=0)
+                table.add_column(heading, justify="right", min_width=widest, overflow="fold")
+            else:
+                table.add_column(heading, overflow="fold")
+        for row in rows:
             table.add_row(*row)
         console.print(table)
         for line in _below(summary):

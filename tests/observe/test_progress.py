@@ -94,6 +94,15 @@ def test_a_round_is_one_line_with_everything_on_it() -> None:
         assert part in line
 
 
+def test_no_column_runs_into_the_next_however_long_it_took() -> None:
+    out = io.StringIO()
+    with RoundTable(2000, out) as table:
+        table.add("fedavg_random, rate 0.00001", 1000, record(1000, 3599.0), wanted=4)
+    _, line = out.getvalue().splitlines()
+    words = "fedavg_random, rate 0.00001 1000/1000 91.0 % 90.0 % 3/4 1.69 MB 845 kB 59 min 59 s"
+    assert " ".join(line.split()).startswith(words)
+
+
 def test_where_updates_may_be_stale_a_column_says_how_many_were() -> None:
     out = io.StringIO()
     with RoundTable(4, out, stale=True) as table:

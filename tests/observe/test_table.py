@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 
+import pytest
 from finished_run import arm, summary_of, three_arms
 
 from gptfl_dist.observe.summary import Arms, SyntheticArm
@@ -34,6 +36,14 @@ def test_a_terminal_gets_the_same_numbers_in_a_frame() -> None:
     text = printed(Terminal())
     for part in ("GPT-FL", "96.0 %", "2 of 4", "410 B", "360 B", "─", "pretraining 1 min 10 s"):
         assert part in text
+
+
+def test_a_narrow_terminal_breaks_names_and_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    lines = printed(Terminal()).splitlines()
+    assert max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in lines[:9]) <= 50
+    for part in (" 85.0 % ", " 96.0 % ", " 2 of 4 ", " 410 B ", " 360 B "):
+        assert part in "\n".join(lines)
 
 
 def test_an_arm_that_misses_the_target_says_so() -> None:
