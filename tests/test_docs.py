@@ -26,6 +26,7 @@ from gptfl_dist.config.load import load_federation, load_silo
 from gptfl_dist.config.silo import Policy, SiloFile
 from gptfl_dist.observe.summary import FederatedArm, Summary, SyntheticArm
 from gptfl_dist.run.audit import EVENTS
+from gptfl_dist.run.settings import MAY_CHANGE
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -262,6 +263,10 @@ def test_the_reference_gives_every_kind_of_entry_of_the_audit_log() -> None:
     text = section("## The audit log")
     assert {name for name in named(text) if " " in name} | {"log begun", "checkpoint", "refused"} == EVENTS
     assert all(f"`{kind}`" in text for kind in EVENTS)
+
+
+def test_the_reference_gives_every_setting_that_may_change_in_mid_run() -> None:
+    assert named(section("### What may change in mid-run")) == MAY_CHANGE
 
 
 def test_every_test_in_the_text_exists() -> None:

@@ -8,17 +8,27 @@ from typing import Any
 
 from gptfl_dist.config.federation import FederationFile
 
+MAY_CHANGE = frozenset(
+    {
+        "run_folder", "synthesis.folder", "silos.file", "durability", "exchange", "enrolment", "at_rest",
+        "collective.trust", "federation.keep", "federation.join_deadline",
+    }
+)  # fmt: skip
+"""The settings that leave a run the same run, listed in docs/reference.md: where it lies, how it is reached, what it
+survives and keeps. What lies in a folder is known by its digests."""
+
 
 def request_of(path: Path, file: FederationFile) -> str:
-    """All of the federation file at `path` but where the run lies, how it is reached, what it survives and keeps.
+    """All of the federation file at `path` but what `MAY_CHANGE`.
 
     What lies beside the file is named from there, so a run that is moved together with it is the same run.
     """
-    content = file.model_dump(mode="json", exclude={"run_folder", "durability", "exchange", "enrolment", "at_rest"})
-    del content["synthesis"]["folder"]  # what lies there is known by its digests
-    del content["federation"]["keep"], content["federation"]["join_deadline"], content["collective"]["trust"]
-    for silo in content["silos"]:
-        del silo["file"]
+    content = file.model_dump(mode="json")
+    for setting in MAY_CHANGE:
+        section, _, name = setting.rpartition(".")
+        holder = content[section] if section else content
+        for each in holder if isinstance(holder, list) else [holder]:
+            del each[name]
     return json.dumps(from_folder(content, path.absolute().parent), sort_keys=True)
 
 
