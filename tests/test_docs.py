@@ -240,7 +240,7 @@ def test_every_setting_in_the_text_exists(page: Path) -> None:
 
 def test_the_reference_names_every_section_of_the_files() -> None:
     assert named(section("## The federation file")) == set(FederationFile.model_fields)
-    of_silo = named(section("## The silo file").partition("### Policy")[0])
+    of_silo = named(section("## The silo file").partition("\n### ")[0])
     assert of_silo == set(SiloFile.model_fields)
 
 
