@@ -26,9 +26,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent / "null"
 sys.path.insert(0, str(HERE))  # whose modules the silos import too
 
-from marks import read_marks  # noqa: E402
-from processes import Monitor  # noqa: E402
-from programs import (  # noqa: E402
+from marks import read_marks
+from processes import Monitor
+from programs import (
     MPIEXEC,
     NUMBER_SIZE,
     TORCHRUN,

@@ -19,18 +19,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+from null.processes import peak_memory, resident_memory
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "null"))
-
-from processes import peak_memory, resident_memory  # noqa: E402
-
-from gptfl_dist.aggregation.factors import clipping  # noqa: E402
-from gptfl_dist.aggregation.rules import next_weights, rule_of  # noqa: E402
-from gptfl_dist.aggregation.updates import Updates  # noqa: E402
-from gptfl_dist.config.plan import LocalTraining  # noqa: E402
-from gptfl_dist.config.strategy import ROBUST, RULES, Strategy  # noqa: E402
-from gptfl_dist.weights import Layout, WeightsFile, write_weights  # noqa: E402
+from gptfl_dist.aggregation.factors import clipping
+from gptfl_dist.aggregation.rules import next_weights, rule_of
+from gptfl_dist.aggregation.updates import Updates
+from gptfl_dist.config.plan import LocalTraining
+from gptfl_dist.config.strategy import ROBUST, RULES, Strategy
+from gptfl_dist.weights import Layout, WeightsFile, write_weights
 
 TRAINING = LocalTraining(
     epochs=1, batch_size=32, learning_rate=0.1, momentum=0.0, weight_decay=0.0, augmentation=False, threads=1

@@ -149,7 +149,7 @@ def train_classifier(made: Digits, warp: bool, seed: int) -> nn.Module:
         chosen = torch.randint(len(made.labels), (64,))
         images = warped(made.images[chosen]) if warp else made.images[chosen]
         optimizer.zero_grad()
-        functional.cross_entropy(classifier(images), made.labels[chosen]).backward()  # type: ignore[no-untyped-call]
+        functional.cross_entropy(classifier(images), made.labels[chosen]).backward()  # type: ignore[no-untyped-call]  # torch leaves it out
         optimizer.step()
         schedule.step()
     return classifier.eval()

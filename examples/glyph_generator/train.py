@@ -260,7 +260,7 @@ class Loop:
     def descend(self, loss: Tensor) -> None:
         """One step down the gradient of this loss."""
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it out
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.step += 1

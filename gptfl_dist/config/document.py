@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Compose one node, refusing aliases (which can expand without bound) and deep nesting."""
-        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # PyYAML's stubs
         if self.check_event(yaml.AliasEvent):
             raise _Refused(problem="found an alias (*name), expected the value written out", problem_mark=mark)
         if self._depth > MAX_DEPTH:

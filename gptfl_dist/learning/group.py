@@ -276,7 +276,7 @@ def _join(rank: int, size: int, met: Path | None, patience: timedelta) -> None:
     # Functions in there keep the group that is the default when they are imported, and its threads would then live on
     # into the interpreter's end, which aborts the process now and then. What trains would import it later.
     import torch.distributed.nn
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:

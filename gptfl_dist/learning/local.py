@@ -103,7 +103,7 @@ def train(
                         "if the loss is not finite in the first batch, the received weights are at fault",
                     )
                 optimiser.zero_grad()
-                loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
+                loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]  # torch leaves it out
                 if proximal is not None:
                     proximal.add()
                 if settings.clip_norm is not None:

@@ -148,7 +148,7 @@ def _transformers(source: str, pretrained: bool, task: Task, label_count: int) -
         if hasattr(config, "image_size"):
             config.image_size = task.size if task.kind == "image" else task.shape[1:]
         if not pretrained:
-            network: nn.Module = AutoModelForImageClassification.from_config(  # type: ignore[no-untyped-call]
+            network: nn.Module = AutoModelForImageClassification.from_config(  # type: ignore[no-untyped-call]  # transformers leaves it out
                 config, dtype=torch.float32, trust_remote_code=False
             )
             return network

@@ -60,7 +60,7 @@ def shared(model: nn.Module, parameters: Sequence[nn.Parameter], group: Group) -
     for parameter in others:
         parameter.requires_grad_(False)
     for norm in norms:
-        norm.forward = partial(_normalise, norm, share, group)  # type: ignore[method-assign]
+        norm.forward = partial(_normalise, norm, share, group)  # type: ignore[method-assign]  # for this block alone
     try:
         with group.unbroken():
             # A static graph may leave parameters out: some models have such that no input reaches.
@@ -98,7 +98,7 @@ def _normalise(norm: _BatchNorm, share: Share, group: Group, images: torch.Tenso
 
 def _sum(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """The sum over all ranks, through which gradients flow back to each."""
-    total: torch.Tensor = _Sum.apply(tensor, group)  # type: ignore[no-untyped-call]
+    total: torch.Tensor = _Sum.apply(tensor, group)  # type: ignore[no-untyped-call]  # torch leaves it out
     return total
 
 

@@ -106,7 +106,7 @@ def pretrain(
                 with _autocast(precision):
                     loss = F.cross_entropy(logits(share.network, images), labels) * factor
                 run.optimiser.zero_grad()
-                run.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                run.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it out
                 run.scaler.step(run.optimiser)
                 run.scaler.update()
                 schedule.step()

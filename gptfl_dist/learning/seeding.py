@@ -38,7 +38,7 @@ def deterministic(seed: int, threads: int) -> None:
     # Some CUDA kernels (adaptive pooling backwards) have no repeatable form: a warning, for refusing to train is worse.
     # torch.use_deterministic_algorithms does the same, and loads torch's compiler: a second and 80 MB.
     torch.set_deterministic_debug_mode("warn")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch sets it at run time
     torch.backends.cudnn.benchmark = False
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)

@@ -45,7 +45,7 @@ class _Stderr(logging.StreamHandler[TextIO]):
         logging.Handler.__init__(self)
 
     @property
-    def stream(self) -> TextIO:  # type: ignore[override]
+    def stream(self) -> TextIO:  # type: ignore[override]  # there it is set once
         return sys.stderr
 
 
@@ -54,7 +54,7 @@ class _File(logging.FileHandler):
 
     _told = False
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)

@@ -159,9 +159,9 @@ def _as_transformers(file: FederationFile, folder: Path, source: Path, digest: s
         if weights.digest() != digest:
             raise _damaged(source)
     flat.release()
-    model.config.id2label = dict(enumerate(file.labels))  # type: ignore[union-attr]
-    model.config.label2id = {label: number for number, label in enumerate(file.labels)}  # type: ignore[union-attr]
+    model.config.id2label = dict(enumerate(file.labels))  # type: ignore[union-attr]  # a model of transformers
+    model.config.label2id = {label: number for number, label in enumerate(file.labels)}  # type: ignore[union-attr]  # a model of transformers
     try:
-        model.eval().save_pretrained(target)  # type: ignore[operator]
+        model.eval().save_pretrained(target)  # type: ignore[operator]  # likewise
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{target}: the model cannot be written: {first_line(error)}") from None

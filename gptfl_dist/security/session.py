@@ -103,7 +103,7 @@ class Session:
         filled = 0
         while filled < len(buffer):
             try:
-                count: int = self._ssl.read(len(buffer) - filled, buffer[filled:])  # type: ignore[assignment]
+                count: int = self._ssl.read(len(buffer) - filled, buffer[filled:])  # type: ignore[assignment]  # into a buffer, of which the stubs know no count
             except ssl.SSLWantReadError:
                 raise ProtocolError(f"{self._name} sent less than a whole message") from None
             except ssl.SSLError as error:

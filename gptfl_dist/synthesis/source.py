@@ -68,8 +68,8 @@ def quiet_transformers() -> None:
     """Keeps the bars of `transformers` out of ours, and its report of absent weights: ours says it, and is stricter."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves types out
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers leaves types out
 
 
 def _download(source: str, setting: str) -> Path:

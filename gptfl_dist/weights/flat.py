@@ -51,7 +51,7 @@ def _layout(named: Mapping[str, torch.Tensor]) -> Layout:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a one-dimensional uint8 tensor on the CPU."""
-    return memoryview(tensor.numpy())  # type: ignore[arg-type]
+    return memoryview(tensor.numpy())  # type: ignore[arg-type]  # numpy's stubs call no array a buffer before Python 3.12
 
 
 def _square(numbers: torch.Tensor) -> float:

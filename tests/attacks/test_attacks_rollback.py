@@ -23,6 +23,7 @@ from gptfl_dist.run.silo import Silo
 from gptfl_dist.security.authority import Credentials
 from gptfl_dist.security.epoch import FIRST, Epoch, begun
 from gptfl_dist.testing.exchange import ScriptedTrainer
+from gptfl_dist.weights import WeightsFile
 
 KEPT = replace(FIRST, kept=True)
 """The first epoch of a federation that keeps an authority of its own."""
@@ -53,9 +54,9 @@ class Victim:
             async with World(self._folder / str(self._count), epoch=epoch) as world, self._at(world):
                 return await self._answer(world, order, digest, file)
 
-    async def _answer(self, world: World, order: Order, digest: str, file: object) -> str:
+    async def _answer(self, world: World, order: Order, digest: str, file: WeightsFile) -> str:
         await world.event()
-        await world.server.publish({digest: file})  # type: ignore[dict-item]
+        await world.server.publish({digest: file})
         await world.give("alice", order)
         event = await world.event()
         assert isinstance(event, Answered | OrderFailed)

@@ -1,3 +1,3 @@
 """Whatever a test module imports first, grpc is loaded with our list of TLS suites."""
 
-import gptfl_dist.exchange.grpc  # noqa: F401
+import gptfl_dist.exchange.grpc  # noqa: F401  (imported for what that does)

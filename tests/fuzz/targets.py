@@ -177,7 +177,7 @@ def _certificate(data: bytes) -> None:
 
 
 # Of the same files a context is made once: its making takes most of a session's time, and reads nothing foreign.
-sessions.tls_context = cache(sessions.tls_context)  # type: ignore[assignment]
+sessions.tls_context = cache(sessions.tls_context)  # type: ignore[assignment]  # called alike
 
 
 def _established() -> tuple[Session, Session]:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import generate_latest
 
 from gptfl_dist.observe.live import LIVE, LiveFile, Standing, read_live
-from gptfl_dist.observe.metrics import registry_of
+from gptfl_dist.observe.metrics import Expiries, registry_of
 from gptfl_dist.observe.status import ArmStatus, RoundStatus, SiloStatus, Status, status_lines
 from gptfl_dist.testing import clock
 
 AT = "2025-11-03T03:00:00+00:00"
 
 
-def silo(name: str, **changes: object) -> SiloStatus:
+def silo(name: str, **changes: Any) -> SiloStatus:
     known = {"connected": True, "work": "training", "reason": "", "progress": 0.5, "behind": 0, "seen": AT}
-    return SiloStatus(name, **{**known, **changes})  # type: ignore[arg-type]
+    return SiloStatus(name, **known | changes)
 
 
 def test_the_text_says_which_round_which_silo_and_what_to_do() -> None:
@@ -64,7 +65,7 @@ def test_a_silo_that_may_not_come_back_is_not_called_missing() -> None:
     silos = [SiloStatus(name, False, "idle", "", None, 0, None, revoked=name == "b") for name in "ab"]
     lines = status_lines(Status("t", "run", "running", AT, silos=silos))
     assert [line.split()[:2] for line in lines[-2:]] == [["a", "missing"], ["b", "revoked"]]
-    text = generate_latest(registry_of(lambda: Status("t", "run", "running", AT, silos=silos), lambda: {})).decode()
+    text = generate_latest(registry_of(lambda: Status("t", "run", "running", AT, silos=silos), Expiries)).decode()
     for line in (
         "gptfl_silos 2.0",
         "gptfl_silos_missing 1.0",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import gptfl_dist.exchange.grpc  # noqa: F401
+import gptfl_dist.exchange.grpc  # noqa: F401  (imported for what that does)
 from gptfl_dist.run import silo as silo_module
 
 

@@ -211,7 +211,7 @@ class World:
             file=self.file,
             layout=self.layout,
             ledger=ledger,
-            evaluator=self.tester,  # type: ignore[arg-type]
+            evaluator=self.tester,  # type: ignore[arg-type]  # it tests, and starts no process
             make_exchange=make_exchange or self.make_exchange,
             watcher=self.notes,
         )

@@ -48,7 +48,7 @@ class Afar:
 
 
 @pytest.fixture
-def afar(invited: Callable[..., Invited]) -> Callable[..., Afar]:  # noqa: F811
+def afar(invited: Callable[..., Invited]) -> Callable[..., Afar]:  # noqa: F811  (that fixture)
     return lambda settings=None, **enrolment: Afar(invited(settings, **enrolment))
 
 

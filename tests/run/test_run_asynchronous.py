@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from federated import (
@@ -35,10 +36,10 @@ def counted(record: ArmRecord) -> list[dict[str, int]]:
     return [{u.silo: u.staleness for u in r.updates} for r in record.rounds if r.kind == "train"]
 
 
-def asynchronous(folder: Path, **rules: object) -> World:
+def asynchronous(folder: Path, **rules: Any) -> World:
     """Two updates a round, of three silos; a stale update's weight is halved, then a third ..."""
     settings = {"mode": "asynchronous", "buffer": 2, "quorum": "all", "staleness": 1.0} | rules
-    return World(folder, **settings)  # type: ignore[arg-type]
+    return World(folder, **settings)
 
 
 # Asynchronous rounds

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -205,9 +206,9 @@ def institution(folder: Path, *, hosts: list[str], listen: str = "127.0.0.1:0", 
     ],
 )
 def test_the_coordinators_credentials(
-    settings: dict[str, object], status: str, exit_code: int, part: str, tmp_path: Path
+    settings: dict[str, Any], status: str, exit_code: int, part: str, tmp_path: Path
 ) -> None:
-    found = by_name(check_file(institution(tmp_path, **settings)))["credentials"]  # type: ignore[arg-type]
+    found = by_name(check_file(institution(tmp_path, **settings)))["credentials"]
     assert (found.status, found.exit_code) == (status, exit_code)
     assert part in found.found
 

@@ -194,7 +194,7 @@ def test_whoever_ends_the_job_leaves_no_process_and_the_run_goes_on(
     mine = federation()
     for round_, number in ((1, signal.SIGKILL), (2, signal.SIGUSR1), (3, signal.SIGTERM)):
         command = gptfl.mpi(3, "run", mine.path)
-        wait_for(lambda: mine.owed(round_))  # noqa: B023
+        wait_for(lambda: mine.owed(round_))  # noqa: B023  (called at once)
         if number == signal.SIGKILL:
             command.process.kill()
             assert command.wait() != 0

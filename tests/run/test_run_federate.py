@@ -393,7 +393,7 @@ async def test_who_is_missing_is_said_once_and_again_when_that_changes(tmp_path:
         await world.until(lambda: len(world.notes.texts) == 1)
         for number, name in enumerate("cab", start=2):
             world.join(name)
-            await world.until(lambda number=number: len(world.notes.texts) >= number)  # type: ignore[misc]
+            await world.until(lambda number=number: len(world.notes.texts) >= number)
         await run
     assert world.notes.texts[:4] == [
         "waiting for a, b, c (0 of 3 are here)",
@@ -483,7 +483,7 @@ async def test_a_silo_that_is_revoked_in_mid_round_is_waited_for_and_a_restart_w
                 run = asyncio.create_task(run_arms(federator))
                 for round_ in (1, 2):
                     await late[round_].reached.wait()
-                    await world.until(lambda round_=round_: world.committed(round_) == {"a", "b"})  # type: ignore[misc]
+                    await world.until(lambda round_=round_: world.committed(round_) == {"a", "b"})
                     await _revoke(world, federator, "c")
                     await world.until(lambda: world.notes.missing[-1:] == [("c",)])
                     advance(DEADLINE)  # which is no longer that of the round

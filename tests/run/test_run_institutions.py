@@ -79,7 +79,7 @@ class Wire:
             program = (sys.executable, str(Path(secrets_on_the_wire.__file__)))
             self._captured.append((gptfl.start(file, launcher=hosts.on(name), program=program), file))
         for command, _ in self._captured:
-            wait_for(lambda: "capturing" in command.stdout)  # noqa: B023
+            wait_for(lambda: "capturing" in command.stdout)  # noqa: B023  (called at once)
         self.keys = folder / "keys"
 
     def stop(self) -> list[bytes]:

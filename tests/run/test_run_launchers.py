@@ -94,7 +94,7 @@ def stopped_in_mid_training(slurm: SlurmCluster, mine: Federation) -> int:
     """The process id of the trainer, which sleeps from now on in a round that it has begun and not ended."""
     folder = mine.run_folder / "silos" / "silo-1" / "launch" / "silo-1"
     for round_ in (2, 3):
-        wait_for(lambda: f"round {round_}: ".encode() in _read(folder / "trainer.log"), 200)  # noqa: B023
+        wait_for(lambda: f"round {round_}: ".encode() in _read(folder / "trainer.log"), 200)  # noqa: B023  (called at once)
         trainer = _trainer(slurm)
         os.kill(trainer, signal.SIGSTOP)
         if not list(folder.glob(f"*/update-{round_ + 1}.safetensors")):  # the first message is the set-up
@@ -169,7 +169,7 @@ def test_a_stopped_run_leaves_no_job_and_goes_on_in_its_round(
     mine = launched(federation(), **BY_SLURM, lease="30s")
     for round_, number in ((2, signal.SIGINT), (3, signal.SIGKILL)):
         command = gptfl.start("run", mine.path)
-        wait_for(lambda: "silo-1" in mine.owed(round_), 200)  # noqa: B023
+        wait_for(lambda: "silo-1" in mine.owed(round_), 200)  # noqa: B023  (called at once)
         first = slurm.jobs()
         os.kill(command.process.pid, number)
         command.wait()

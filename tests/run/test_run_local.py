@@ -182,7 +182,7 @@ def test_the_models_load_and_are_those_of_the_summary(watched: Watched) -> None:
     ):
         path = watched.federation.run_folder / "models" / f"{name}.safetensors"
         with safe_open(path, framework="np") as model:
-            tensors = {key: model.get_tensor(key) for key in model.keys()}  # noqa: SIM118
+            tensors = {key: model.get_tensor(key) for key in model.keys()}  # noqa: SIM118  (it is no dict)
         assert sum(tensor.size for tensor in tensors.values()) == told["parameters"]
         with WeightsFile(path) as weights:
             flat = weights.read(0, weights.nbytes)

@@ -134,10 +134,10 @@ async def test_an_abort_ends_a_pause_and_a_wait_for_silos_too(tmp_path: Path) ->
         async with World(tmp_path / name) as world:
             world.join("a")
             run = asyncio.create_task(world.federate_with())
-            await world.until(lambda world=world: world.notes.standing is not None)  # type: ignore[misc]
+            await world.until(lambda world=world: world.notes.standing is not None)
             if pause:
                 ask_to_pause(world.file.run_folder)
-                await noticed(world, lambda world=world: state(world) == "paused")  # type: ignore[misc]
+                await noticed(world, lambda world=world: state(world) == "paused")
             ask_to_abort(world.file.run_folder, "")
             await noticed(world, run.done)
             with pytest.raises(RunAborted, match=r"^the run was aborted\n"):

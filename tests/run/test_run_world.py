@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Commands
+from support import Commands, Federation
 
 from gptfl_dist.errors import ConfigError, LaunchError
 from gptfl_dist.run.launcher import Wire, choose
@@ -83,7 +84,7 @@ def _only(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
         monkeypatch.setenv(name, value)
 
 
-def test_a_world_of_one_is_refused(gptfl: Commands, federation: object) -> None:
-    command = gptfl.mpi(1, "run", federation().path)  # type: ignore[operator]
+def test_a_world_of_one_is_refused(gptfl: Commands, federation: Callable[..., Federation]) -> None:
+    command = gptfl.mpi(1, "run", federation().path)
     assert command.wait() == 11
     assert "the MPI world has 1 rank, expected 2 or more" in command.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 from base64 import b64encode
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -43,7 +44,7 @@ def of_a_silo_as_authority() -> Credentials:
     """What a silo could make of its own certificate: one that says it may sign others."""
     silo, key = AUTHORITY.issue_silo("a"), new_key()
     own_key = serialization.load_pem_private_key(silo.key, password=None)
-    forged = make_issuing("fed", key.public_key(), silo.certificate, own_key)  # type: ignore[arg-type]
+    forged = make_issuing("fed", key.public_key(), silo.certificate, own_key)  # type: ignore[arg-type]  # of ECDSA, as all of ours are
     return Credentials(AUTHORITY.roots, forged + silo.certificate, key_bytes(key))
 
 
@@ -75,9 +76,9 @@ def test_a_signer_whose_certificate_expired_may_not() -> None:
 
 
 @pytest.mark.parametrize("other", [{"federation": "other"}, {"run": "r2"}, {"number": 3}])
-def test_the_statement_of_another_run_or_epoch_does_not_count(other: dict[str, object]) -> None:
+def test_the_statement_of_another_run_or_epoch_does_not_count(other: dict[str, Any]) -> None:
     with pytest.raises(IdentityError, match="the epoch of something else"):
-        terms(replace(made(AUTHORITY.own, **other), number=2))  # type: ignore[arg-type]
+        terms(replace(made(AUTHORITY.own, **other), number=2))
 
 
 def test_no_word_of_a_statement_can_be_changed() -> None:

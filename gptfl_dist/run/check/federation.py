@@ -129,7 +129,7 @@ def _built(path: Path, file: FederationFile) -> nn.Module:
 def _model(path: Path, file: FederationFile) -> str:
     """Builds the model and gives it one training batch."""
     import torch
-    import torch.nn.functional as F  # noqa: N812
+    import torch.nn.functional as F  # noqa: N812  (torch's idiom)
 
     from gptfl_dist.learning.models import logits
     from gptfl_dist.weights.flat import layout_of
@@ -139,7 +139,7 @@ def _model(path: Path, file: FederationFile) -> str:
     count = file.training.batch_size
     images = torch.zeros(count, *file.task.shape)
     try:
-        F.cross_entropy(logits(model, images), torch.zeros(count, dtype=torch.int64)).backward()  # type: ignore[no-untyped-call]
+        F.cross_entropy(logits(model, images), torch.zeros(count, dtype=torch.int64)).backward()  # type: ignore[no-untyped-call]  # torch leaves it out
     except (RuntimeError, ValueError, IndexError) as error:
         raise ModelError(
             f"model {file.model.name} cannot train on a batch of shape {tuple(images.shape)}: {error}",
