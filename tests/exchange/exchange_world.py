@@ -58,6 +58,12 @@ def random_weights(path: Path, layout: Layout, seed: int) -> tuple[WeightsFile, 
     return WeightsFile(path), digest, flat
 
 
+def flat_of(path: Path) -> bytes:
+    """The bytes of the weights in a file."""
+    with WeightsFile(path) as file:
+        return file.read(0, file.nbytes)
+
+
 def whole(spool: Spool) -> bytes:
     """All bytes of a spool."""
     content = bytearray(spool.size)
