@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from federated import (
 
 from gptfl_dist.errors import StorageError, TrainerError
 from gptfl_dist.exchange.inbox import Inbox
+from gptfl_dist.exchange.memory import Fault
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.ledger.store import Ledger
 from gptfl_dist.run.arms import run_arms
@@ -218,6 +219,18 @@ async def test_in_asynchronous_mode_a_kill_at_any_step_loses_nothing_and_counts_
             assert len(world.trained(silo)) == len(set(world.trained(silo))), where
 
 
+@contextlib.asynccontextmanager
+async def at_work_until(world: World, held: Fault) -> AsyncIterator[None]:
+    """A coordinator that comes to where `held` stops a silo, and is gone with the end of the block."""
+    async with world.coordinator() as federator:
+        run = asyncio.create_task(run_arms(federator))
+        await held.reached.wait()
+        yield
+        world.network.drop_coordinator()
+        run.cancel()
+        await asyncio.wait([run])
+
+
 @in_loop
 async def test_a_silo_that_failed_before_the_restart_is_not_asked_again(tmp_path: Path) -> None:
     failures = iter([TrainerError("out of memory")])
@@ -230,14 +243,9 @@ async def test_a_silo_that_failed_before_the_restart_is_not_asked_again(tmp_path
     async with World(tmp_path, quorum="majority", rounds=1, script=once) as world:
         held = world.network.hold("c", "upload", round=1)
         world.join(*world.trainers)
-        async with world.coordinator() as federator:
-            run = asyncio.create_task(run_arms(federator))
-            await held.reached.wait()
+        async with at_work_until(world, held):
             await world.until(lambda: world.committed(1) == {"a"})
             await world.until(lambda: any("b failed" in text for text in world.notes.texts))
-            world.network.drop_coordinator()
-            run.cancel()
-            await asyncio.wait([run])
         held.release()
         record = await world.federate()
     assert world.trained("b") == [(ARM, 1)]
@@ -250,13 +258,8 @@ async def test_an_update_that_came_before_the_restarted_coordinator_asked_for_it
     async with World(tmp_path, rounds=2) as world:
         early = world.network.hold("c", "upload", round=2)
         world.join(*world.trainers)
-        async with world.coordinator() as federator:
-            run = asyncio.create_task(run_arms(federator))
-            await early.reached.wait()
+        async with at_work_until(world, early):
             await world.until(lambda: world.committed(2) == {"a", "b"})
-            world.network.drop_coordinator()
-            run.cancel()
-            await asyncio.wait([run])
         told_late = world.network.hold("c", "refused", round=2)
         async with world.coordinator() as federator:
             await world.until(lambda: "c" in federator.exchange._lines)
@@ -279,13 +282,8 @@ async def test_the_bytes_of_a_round_are_counted_over_a_restart(tmp_path: Path) -
     async with World(tmp_path, rounds=1) as world:
         held = world.network.hold("c", "upload", round=1)
         world.join(*world.trainers)
-        async with world.coordinator() as federator:
-            run = asyncio.create_task(run_arms(federator))
-            await held.reached.wait()
+        async with at_work_until(world, held):
             await world.until(lambda: world.committed(1) == {"a", "b"})
-            world.network.drop_coordinator()
-            run.cancel()
-            await asyncio.wait([run])
         held.release()
         record = await world.federate()
     assert (record.rounds[0].bytes_down, record.rounds[0].bytes_up) == (3 * LAYOUT.nbytes, 3 * LAYOUT.nbytes)
@@ -300,12 +298,8 @@ async def test_damaged_weights_and_strategy_state_are_named_and_not_gone_on_from
     async with World(tmp_path, rounds=2, strategy={"momentum": 0.5}) as world:
         held = world.network.hold("c", "upload", round=2)
         world.join(*world.trainers)
-        async with world.coordinator() as federator:
-            run = asyncio.create_task(run_arms(federator))
-            await held.reached.wait()
-            world.network.drop_coordinator()
-            run.cancel()
-            await asyncio.wait([run])
+        async with at_work_until(world, held):
+            pass
         path = world.file.run_folder / folder / f"{world.record().final}.safetensors"
         content = path.read_bytes()
         if damage == "a byte":
