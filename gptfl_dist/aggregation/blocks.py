@@ -5,7 +5,7 @@ Memory is then a few blocks, whatever the model. What becomes of numbers that ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ number the lower of the two) beyond what an honest silo told."""
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """`size` bytes of one dtype from byte `start`; `place` is the number of floating elements before it."""
+    """`size` bytes of one dtype from byte `start`; `place` is how many floating elements are in those before."""
 
     dtype: str
     start: int
@@ -45,10 +45,10 @@ class Block:
         return np.dtype(np.float64 if self.dtype == "F64" else np.float32)
 
 
-def blocks_of(layout: Layout, elements: int) -> Iterator[Block]:
-    """The whole flat buffer, in order."""
+def blocks_of(layout: Layout, elements: int, names: Collection[str] | None = None) -> Iterator[Block]:
+    """The whole flat buffer, or what the named tensors take of it, in order."""
     place = 0
-    for segment in layout.segments():
+    for segment in layout.segments(names):
         item = ITEM_SIZE[segment.dtype]
         for start in range(segment.start, segment.stop, elements * item):
             block = Block(segment.dtype, start, min(elements * item, segment.stop - start), place)

@@ -323,6 +323,7 @@ class Federation(Section):
     patience: PositiveInt | None = None
     keep: Literal["best", "all"] = "best"
     max_update_norm: PositiveFloat | None = None
+    diversity: bool = False
 
     def cohort_of(self, silos: int) -> int:
         """How many of so many silos a round calls on (asynchronous: how many train at once)."""
@@ -458,6 +459,7 @@ class FederationFile(Section):
         needs = {
             f"federation.mode is {rules.mode}": rules.mode != "synchronous",
             f"federation.late is {rules.late}": rules.late != "drop",
+            "federation.diversity is true": rules.diversity,
             f"compression.up is {self.compression.up}": self.compression.up != "none",
             f"compression.down is {self.compression.down}": self.compression.down != "none",
             f"collective.trust is {self.collective.trust}": self.collective.trust != "plain",

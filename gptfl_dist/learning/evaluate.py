@@ -14,6 +14,7 @@ from gptfl_dist.errors import DataError
 from gptfl_dist.learning.data import ImageSet
 from gptfl_dist.learning.device import resolve_device
 from gptfl_dist.learning.group import ALONE, Group
+from gptfl_dist.learning.measures import BINS, Measures, calibration_error, macro_f1
 from gptfl_dist.learning.models import logits
 from gptfl_dist.learning.preprocess import normalise
 
@@ -22,33 +23,57 @@ BATCH_SIZE = 128
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """`accuracy` of 0 to 1, mean cross entropy `loss`, and `confusion` int64 (L, L) with a row for each true label."""
+    """What `measures` say, of how many samples, and `confusion` int64 (L, L) with a row for each true label."""
 
-    accuracy: float
-    loss: float
+    measures: Measures
     samples: int
     confusion: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        return self.measures.accuracy
+
+    @property
+    def loss(self) -> float:
+        return self.measures.loss
 
 
 def evaluate(model: nn.Module, data: ImageSet, task: Task, *, device: str, group: Group = ALONE) -> Evaluation:
     """Runs the model in evaluation mode over `data`. The model stays on the device, its mode is put back.
 
-    A group's ranks share out the batches; each has the result.
+    A group's ranks share out the batches; each has the result. Of every batch only sums are kept.
     """
     if len(data) == 0:
         raise DataError("there is no sample to evaluate on", hint="give a data set with at least one image")
     labels = len(data.label_names)
-    loss = 0.0
-    confusion = torch.zeros(labels * labels, dtype=torch.int64)
+    loss = torch.zeros(1, dtype=torch.float64)
+    confusion = torch.zeros(labels * labels, dtype=torch.float64)
+    bins = torch.zeros(3, BINS, dtype=torch.float64)
     truths = torch.split(data.labels, BATCH_SIZE)[group.rank :: group.size]
     batches = torch.split(data.images, BATCH_SIZE)[group.rank :: group.size]
     for images, truth in zip(batches, truths, strict=True):
         found = scores(model, images, task, device=device)
+        answer = found.argmax(dim=1)
         loss += float(F.cross_entropy(found, truth, reduction="sum"))
-        confusion += torch.bincount(truth * labels + found.argmax(dim=1), minlength=labels * labels)
-    total = group.sum(torch.tensor([loss, *confusion.tolist()], dtype=torch.float64))
-    loss, matrix = float(total[0]), total[1:].to(torch.int64).view(labels, labels).numpy()
-    return Evaluation(float(matrix.trace() / len(data)), loss / len(data), len(data), matrix)
+        confusion += torch.bincount(truth * labels + answer, minlength=labels * labels)
+        bins += _by_confidence(found, answer == truth)
+    total = group.sum(torch.cat([loss, bins.view(-1), confusion])).numpy()
+    mean_loss, by_bin = float(total[0]) / len(data), total[1 : 1 + 3 * BINS].reshape(3, BINS)
+    matrix = total[1 + 3 * BINS :].astype(np.int64).reshape(labels, labels)
+    accuracy = float(matrix.trace() / len(data))
+    measures = Measures(accuracy, macro_f1(matrix), calibration_error(*by_bin), mean_loss)
+    return Evaluation(measures, len(data), matrix)
+
+
+def _by_confidence(found: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """(3, BINS) For each bin the samples, those that are right, and the sum of confidence; `found` are logits (N, L).
+
+    Bin b, from 1, holds a confidence above (b - 1) / BINS and up to b / BINS; NaN lies in the first.
+    """
+    confidence = found.double().softmax(dim=1).amax(dim=1)
+    place = (confidence * BINS).ceil().nan_to_num(1).clamp(1, BINS).long() - 1
+    weights = torch.stack([torch.ones_like(confidence), right.double(), confidence])
+    return torch.stack([torch.bincount(place, row, minlength=BINS) for row in weights])
 
 
 def scores(model: nn.Module, images: torch.Tensor, task: Task, *, device: str) -> torch.Tensor:

@@ -39,7 +39,7 @@ class LedgerReader(Record):
             )
             try:
                 self._database.execute("BEGIN")
-                self._database.execute("SELECT count(*) FROM sqlite_schema").fetchone()  # from here on one instant
+                self._require_our_schema()  # from this look on it is one instant
             except BaseException:
                 self._database.close()
                 raise

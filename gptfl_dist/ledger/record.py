@@ -10,12 +10,14 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from gptfl_dist.aggregation.diversity import Diversity
 from gptfl_dist.errors import StorageError
 from gptfl_dist.files import storage_error
+from gptfl_dist.learning.measures import Measures
 from gptfl_dist.ledger.records import ArmRecord, CountedUpdate, OrderRecord, RoundRecord, Waiting
 
 FILE_NAME = "ledger.sqlite"
-VERSION = 1  # of the schema; SQLite keeps it as user_version
+VERSION = 2  # of the schema; SQLite keeps it as user_version
 AUDITED = "audit"  # the fact that names the newest entry of the audit log which is known to be written
 EPOCH = "epoch"  # the fact that tells the epoch of the run and what began it; there is none in the first
 ANEW = "bring the run folder back from a backup, or start anew with --fresh"
@@ -51,7 +53,7 @@ class Record:
     def arm(self, arm: str) -> ArmRecord | None:
         """All that is known of an arm."""
         row = self._execute(
-            "SELECT arm, learning_rate, start, finished, best_round FROM arms WHERE arm = ?", (arm,)
+            "SELECT arm, learning_rate, start, finished, best_round, tested FROM arms WHERE arm = ?", (arm,)
         ).fetchone()
         if row is None:
             return None
@@ -76,17 +78,18 @@ class Record:
                 seconds,
                 down,
                 up,
-                test_accuracy,
+                _measures(tested),
                 tuple(orders.get(round_, [])),
                 tuple(updates.get(round_, [])),
+                None if diversity is None else Diversity(**json.loads(diversity)),
             )
-            for round_, kind, base, cohort, weights, seconds, down, up, test_accuracy in self._execute(
-                "SELECT round, kind, base, cohort, weights, seconds, bytes_down, bytes_up, test_accuracy "
+            for round_, kind, base, cohort, weights, seconds, down, up, tested, diversity in self._execute(
+                "SELECT round, kind, base, cohort, weights, seconds, bytes_down, bytes_up, tested, diversity "
                 "FROM rounds WHERE arm = ? ORDER BY round",
                 (arm,),
             ).fetchall()
         )
-        return ArmRecord(row[0], row[1], row[2], bool(row[3]), row[4], rounds)
+        return ArmRecord(row[0], row[1], row[2], bool(row[3]), row[4], rounds, _measures(row[5]))
 
     def arms(self) -> list[str]:
         """The names of all arms and trials, in the order of their beginning."""
@@ -132,3 +135,7 @@ class Record:
                 f"{self._path}: the record is damaged ({error})",
                 hint=ANEW,
             ) from None
+
+
+def _measures(told: str | None) -> Measures | None:
+    return None if told is None else Measures(**json.loads(told))

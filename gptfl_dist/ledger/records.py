@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gptfl_dist.aggregation.diversity import Diversity
+from gptfl_dist.learning.measures import Measures
+
 
 @dataclass(frozen=True, slots=True)
 class OrderRecord:
@@ -37,6 +40,7 @@ class RoundRecord:
     """A round. `weights` is None until it was aggregated; digests are BLAKE3 in hex.
 
     `orders` are those that were given in it, `updates` those that counted in it, whenever they were ordered.
+    `tested` is of the weights that it led to, `diversity` of the updates that counted; None where nobody asked for it.
     """
 
     round: int
@@ -47,9 +51,14 @@ class RoundRecord:
     seconds: float | None
     bytes_down: int | None
     bytes_up: int | None
-    test_accuracy: float | None
+    tested: Measures | None
     orders: tuple[OrderRecord, ...]
     updates: tuple[CountedUpdate, ...] = ()
+    diversity: Diversity | None = None
+
+    def metric(self, name: str) -> dict[str, float]:
+        """A metric by silo, of those that measured and sent it with the answer to an order of this round."""
+        return {order.silo: order.metrics[name] for order in self.orders if order.metrics and name in order.metrics}
 
     def mean_metric(self, name: str) -> float | None:
         """The mean of a metric of the round's base over the silos that measured and sent it, weighted by samples."""
@@ -82,7 +91,8 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class ArmRecord:
-    """An arm with its rounds in order. `start` is the digest of the weights that it began with."""
+    """An arm with its rounds in order. `start` is the digest of the weights that it began with, `start_tested` how good
+    they are on test data."""
 
     arm: str
     learning_rate: float
@@ -90,6 +100,7 @@ class ArmRecord:
     finished: bool
     best_round: int | None
     rounds: tuple[RoundRecord, ...]
+    start_tested: Measures | None = None
 
     @property
     def final(self) -> str:

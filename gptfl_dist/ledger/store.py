@@ -13,10 +13,13 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+from gptfl_dist.aggregation.diversity import Diversity
 from gptfl_dist.errors import ConfigError, ModelError, StorageError
 from gptfl_dist.files import sync_folder
+from gptfl_dist.learning.measures import Measures
 from gptfl_dist.ledger import outbox
 from gptfl_dist.ledger.lock import locked
 from gptfl_dist.ledger.record import ANEW, AUDITED, FILE_NAME, VERSION, Record
@@ -28,11 +31,12 @@ PRAGMA user_version = {VERSION};
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS arms (
     arm TEXT PRIMARY KEY, learning_rate REAL NOT NULL, start TEXT NOT NULL, finished INTEGER NOT NULL DEFAULT 0,
-    best_round INTEGER
+    best_round INTEGER, tested TEXT
 );
 CREATE TABLE IF NOT EXISTS rounds (
     arm TEXT NOT NULL, round INTEGER NOT NULL, kind TEXT NOT NULL, base TEXT NOT NULL, cohort TEXT NOT NULL,
-    weights TEXT, seconds REAL, bytes_down INTEGER, bytes_up INTEGER, test_accuracy REAL,
+    weights TEXT, seconds REAL, bytes_down INTEGER, bytes_up INTEGER, tested TEXT,
+    diversity TEXT,
     PRIMARY KEY (arm, round)
 );
 CREATE TABLE IF NOT EXISTS orders (
@@ -178,11 +182,15 @@ class Ledger(Record):
             "UPDATE orders SET failure = ? WHERE arm = ? AND round = ? AND silo = ?", (reason, arm, round_, silo)
         )
 
-    def close_round(self, arm: str, round_: int, weights: str, counted: Mapping[str, int]) -> None:
+    def close_round(
+        self, arm: str, round_: int, weights: str, counted: Mapping[str, int], diversity: Diversity | None = None
+    ) -> None:
         """Notes the weights that a round led to, and the updates that they were made of.
 
-        `counted` holds for each silo the round of the order that its update answered.
+        `counted` holds for each silo the round of the order that its update answered; `diversity` is that of these
+        updates, where it is measured.
         """
+        told = None if diversity is None else json.dumps(asdict(diversity))
         with self._lock, self._storing(), self._database:
             self._database.execute("BEGIN")
             self._database.executemany(
@@ -190,11 +198,20 @@ class Ledger(Record):
                 [(round_, arm, ordered, silo) for silo, ordered in counted.items()],
             )
             # Last, for the outbox then tells the updates with the weights.
-            self._database.execute("UPDATE rounds SET weights = ? WHERE arm = ? AND round = ?", (weights, arm, round_))
+            self._database.execute(
+                "UPDATE rounds SET diversity = ?, weights = ? WHERE arm = ? AND round = ?", (told, weights, arm, round_)
+            )
 
-    def note_test_accuracy(self, arm: str, round_: int, accuracy: float) -> None:
-        """Notes the accuracy on central test data of the weights after a round. Nothing is ever chosen by it."""
-        self._execute("UPDATE rounds SET test_accuracy = ? WHERE arm = ? AND round = ?", (accuracy, arm, round_))
+    def note_tested(self, arm: str, round_: int, measures: Measures) -> None:
+        """Notes how good the weights after a round, of 0 those at the start, are on central test data.
+
+        Nothing is ever chosen by it.
+        """
+        told = json.dumps(asdict(measures))
+        if round_ == 0:
+            self._execute("UPDATE arms SET tested = ? WHERE arm = ?", (told, arm))
+        else:
+            self._execute("UPDATE rounds SET tested = ? WHERE arm = ? AND round = ?", (told, arm, round_))
 
     def finish_arm(self, arm: str, best_round: int) -> None:
         self._execute("UPDATE arms SET finished = 1, best_round = ? WHERE arm = ?", (best_round, arm))

@@ -34,8 +34,37 @@ from gptfl_dist.files import write_file
 FILE_NAME = "summary.json"
 
 Accuracy = Annotated[float, Field(ge=0, le=1)]
-Seconds = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Amount = Annotated[NonNegativeFloat, Field(allow_inf_nan=False)]
+Seconds = Amount
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class RoundMeasures(Section):
+    """What was measured of a round; round 0 is the start. docs/experiments.md defines each.
+
+    Of the weights after it: `macro_f1`, `calibration_error` and `loss` on test data, and `silo_accuracy` on the
+    validation data of each silo that was called on next. Of the updates that counted in it: the diversity and what
+    belongs to it. Of its orders: `silo_seconds`, what each silo's training took. What is not known is None or left out.
+    """
+
+    macro_f1: Accuracy | None = None
+    calibration_error: Accuracy | None = None
+    loss: Amount | None = None
+    silo_accuracy: dict[str, Accuracy] = Field(default={})
+    diversity: Amount | None = None
+    log_n_diversity: Finite | None = None
+    mean_cosine: Finite | None = None
+    mean_norm: Amount | None = None
+    max_norm: Amount | None = None
+    silo_seconds: dict[str, Seconds] = Field(default={})
+    bytes_down: NonNegativeInt = 0
+    bytes_up: NonNegativeInt = 0
+
+    @property
+    def worst_silo_accuracy(self) -> float | None:
+        """Of the silo for which the weights do worst."""
+        return min(self.silo_accuracy.values(), default=None)
 
 
 StopCriterion = Literal["max_time", "target_accuracy", "patience"]
@@ -57,6 +86,7 @@ class RoundRecord:
     accuracy: float | None
     validation_accuracy: float | None
     staleness: Mapping[str, int] = field(default_factory=dict)
+    measures: RoundMeasures = field(default_factory=RoundMeasures)
 
 
 class SyntheticArm(Section):
@@ -92,12 +122,16 @@ class FederatedArm(Section):
     seconds_per_round: Seconds
     updates: dict[str, SiloUpdates] = Field(default={})
     stopped_by: StopCriterion | None = None
+    measures: list[RoundMeasures] = Field(default=[])
 
     @model_validator(mode="after")
     def _a_value_a_round(self) -> Self:
         for name, curve in (("curve", self.curve), ("validation_curve", self.validation_curve)):
             if len(curve) != self.rounds:
                 raise ValueError(f"{name} has {len(curve)} values, expected one for each of the {self.rounds} rounds")
+        if len(self.measures) not in (0, self.rounds + 1):
+            found = f"measures has {len(self.measures)} entries"
+            raise ValueError(f"{found}, expected one for the start and each of the {self.rounds} rounds, or none")
         if self.best_round > self.rounds:
             raise ValueError(f"best_round is {self.best_round}, but there are only {self.rounds} rounds")
         return self
@@ -212,6 +246,7 @@ def federated_arm(
         seconds_per_round=sum(record.seconds for record in records) / max(1, len(records)),
         updates=_updates(records),
         stopped_by=stopped_by,
+        measures=[record.measures for record in (start, *records)],
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from gptfl_dist.aggregation.diversity import Diversity, diversity_of
 from gptfl_dist.aggregation.factors import clipping, freshness
 from gptfl_dist.aggregation.mean import weighted_mean
 from gptfl_dist.aggregation.rules import next_weights, reads_once, rule_of
@@ -64,13 +65,21 @@ class Aggregation:
                 self._keep_control(updates, old, optimizer)
         return digest
 
+    def diversity(self, updates: Mapping[str, FlatReader], parameters: Collection[str]) -> Diversity:
+        """How far these updates agree, each as it came, over the tensors of these names. Raises StorageError."""
+        return diversity_of(self._layout, parameters, self._of_the_model(updates))
+
+    def _of_the_model(self, updates: Mapping[str, FlatReader]) -> Mapping[str, FlatReader]:
+        """The updates without what travels beside them."""
+        if self._file.strategy.rule != "scaffold":
+            return updates
+        return {silo: model_part(self._layout, update) for silo, update in updates.items()}
+
     def _seen(
         self, arm: ArmRun, readers: Mapping[str, FlatReader], samples: Mapping[str, int], counted: Mapping[str, int]
     ) -> Updates:
         """The updates of a round as its rule sees them."""
-        strategy = self._file.strategy
-        if strategy.rule == "scaffold":
-            readers = {silo: model_part(self._layout, reader) for silo, reader in readers.items()}
+        strategy, readers = self._file.strategy, self._of_the_model(readers)
         fresh = freshness({silo: arm.round - given for silo, given in counted.items()}, self._file.federation.staleness)
         short = clipping(self._layout, readers, strategy.clip_norm)
         silos = tuple(sorted(readers))

@@ -231,13 +231,13 @@ async def _run(path: Path, file: FederationFile, ledger: Ledger, live: LiveFile,
     evaluator = around.make_evaluator(path, file)
     live.stage("federate")
     try:
-        layout = await evaluator.start()
+        model = await evaluator.start()
         tested = None
         if federated_arms(file):
             watcher = Terminal(file, ledger, live, around.say)
             federator = Federator(
                 file=file,
-                layout=layout,
+                model=model,
                 ledger=ledger,
                 evaluator=evaluator,
                 make_exchange=lambda inbox: around.make_exchange(file, inbox),
@@ -269,9 +269,9 @@ async def _run(path: Path, file: FederationFile, ledger: Ledger, live: LiveFile,
     summary = write_results(
         file,
         ledger,
-        layout,
-        None if synthetic is None else synthetic[0],
-        None if shown is None else shown[1],
+        model.layout,
+        None if synthetic is None else synthetic.measures,
+        None if shown is None else shown.confusion,
         settings_text(path),
     )
     ledger.set_fact("finished", summary.finished.isoformat())

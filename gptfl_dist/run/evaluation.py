@@ -1,4 +1,4 @@
-"""Random start weights, the model's layout, accuracy on the test data: what the coordinator needs torch for.
+"""Random start weights, the model's layout, measures on the test data: what the coordinator needs torch for.
 
 Mostly that is done by a process of its own (`run.evaluator`), so that the coordinator stays small.
 """
@@ -6,12 +6,14 @@ Mostly that is done by a process of its own (`run.evaluator`), so that the coord
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.plan import Plan
 from gptfl_dist.launch.trainer import TrainerProcess
+from gptfl_dist.learning.measures import Measures
 from gptfl_dist.run.threads import to_its_end
 from gptfl_dist.weights import Layout, WeightsFile
 
@@ -22,14 +24,31 @@ RANDOM_WEIGHTS = "random.safetensors"
 """The random start weights, in the run folder."""
 
 
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What there is to know of the model without torch. `parameters` are the names of its tensors that are no buffers;
+    none where nobody is to ask for them."""
+
+    layout: Layout
+    parameters: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """How good weights are on the test data; `confusion` has a row for each true label."""
+
+    measures: Measures
+    confusion: list[list[int]]
+
+
 class Evaluator(Protocol):
     """Whoever does it."""
 
-    async def start(self) -> Layout:
-        """The model's layout; the random start weights lie in the run folder. Raises DataError or ModelError."""
+    async def start(self) -> ModelFacts:
+        """The random start weights lie in the run folder from then on. Raises DataError or ModelError."""
 
-    async def test(self, weights: Path) -> tuple[float, list[list[int]]] | None:
-        """Accuracy and confusion (rows: true label) on the test data; None where there is none."""
+    async def test(self, weights: Path) -> Measured | None:
+        """How good weights are on the test data; None where there is none."""
 
     async def stop(self) -> None:
         """Ends what was started."""
@@ -43,17 +62,18 @@ class ProcessEvaluator:
         self._file = file
         self._asking = asyncio.Lock()
 
-    async def start(self) -> Layout:
-        """Starts the process, unless the random start weights lie there and nothing is to be tested."""
-        random_weights = self._file.run_folder / RANDOM_WEIGHTS
-        if self._file.test_data is not None or not random_weights.exists():
-            await self._start_process(random_weights)
+    async def start(self) -> ModelFacts:
+        """Starts the process, unless the random start weights lie there and nothing is to be tested or asked."""
+        random_weights, parameters = self._file.run_folder / RANDOM_WEIGHTS, frozenset[str]()
+        needed = self._file.test_data is not None or self._file.federation.diversity
+        if needed or not random_weights.exists():
+            parameters = await self._start_process(random_weights)
         with WeightsFile(random_weights) as file:
-            return file.layout
+            return ModelFacts(file.layout, parameters)
 
-    async def _start_process(self, random_weights: Path) -> None:
+    async def _start_process(self, random_weights: Path) -> frozenset[str]:
         await self._process.start()
-        await self._process.ask(
+        ready = await self._process.ask(
             {
                 "type": "setup",
                 "plan": Plan.of(self._file).model_dump(mode="json"),
@@ -63,13 +83,14 @@ class ProcessEvaluator:
             },
             "ready",
         )
+        return frozenset(ready["parameters"])
 
-    async def test(self, weights: Path) -> tuple[float, list[list[int]]] | None:
+    async def test(self, weights: Path) -> Measured | None:
         if self._file.test_data is None:
             return None
         async with self._asking:
             answer = await self._process.ask({"type": "evaluate", "weights": str(weights)}, "evaluated")
-        return float(answer["accuracy"]), answer["confusion"]
+        return Measured(Measures(**answer["measures"]), answer["confusion"])
 
     async def stop(self) -> None:
         await self._process.stop()
@@ -84,7 +105,7 @@ class InProcessEvaluator:
         self._turn = turn
         self._tester: Tester | None = None
 
-    async def start(self) -> Layout:
+    async def start(self) -> ModelFacts:
         from gptfl_dist.run.evaluator import Tester
 
         random_weights = self._file.run_folder / RANDOM_WEIGHTS
@@ -92,15 +113,15 @@ class InProcessEvaluator:
             self._tester = await to_its_end(Tester, Plan.of(self._file), self._file.test_data)
             await to_its_end(self._tester.save, random_weights)
         with WeightsFile(random_weights) as file:
-            return file.layout
+            return ModelFacts(file.layout, self._tester.parameters)
 
-    async def test(self, weights: Path) -> tuple[float, list[list[int]]] | None:
+    async def test(self, weights: Path) -> Measured | None:
         if self._file.test_data is None:
             return None
         assert self._tester is not None
         async with self._turn:
             result = await to_its_end(self._tester.test, weights)
-        return result.accuracy, result.confusion.tolist()
+        return Measured(result.measures, result.confusion.tolist())
 
     async def stop(self) -> None:
         pass

@@ -8,6 +8,7 @@ So the coordinator itself stays small, whatever the model.
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 from gptfl_dist.config.at_rest import AtRest
@@ -41,6 +42,11 @@ class Tester:
         what = "makes the random start weights alone" if self._test is None else f"tests on {len(self._test)} samples"
         _log.info("%s: device %s, threads %d", what, _DEVICE, _THREADS)
 
+    @property
+    def parameters(self) -> frozenset[str]:
+        """The names of what is trained; all other tensors are buffers."""
+        return self._flat.parameters
+
     def save(self, random_weights: Path) -> None:
         """Writes the weights that the model was built with."""
         self._flat.save(random_weights)
@@ -66,11 +72,12 @@ def main() -> None:
                 test_data = message["test_data"]
                 tester = Tester(Plan.model_validate(message["plan"]), None if test_data is None else Path(test_data))
                 tester.save(Path(message["random_weights"]))
-                channel.send({"type": "ready"})
+                channel.send({"type": "ready", "parameters": sorted(tester.parameters)})
             else:
                 assert tester is not None
                 result = tester.test(Path(message["weights"]))
-                channel.send({"type": "evaluated", "accuracy": result.accuracy, "confusion": result.confusion.tolist()})
+                told = {"measures": asdict(result.measures), "confusion": result.confusion.tolist()}
+                channel.send({"type": "evaluated", **told})
         except GptflError as error:
             _log.error("%s: %s", type(error).__name__, error)
             channel.send(error_to_message(error))

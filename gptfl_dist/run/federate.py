@@ -51,13 +51,13 @@ from gptfl_dist.run.arm import (
     stopped_name,
 )
 from gptfl_dist.run.epoch import epoch_of
-from gptfl_dist.run.evaluation import Evaluator
+from gptfl_dist.run.evaluation import Evaluator, ModelFacts
 from gptfl_dist.run.handout import HandOut
 from gptfl_dist.run.next_weights import NextWeights
 from gptfl_dist.run.presence import Presence
 from gptfl_dist.run.requests import aborted
 from gptfl_dist.run.watcher import Watcher
-from gptfl_dist.weights import Codec, Layout, WeightsFile
+from gptfl_dist.weights import Codec, WeightsFile
 
 _log = logging.getLogger(__name__)
 
@@ -70,11 +70,11 @@ class Federator:
     """Runs arms (`run_arms` says which). Made for one run; `exchange` is open from `start` to `stop`."""
 
     def __init__(
-        self, *, file: FederationFile, layout: Layout, ledger: Ledger, evaluator: Evaluator,
+        self, *, file: FederationFile, model: ModelFacts, ledger: Ledger, evaluator: Evaluator,
         make_exchange: Callable[[Inbox], CoordinatorExchange], watcher: Watcher,
     ) -> None:  # fmt: skip
         self.file = file
-        self.layout = layout
+        self.layout = layout = model.layout
         self.ledger = ledger
         self._evaluator = evaluator
         self.watcher = watcher
@@ -91,7 +91,7 @@ class Federator:
             durable=ledger.durable,
             announced=lambda: self._next.begin(),
         )
-        self._next = NextWeights(file, layout, ledger, self._inbox)
+        self._next = NextWeights(file, layout, model.parameters, ledger, self._inbox)
         self.exchange = make_exchange(self._inbox)
         self._reducing = self.exchange if isinstance(self.exchange, Reducing) else None
         self._presence = Presence(self._silos, watcher)
@@ -215,10 +215,10 @@ class Federator:
         """Tests the start weights, and those that an interrupted run had not come to test."""
         if not plan.tested or self.file.test_data is None:
             return
-        if self.ledger.fact(f"start_accuracy/{plan.name}") is None:
+        if record.start_tested is None:
             self._test(plan, 0, plan.start, None)
         for closed in record.rounds:
-            if closed.weights is not None and closed.test_accuracy is None:
+            if closed.weights is not None and closed.tested is None:
                 self._test(plan, closed.round, closed.weights, closed)
 
     async def _take_over(self, arm: ArmRun, record: ArmRecord) -> dict[str, int]:
@@ -298,9 +298,10 @@ class Federator:
             counted = {silo: arm.orders[silo].round for silo in command.silos}
             reduced = None if self._reducing is None else await self._reducing.reduce(command.silos)
             digest = await self._next.make(counted, reduced)
+            diversity = await self._next.diversity(counted)
             self._note_spent(arm)
             arm.stop_counting(self.exchange.traffic)
-            ledger.close_round(plan.name, command.round, digest, counted)
+            ledger.close_round(plan.name, command.round, digest, counted, diversity)
             for silo in counted:
                 del arm.orders[silo]
             record = self.record(plan.name)
@@ -426,12 +427,10 @@ class Federator:
                 result = await self._evaluator.test(self.ledger.weights_path(digest)) if plan.tested else None
             finally:
                 self._tested_now.discard(digest)
-            accuracy = None if result is None else result[0]
-            if accuracy is not None and record is None:
-                self.ledger.set_fact(f"start_accuracy/{plan.name}", str(accuracy))
-            elif accuracy is not None:
-                self.ledger.note_test_accuracy(plan.name, round_, accuracy)
+            if result is not None:
+                self.ledger.note_tested(plan.name, round_, result.measures)
             if record is not None:
+                accuracy = None if result is None else result.measures.accuracy
                 self.watcher.round_closed(plan.name, plan.rounds, record, accuracy)
 
         def done(task: asyncio.Task[None]) -> None:

@@ -9,9 +9,10 @@ that reads updates more than once waits until all are there.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from gptfl_dist.aggregation.diversity import Diversity
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.errors import GptflError
 from gptfl_dist.exchange.inbox import Followed, Inbox, Overtaken
@@ -43,9 +44,15 @@ class NextWeights:
     All calls come from the event loop.
     """
 
-    def __init__(self, file: FederationFile, layout: Layout, ledger: Ledger, inbox: Inbox) -> None:
-        """Raises ModelError where the strategy's rule is code that cannot be imported."""
+    def __init__(
+        self, file: FederationFile, layout: Layout, parameters: Collection[str], ledger: Ledger, inbox: Inbox
+    ) -> None:
+        """`parameters` are the names of the tensors that are no buffers, over which the diversity is measured.
+
+        Raises ModelError where the strategy's rule is code that cannot be imported.
+        """
         self._file, self._ledger, self._inbox = file, ledger, inbox
+        self._parameters = parameters
         self._aggregation = Aggregation(file, layout, ledger)
         self._arm: ArmRun | None = None
         self._ahead: _Ahead | None = None
@@ -97,6 +104,15 @@ class NextWeights:
                 digest = await to_its_end(self._aggregation.of, arm, updates, samples, counted)
         self._ledger.keep_state(digest)
         return digest
+
+    async def diversity(self, silos: Iterable[str]) -> Diversity | None:
+        """Of the updates of these silos, over the model's parameters; None where it is not measured.
+
+        After `make`, which does not wait for it, and which may have read the updates as they came.
+        """
+        if not self._file.federation.diversity:
+            return None
+        return await to_its_end(self._aggregation.diversity, self._inbox.updates(tuple(silos)), self._parameters)
 
     async def stop(self) -> None:
         """The round is not open any more. Returns when nothing of it is read."""

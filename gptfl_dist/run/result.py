@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from gptfl_dist.config.federation import Arm, FederationFile
+from gptfl_dist.learning.measures import Measures
 from gptfl_dist.ledger.records import ArmRecord
+from gptfl_dist.ledger.records import RoundRecord as LedgerRound
 from gptfl_dist.ledger.store import Ledger
 from gptfl_dist.observe.report import ReportDetails, write_report
 from gptfl_dist.observe.summary import (
     Arms,
     Choice,
     FederatedArm,
+    RoundMeasures,
     RoundRecord,
     StopCriterion,
     Summary,
@@ -42,26 +47,28 @@ def write_results(
     file: FederationFile,
     ledger: Ledger,
     layout: Layout,
-    synthetic_accuracy: float | None,
+    synthetic: Measures | None,
     confusion: list[list[int]] | None,
     settings_text: str,
 ) -> Summary:
     """Writes both files into the run folder and returns the summary.
 
-    `confusion` is that of the kept model on the test data, `settings_text` the federation file as it was written.
+    `synthetic` says how good the pre-trained weights are on the test data, `confusion` is that of the kept model on
+    them, `settings_text` the federation file as it was written.
     """
     curve_of: Literal["test", "validation"] = "validation" if file.test_data is None else "test"
     arms: dict[str, SyntheticArm] = {}
     if "synthetic_only" in file.arms:
         gptfl = ledger.arm("gptfl")
         validation = None if gptfl is None else _validation(gptfl, 0)
-        arms["synthetic_only"] = SyntheticArm(accuracy=synthetic_accuracy, validation_accuracy=validation)
+        accuracy = None if synthetic is None else synthetic.accuracy
+        arms["synthetic_only"] = SyntheticArm(accuracy=accuracy, validation_accuracy=validation)
     federated: dict[str, FederatedArm] = {}
     rounds: dict[str, list[RoundRecord]] = {}
     weights: dict[Arm, WeightDigests] = {}
     for name in federated_arms(file):
         record = _finished(ledger, name)
-        start, rounds[name] = _rounds(ledger, record)
+        start, rounds[name] = _rounds(record)
         assert record.best_round is not None
         federated[name] = federated_arm(
             rounds[name],
@@ -125,17 +132,17 @@ def _validation(record: ArmRecord, round_: int) -> float | None:
     return None if score is None else score[0]
 
 
-def _rounds(ledger: Ledger, record: ArmRecord) -> tuple[RoundRecord, list[RoundRecord]]:
+def _rounds(record: ArmRecord) -> tuple[RoundRecord, list[RoundRecord]]:
     """The start as round 0, which takes the bytes of the final evaluation, then the rounds."""
-    accuracy = ledger.fact(f"start_accuracy/{record.arm}")
     evaluation = [r for r in record.rounds if r.kind == "evaluate"]
     start = RoundRecord(
         round=0,
         seconds=0.0,
         bytes_down=sum(r.bytes_down or 0 for r in evaluation),
         bytes_up=sum(r.bytes_up or 0 for r in evaluation),
-        accuracy=None if accuracy is None else float(accuracy),
+        accuracy=None if record.start_tested is None else record.start_tested.accuracy,
         validation_accuracy=_validation(record, 0),
+        measures=_measures(record, 0, record.start_tested),
     )
     rounds = [
         RoundRecord(
@@ -143,14 +150,37 @@ def _rounds(ledger: Ledger, record: ArmRecord) -> tuple[RoundRecord, list[RoundR
             seconds=r.seconds or 0.0,
             bytes_down=r.bytes_down or 0,
             bytes_up=r.bytes_up or 0,
-            accuracy=r.test_accuracy,
+            accuracy=None if r.tested is None else r.tested.accuracy,
             validation_accuracy=_validation(record, r.round),
             staleness={update.silo: update.staleness for update in r.updates},
+            measures=_measures(record, r.round, r.tested, r),
         )
         for r in record.rounds
         if r.kind == "train"
     ]
     return start, rounds
+
+
+def _measures(
+    record: ArmRecord, round_: int, tested: Measures | None, closed: LedgerRound | None = None
+) -> RoundMeasures:
+    """Of a round, which `closed` tells of unless it is the start."""
+    following = next((r for r in record.rounds if r.round == round_ + 1), None)
+    found: dict[str, Any] = {"silo_accuracy": {} if following is None else following.metric("accuracy")}
+    if tested is not None:
+        found |= {name: value for name, value in asdict(tested).items() if name != "accuracy"}
+    if closed is not None:
+        found["silo_seconds"] = {silo: told for silo, told in closed.metric("seconds").items() if told >= 0}
+        found |= {"bytes_down": closed.bytes_down or 0, "bytes_up": closed.bytes_up or 0}
+    if closed is not None and closed.diversity is not None:
+        found |= asdict(closed.diversity) | {"log_n_diversity": closed.diversity.log_n_diversity}
+        del found["updates"]
+    return RoundMeasures.model_validate({name: _known(value) for name, value in found.items()})
+
+
+def _known(value: Any) -> Any:
+    """None in place of a number that is none, as the loss of weights that answer with NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tuning(file: FederationFile, ledger: Ledger) -> dict[Arm, dict[float, float | None]]:

@@ -82,6 +82,12 @@ class FlatModel:
         return {**_named_tensors(self.model), **self.beside}
 
     @property
+    def parameters(self) -> frozenset[str]:
+        """The names of the tensors that are parameters of the model; the others are buffers, or lie beside it."""
+        named = _named_tensors(self.model)
+        return frozenset(name for name, tensor in named.items() if isinstance(tensor, nn.Parameter))
+
+    @property
     def bound(self) -> bool:
         """False once tensors of the model lie elsewhere, as after `model.to(device)` or `model.half()`."""
         named, start = self._named(), self.buffer.data_ptr()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -96,13 +96,16 @@ class Layout:
         """Number of floating-point elements."""
         return sum(t.nbytes // ITEM_SIZE[t.dtype] for t in self.tensors if t.dtype in FLOATS)
 
-    def segments(self) -> Iterator[Segment]:
-        """The flat buffer as runs of one dtype, in order."""
+    def segments(self, names: Collection[str] | None = None) -> Iterator[Segment]:
+        """The flat buffer as runs of one dtype, in order; where `names` are given, what these tensors take of it."""
         start, dtype, stop = 0, "", 0
         for tensor in self.tensors:
-            if tensor.dtype != dtype and stop > start:
-                yield Segment(dtype, start, stop)
-                start = stop
+            if names is not None and tensor.name not in names:
+                continue
+            if tensor.dtype != dtype or tensor.offset != stop:
+                if stop > start:
+                    yield Segment(dtype, start, stop)
+                start = tensor.offset
             dtype, stop = tensor.dtype, tensor.offset + tensor.nbytes
         if stop > start:
             yield Segment(dtype, start, stop)

@@ -15,6 +15,7 @@ import pytest
 from test_ledger_store import REQUEST, WRITER
 
 from gptfl_dist.errors import StorageError
+from gptfl_dist.learning.measures import Measures
 from gptfl_dist.ledger.reader import read
 from gptfl_dist.ledger.records import Signed, Waiting
 from gptfl_dist.ledger.requests import ask_to_abort, ask_to_pause, ask_to_resume
@@ -68,7 +69,7 @@ def test_each_step_of_a_round_is_told(ledger: Ledger) -> None:
     ledger.fail("gptfl", 1, "c", "recalled: the deadline has passed")
     ledger.note_spent("gptfl", 1, 1.0, 2, 3)
     ledger.close_round("gptfl", 1, "w1", {"a": 1})
-    ledger.note_test_accuracy("gptfl", 1, 0.5)
+    ledger.note_tested("gptfl", 1, Measures(0.5, 0.5, 0.1, 1.0))
     assert told(ledger) == [
         ("round abandoned", {**order, "reason": "too few"}),
         ("order recalled", {**order, "silo": "c", "nonce": "n3", "reason": "recalled: the deadline has passed"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sqlite3
 import subprocess
@@ -12,7 +13,10 @@ from contextlib import closing
 
 import pytest
 
+from gptfl_dist.aggregation.diversity import Diversity
 from gptfl_dist.errors import ConfigError, StorageError
+from gptfl_dist.learning.measures import Measures
+from gptfl_dist.ledger.reader import read
 from gptfl_dist.ledger.records import CountedUpdate
 from gptfl_dist.ledger.store import Ledger
 from gptfl_dist.weights import Layout, WeightsFile
@@ -58,8 +62,9 @@ def test_a_round_is_read_back_after_reopening(ledger):
     ledger.fail("gptfl", 1, "b", "out of memory")
     ledger.commit("gptfl", 1, "c", 10, {"accuracy": 0.9, "loss": 2.0}, "dc")
     ledger.note_spent("gptfl", 1, 2.5, 100, 200)
-    ledger.close_round("gptfl", 1, "w1", {"a": 1, "c": 1})
-    ledger.note_test_accuracy("gptfl", 1, 0.75)
+    ledger.close_round("gptfl", 1, "w1", {"a": 1, "c": 1}, Diversity(2, 0.75, None, 1.5, 2.0))
+    ledger.note_tested("gptfl", 1, Measures(0.75, 0.5, 0.1, math.nan))
+    ledger.note_tested("gptfl", 0, Measures(0.25, 0.2, 0.3, 2.5))
     ledger.open_round("gptfl", 2, "evaluate", "w1", ["a"], {"a": "n4"})
     ledger = reopened(ledger)
     try:
@@ -73,7 +78,12 @@ def test_a_round_is_read_back_after_reopening(ledger):
         first, second = arm.rounds
         assert first.cohort == ("b", "a")
         assert (first.weights, first.seconds, first.bytes_down, first.bytes_up) == ("w1", 2.5, 100, 200)
-        assert first.test_accuracy == 0.75
+        assert arm.start_tested == Measures(0.25, 0.2, 0.3, 2.5)
+        assert first.tested is not None
+        assert first.tested.accuracy == 0.75
+        assert math.isnan(first.tested.loss)
+        assert first.diversity == Diversity(2, 0.75, None, 1.5, 2.0)
+        assert first.metric("accuracy") == {"a": 0.5, "c": 0.9}
         assert [(o.silo, o.nonce, o.samples, o.digest, o.failure) for o in first.orders] == [
             ("a", "n1", 30, "da", None),
             ("b", "n2", None, None, "out of memory"),
@@ -83,6 +93,7 @@ def test_a_round_is_read_back_after_reopening(ledger):
         assert first.mean_metric("loss") == 2.0
         assert first.mean_metric("seconds") is None
         assert (second.kind, second.weights, second.orders[0].samples) == ("evaluate", None, None)
+        assert (second.tested, second.diversity) == (None, None)
         ledger.finish_arm("gptfl", 1)
         finished = ledger.arm("gptfl")
         assert finished is not None
@@ -298,6 +309,8 @@ def test_a_record_of_another_release_is_refused(ledger):
     with pytest.raises(StorageError, match="made by another release") as error:
         Ledger(ledger.folder, REQUEST)
     assert "--fresh" in error.value.hint
+    with pytest.raises(StorageError, match="made by another release"):
+        read(ledger.folder, lambda reader: reader.arms())
 
 
 def test_weights_that_a_backup_holds_are_not_written_over(ledger, tmp_path):

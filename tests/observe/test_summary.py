@@ -67,7 +67,7 @@ def test_the_file_has_the_documented_fields(tmp_path: Path) -> None:
     assert read["arms"]["synthetic_only"]["accuracy"] == 0.85
     documented = {"accuracy", "rounds", "rounds_to_target", "bytes_down", "bytes_up", "curve"}
     added = {"final_accuracy", "best_round", "learning_rate", "validation_curve", "start_accuracy"}
-    added |= {"seconds_per_round", "validation_accuracy", "updates", "stopped_by"}
+    added |= {"seconds_per_round", "validation_accuracy", "updates", "stopped_by", "measures"}
     for name in ("fedavg_random", "gptfl"):
         assert set(read["arms"][name]) == documented | added
     assert read["target_accuracy"] == 0.9

@@ -22,11 +22,12 @@ from gptfl_dist.errors import TrainerError
 from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.federation.orders import Order
+from gptfl_dist.learning.measures import Measures
 from gptfl_dist.ledger.records import ArmRecord, RoundRecord
 from gptfl_dist.ledger.store import Ledger
 from gptfl_dist.observe.live import Standing
 from gptfl_dist.run.arms import run_arms
-from gptfl_dist.run.evaluation import RANDOM_WEIGHTS
+from gptfl_dist.run.evaluation import RANDOM_WEIGHTS, Measured, ModelFacts
 from gptfl_dist.run.federate import Federator
 from gptfl_dist.run.freshness import Freshness
 from gptfl_dist.run.silo import Silo
@@ -64,14 +65,19 @@ def mean_step(silos: Iterable[str], samples: Mapping[str, int] = SAMPLES) -> flo
     return sum(samples[silo] * STEPS[silo] for silo in counted) / sum(samples[silo] for silo in counted)
 
 
+def measured(accuracy: float) -> Measured:
+    """Of that accuracy, and with the other measures of no interest."""
+    return Measured(Measures(accuracy, macro_f1=0.5, calibration_error=0.25, loss=2.0), [[1, 0], [0, 1]])
+
+
 class Tester:
     """Stands in for the torch process: the test accuracy of weights is a function of their number."""
 
     def __init__(self, accuracy: Callable[[float], float] | None = None) -> None:
         self._accuracy = accuracy or (lambda value: 0.5)
 
-    async def test(self, weights: Path) -> tuple[float, list[list[int]]]:
-        return self._accuracy(value_of(weights)), [[1, 0], [0, 1]]
+    async def test(self, weights: Path) -> Measured:
+        return measured(self._accuracy(value_of(weights)))
 
 
 class Notes:
@@ -114,6 +120,7 @@ class World:
     """One run folder, a network, and the silos on it. Coordinators come and go."""
 
     layout = LAYOUT
+    parameters = frozenset({"w"})
 
     def __init__(
         self,
@@ -209,7 +216,7 @@ class World:
         ledger = self.at_work = ledger or self.ledger()
         federator = Federator(
             file=self.file,
-            layout=self.layout,
+            model=ModelFacts(self.layout, self.parameters),
             ledger=ledger,
             evaluator=self.tester,  # type: ignore[arg-type]  # it tests, and starts no process
             make_exchange=make_exchange or self.make_exchange,

@@ -46,7 +46,9 @@ async def test_the_best_round_is_that_of_the_silos_validation_data_whatever_the_
     assert value_of(world.model(ARM)) == START + 2 * mean_step(SAMPLES)
     assert world.value() == START + 3 * mean_step(SAMPLES)
     for r in (1, 2, 3):
-        assert record.rounds[r - 1].test_accuracy == test_data_say(START + r * mean_step(SAMPLES))
+        found = record.rounds[r - 1].tested
+        assert found is not None
+        assert found.accuracy == test_data_say(START + r * mean_step(SAMPLES))
 
 
 @in_loop

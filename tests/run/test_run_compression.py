@@ -9,10 +9,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federated import ARM, DEADLINE, LAYOUT, ROUNDS, START, STEPS, World, answered, failing, flat, in_loop, value_of
+from federated import (
+    ARM,
+    DEADLINE,
+    LAYOUT,
+    ROUNDS,
+    START,
+    STEPS,
+    World,
+    answered,
+    failing,
+    flat,
+    in_loop,
+    measured,
+    value_of,
+)
 
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.run.arms import run_arms
+from gptfl_dist.run.evaluation import Measured
 from gptfl_dist.run.silo import LONGEST_PAUSE
 from gptfl_dist.testing import clock
 from gptfl_dist.weights import Codec, WeightsFile, write_weights
@@ -24,8 +39,8 @@ SHARES = {"a": 1 / 8, "b": 3 / 8, "c": 4 / 8}
 class Untested:
     """In place of the tests of weights, which are not one number everywhere here."""
 
-    async def test(self, weights: Path) -> tuple[float, list[list[int]]]:
-        return 0.5, [[1, 0], [0, 1]]
+    async def test(self, weights: Path) -> Measured:
+        return measured(0.5)
 
 
 def world(folder: Path, **settings: Any) -> World:

@@ -53,6 +53,7 @@ def test_settings_are_laid_over_each_other_and_the_matrix_has_the_last_word(tmp_
     assert settings["training"] == {"epochs": 2, "momentum": 0.0, "proximal": 0.1, "learning_rate": 0.2}
     assert (settings["federation"]["rounds"], settings["federation"]["cohort"]) == (9, 1)
     assert (settings["seed"], settings["arms"]) == (5, ["fedavg_random"])
+    assert settings["federation"]["diversity"], "it is measured unless the file says otherwise"
     assert file.federation["training"] == {"epochs": 2, "momentum": 0.5}  # is not changed by it
 
 
@@ -62,6 +63,7 @@ def test_every_strategy_is_tried_alike_on_the_first_seed_in_short(tmp_path: Path
         trials = trials_of(file, group)
         assert [(trial.seed, trial.trial) for trial in trials] == [(3, 0), (3, 1)]
         assert settings_of(file, trials[1], 1, [])["federation"]["rounds"] == 2
+        assert not settings_of(file, trials[1], 1, [])["federation"]["diversity"]
     alone = loaded(tmp_path, tuning={"grid": [{}]})
     assert [trials_of(alone, group) for group in groups_of(alone)] == [[], []]
 

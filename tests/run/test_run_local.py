@@ -277,9 +277,9 @@ def test_a_silo_with_unreadable_data_ends_the_run_with_its_message(
 def test_weights_that_a_killed_run_had_not_tested_are_tested_when_it_goes_on(watched: Watched) -> None:
     whole = watched.federation.result()
     with closing(sqlite3.connect(watched.federation.run_folder / "ledger.sqlite")) as ledger, ledger:
-        ledger.execute("UPDATE arms SET finished = 0")
-        ledger.execute("UPDATE rounds SET test_accuracy = NULL WHERE round = 3")
-        ledger.execute("DELETE FROM facts WHERE name IN ('finished', 'start_accuracy/fedavg_random')")
+        ledger.execute("UPDATE arms SET finished = 0, tested = NULL")
+        ledger.execute("UPDATE rounds SET tested = NULL WHERE round = 3")
+        ledger.execute("DELETE FROM facts WHERE name = 'finished'")
     watched.commands.run("run", watched.federation.path)
     assert watched.federation.result() == whole
     assert watched.federation.summary()["arms"]["fedavg_random"]["start_accuracy"] is not None

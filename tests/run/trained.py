@@ -22,8 +22,9 @@ from gptfl_dist.federation.orders import Order
 from gptfl_dist.launch.base import Progress
 from gptfl_dist.learning.data import load_images
 from gptfl_dist.learning.evaluate import evaluate
+from gptfl_dist.learning.measures import Measures
 from gptfl_dist.learning.models import build_model
-from gptfl_dist.run.evaluation import RANDOM_WEIGHTS
+from gptfl_dist.run.evaluation import RANDOM_WEIGHTS, Measured
 from gptfl_dist.run.silo import Result, Silo, require_layout
 from gptfl_dist.run.trainer import Trainer
 from gptfl_dist.testing.exchange import MemoryNetwork, MemorySiloExchange
@@ -118,7 +119,7 @@ class TrainedWorld(World):
         self.plan = Plan.of(self.file)
         self._model = FlatModel(build_model(self.file.model, self.file.task, 10, seed=0))
         self._model.save(self.file.run_folder / RANDOM_WEIGHTS)
-        self.layout = self._model.layout
+        self.layout, self.parameters = self._model.layout, self._model.parameters
         self._test = load_images(Data(path=folder / "test.npz"), self.file.task, self.file.labels)
         self.tester = self
         self.silos = {name: SiloFile(name=name, data=Data(path=folder / f"{name}.npz"), device="cpu") for name in parts}
@@ -126,14 +127,17 @@ class TrainedWorld(World):
         self.trainers: dict[str, Any] = dict.fromkeys(parts)
         self._running = {}
 
-    async def test(self, weights: Path) -> tuple[float, list[list[int]]]:
-        return await asyncio.to_thread(self.accuracy, weights), []
+    async def test(self, weights: Path) -> Measured:
+        return Measured(await asyncio.to_thread(self._measures, weights), [])
 
     def accuracy(self, weights: Path | None = None) -> float:
         """On the test data; of the newest model where none is named."""
+        return self._measures(weights or self.model()).accuracy
+
+    def _measures(self, weights: Path) -> Measures:
         torch.set_num_threads(1)
-        self._model.load(weights or self.model())
-        return evaluate(self._model.model, self._test, self.file.task, device="cpu").accuracy
+        self._model.load(weights)
+        return evaluate(self._model.model, self._test, self.file.task, device="cpu").measures
 
     def join(self, *names: str) -> None:
         for name in names:

@@ -60,13 +60,13 @@ def settings_of(file: ExperimentFile, cell: Cell, point: int, silos: list[dict[s
     """
     group = cell.group
     start, method = file.starts[group.start], file.strategies[group.strategy]
-    settings: Settings = {}
+    settings: Settings = {"federation": {"diversity": True}}
     for part in (file.federation, start.settings, method.settings, grid_of(file, group)[point]):
         settings = overlaid(settings, part)
     # Nobody is late in a process in which silos train in turn.
     rules: Settings = {"cohort": group.silos if isinstance(group.silos, int) else "all", "deadline": "30d"}
     if cell.trial is not None:
-        rules["rounds"] = min(file.tuning.rounds, rounds_of(settings))
+        rules |= {"rounds": min(file.tuning.rounds, rounds_of(settings)), "diversity": False}
     return overlaid(
         settings,
         {
