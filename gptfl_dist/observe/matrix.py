@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gptfl_dist.config.experiment import Group
-from gptfl_dist.observe.summary import FederatedArm, rounds_to_target
+from gptfl_dist.observe.matrix_cost import Cost, cost_of
+from gptfl_dist.observe.matrix_measures import Known, measures_of, silo_accuracies_of
+from gptfl_dist.observe.summary import FederatedArm, ServerStage, StageCost, rounds_to_target
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +40,19 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one cell came to. A cell of silos that train alone has the means over them, and the worst of them."""
+    """What one cell came to. A cell of silos that train alone has the means over them, and the worst of them.
+
+    `measures` and `silo_accuracy` are from round 0, the start, on; nothing is in them of a cell of an earlier release.
+    """
 
     start: float
     curve: tuple[float, ...]
     kept: float
     worst: float
     bytes_a_round: float
+    cost: Cost
+    measures: tuple[Known, ...] = ()
+    silo_accuracy: tuple[Mapping[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +88,24 @@ class Row:
         return None if self.pairs is None else sum(value > 0 for value in self.pairs.values)
 
 
-def outcome_of(arms: Sequence[FederatedArm]) -> Outcome:
-    """The outcome of a cell from the arms of its runs: one, or of each silo its own."""
+def outcome_of(arms: Sequence[FederatedArm], server: Mapping[ServerStage, StageCost] | None = None) -> Outcome:
+    """The outcome of a cell from the arms of its runs: one, or of each silo its own.
+
+    `server` is what the stages before the federation took, None where its start needs none.
+    """
     curves = [_known(arm.curve) for arm in arms]
     rounds = min(map(len, curves))
     last = [curve[rounds - 1] for curve in curves]
+    measures = measures_of(arms)
     return Outcome(
         start=statistics.fmean(_known([arm.start_accuracy for arm in arms])),
         curve=tuple(statistics.fmean(curve[round_] for curve in curves) for round_ in range(rounds)),
         kept=statistics.fmean(_known([arm.accuracy for arm in arms])),
         worst=min(last),
         bytes_a_round=sum((arm.bytes_down + arm.bytes_up) / max(1, arm.rounds) for arm in arms),
+        cost=cost_of(arms, measures, server),
+        measures=measures,
+        silo_accuracy=silo_accuracies_of(arms),
     )
 
 

@@ -28,7 +28,7 @@ _Dashes = tuple[int, tuple[float, ...]]
 _WHOLE: tuple[_Dashes, ...] = ((0, ()), (0, (9, 1.2)), (0, (9, 1.2, 1, 1.2)))
 _BROKEN: tuple[_Dashes, ...] = ((0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.5, 1, 1.5)))
 
-_PLAIN: dict[Any, object] = {**FIGURE_STYLE, "text.parse_math": False}
+PLAIN: dict[Any, object] = {**FIGURE_STYLE, "text.parse_math": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def mean_curves(rows: Sequence[Row], looks: Looks) -> bytes:
     panels = list(dict.fromkeys(row.group.silos for row in rows))
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / 2)
-    with matplotlib.rc_context(_PLAIN):
+    with matplotlib.rc_context(PLAIN):
         figure = Figure(figsize=(10, 4.8 if lines == 1 else 3.7 * lines), layout="constrained")
         grid = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
         for place, (axes, silos) in enumerate(zip(grid, panels, strict=False)):
@@ -93,7 +93,7 @@ def mean_curves(rows: Sequence[Row], looks: Looks) -> bytes:
             axes.remove()
         low, high = figure.axes[0].get_ylim()
         figure.axes[0].set_ylim(max(low, 0), min(high, 101))
-        _legend(figure, [row.group for row in rows], looks)
+        legend(figure, [row.group for row in rows], looks)
         return as_svg(figure)
 
 
@@ -124,7 +124,7 @@ def target_bars(rows: Sequence[Row], looks: Looks) -> bytes:
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row.outcomes]
-    with matplotlib.rc_context(_PLAIN):
+    with matplotlib.rc_context(PLAIN):
         figure = Figure(figsize=(10, 0.9 + 0.32 * len(rows)), layout="constrained")
         axes = figure.subplots()
         top = max((rounds for row in rows for rounds in row.rounds_to_target.values() if rounds), default=1)
@@ -166,7 +166,7 @@ def sweep_lines(sweeps: Mapping[Group, Mapping[int, Spread]], looks: Looks) -> b
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_PLAIN):
+    with matplotlib.rc_context(PLAIN):
         figure = Figure(figsize=(10, 4.2), layout="constrained")
         axes = figure.subplots()
         for group, by_number in sweeps.items():
@@ -185,11 +185,11 @@ def sweep_lines(sweeps: Mapping[Group, Mapping[int, Spread]], looks: Looks) -> b
         axes.set_xlabel("silos a round")
         axes.set_ylabel("accuracy on test data (%)")
         axes.grid(axis="y", color=GRID, lw=0.8)
-        _legend(figure, sweeps, looks)
+        legend(figure, sweeps, looks)
         return as_svg(figure)
 
 
-def _legend(figure: Figure, shown: Iterable[Group], looks: Looks) -> None:
+def legend(figure: Figure, shown: Iterable[Group], looks: Looks) -> None:
     """Above the panels: the colours of the strategies, then the dashes of the starts that are there."""
     from matplotlib.lines import Line2D
 

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gptfl_dist.config.experiment import Group
-from gptfl_dist.observe.matrix import Row, Spread
+from gptfl_dist.observe.matrix import Outcome, Row, Spread
+from gptfl_dist.observe.matrix_measures import MEASURES, Known
 from gptfl_dist.observe.matrix_wording import median_reached, table_of
 
 RowsBySplit = Mapping[str, Sequence[Row]]
@@ -22,6 +23,7 @@ _GROUP = ("split", "start", "strategy", "silos")
 _RESULTS = (
     *("seed", "start_accuracy", "final_accuracy", "kept_accuracy", "worst_silo_accuracy"),
     *("rounds", "bytes_a_round", "rounds_to_target", "bytes_to_target", "difference_to_baseline"),
+    *("generate_device_seconds", "pretrain_device_seconds", "silo_seconds", "bytes"),
 )
 
 _LATEX = {
@@ -46,20 +48,39 @@ def results_csv(rows: RowsBySplit) -> str:
             accuracies = (one.start, one.curve[-1], one.kept, worst)
             reached = (row.rounds_to_target[seed], row.bytes_to_target[seed])
             difference = None if row.pairs is None else row.pairs.by_seed.get(seed)
-            costs = (len(one.curve), one.bytes_a_round if row.federated else None)
-            lines.append((*_group(row.group).values(), seed, *accuracies, *costs, *reached, difference))
+            rounds = (len(one.curve), one.bytes_a_round if row.federated else None)
+            costs = list(_cost(row, one).values())[:4]
+            lines.append((*_group(row.group).values(), seed, *accuracies, *rounds, *reached, difference, *costs))
     return _csv((*_GROUP, *_RESULTS), lines)
 
 
 def rounds_csv(rows: RowsBySplit) -> str:
     """A line for each group, seed and round; round 0 is the start."""
     lines = [
-        (*_group(row.group).values(), seed, number, accuracy)
+        (*_group(row.group).values(), seed, number, accuracy, *measures.values())
         for row in _all(rows)
         for seed, one in row.outcomes.items()
-        for number, accuracy in enumerate((one.start, *one.curve))
+        for number, (accuracy, measures) in enumerate(_rounds(one))
     ]
-    return _csv((*_GROUP, "seed", "round", "accuracy"), lines)
+    return _csv((*_GROUP, "seed", "round", "accuracy", *MEASURES), lines)
+
+
+def _rounds(one: Outcome) -> Iterable[tuple[float, Known]]:
+    """Accuracy and the other measures, from round 0 on; those of an earlier release are not known."""
+    accuracies = (one.start, *one.curve)
+    unknown: Known = dict.fromkeys(MEASURES)
+    return zip(accuracies, one.measures or [unknown] * len(accuracies), strict=True)
+
+
+def _cost(row: Row, one: Outcome) -> dict[str, Any]:
+    """What a cell cost, in the order of columns."""
+    return {
+        "generate_device_seconds": one.cost.generate,
+        "pretrain_device_seconds": one.cost.pretrain,
+        "silo_seconds": one.cost.silos,
+        "bytes": one.cost.bytes if row.federated else None,
+        "hardware": list(one.cost.hardware),
+    }
 
 
 def _all(rows: RowsBySplit) -> Iterable[Row]:
@@ -112,6 +133,11 @@ def _arm(row: Row) -> dict[str, Any]:
                 "rounds_to_target": row.rounds_to_target[seed],
                 "bytes_to_target": row.bytes_to_target[seed],
                 "difference_to_baseline": None if row.pairs is None else row.pairs.by_seed.get(seed),
+                "cost": _cost(row, one),
+                "rounds": [
+                    {**measures, "silo_accuracy": dict(silos)}
+                    for measures, silos in zip(one.measures, one.silo_accuracy, strict=True)
+                ],
             }
             for seed, one in row.outcomes.items()
         ],

@@ -15,8 +15,11 @@ from gptfl_dist.files import write_file
 from gptfl_dist.observe.matrix import Row
 from gptfl_dist.observe.matrix_figures import Looks, looks_of, mean_curves, sweep_lines, sweeps_of, target_bars
 from gptfl_dist.observe.matrix_files import results_csv, results_json, rounds_csv, table_tex
+from gptfl_dist.observe.matrix_panels import AGREEMENT, QUALITY, known_panels, measure_panels
 from gptfl_dist.observe.matrix_wording import (
     arm_text,
+    costs_table,
+    hardware_text,
     percent_text,
     rounds_text,
     table_of,
@@ -30,6 +33,14 @@ REPORT = "report.html"
 RESULTS_CSV, ROUNDS_CSV, RESULTS_JSON, TABLE_TEX = "results.csv", "rounds.csv", "results.json", "table.tex"
 
 _SVG = "image/svg+xml"
+_AGREEMENT_NOTE = (
+    "Gradient diversity is 1/n for n equal updates, 1 for orthogonal ones, more for updates that work against each "
+    "other; log(n x diversity) is 0 for equal ones whatever n. The mean over seeds; a band is one standard deviation."
+)
+_QUALITY_NOTE = (
+    "The worst silo is that on whose own validation data the weights after the round do worst. The calibration error "
+    "is the mean distance between how sure the model is and how often it is right. Round 0 is the start."
+)
 
 
 @dataclass(frozen=True)
@@ -134,6 +145,7 @@ def _split(matrix: Matrix, split: str, rows: Sequence[Row], looks: Looks) -> str
         content += ["<h3>Learning curves</h3>", _curves(rows, looks)]
         if rows[0].target is not None:
             content += ["<h3>Rounds to the target</h3>", _bars(rows, looks)]
+        content += [*_panels(rows, looks), "<h3>What it costs</h3>", _costs(rows)]
     counts = matrix.counts.get(split, {})
     if sweeps := sweeps_of(rows, len(counts) or None):
         ends = "; ".join(
@@ -180,6 +192,34 @@ def _bars(rows: Sequence[Row], looks: Looks) -> str:
         f"{arm_text(row.group)}: {to_target_text(row.rounds_to_target, rounds_text)}" for row in rows if row.outcomes
     )
     return figure(_SVG, target_bars(rows, looks), f"Bar chart of rounds to the target. {ends}.", caption)
+
+
+def _panels(rows: Sequence[Row], looks: Looks) -> list[str]:
+    """The measures of rounds, of the arms that have some."""
+    federated = [row for row in rows if row.federated and row.outcomes]
+    content = []
+    for title, panels, note in (
+        ("How far the silos' updates agree", AGREEMENT, _AGREEMENT_NOTE),
+        ("Beside accuracy", QUALITY, _QUALITY_NOTE),
+    ):
+        known = known_panels(federated, panels)
+        if known:
+            alt = f"Line charts by round: {', '.join(known.values())}. {note}"
+            content += [f"<h3>{title}</h3>", figure(_SVG, measure_panels(federated, known, looks), alt, note)]
+    return content
+
+
+def _costs(rows: Sequence[Row]) -> str:
+    head, body = costs_table(rows)
+    note = (
+        "The mean over seeds. Generation and pre-training are the time of all the coordinator's devices together, once "
+        "for all arms of a start; the silos' training is the sum over silos and rounds, as they tell it; traffic is of "
+        "all rounds in both directions."
+    )
+    devices = hardware_text(rows)
+    if devices:
+        note += f" The coordinator's devices were {devices}."
+    return table(head, [[*map(escape, line)] for line in body], "numbers") + f'<p class="note">{escape(note)}</p>'
 
 
 def _tuning(matrix: Matrix) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from statistics import median
+from statistics import fmean, median
 
 from gptfl_dist.config.experiment import Group, Silos
 from gptfl_dist.observe.matrix import Row, Spread
-from gptfl_dist.observe.wording import UNKNOWN, size
+from gptfl_dist.observe.wording import UNKNOWN, duration, size
 
 _SILOS = {"all": "all silos", "alone": "each silo alone", "pooled": "all data pooled"}
 
@@ -78,3 +78,22 @@ def _line(row: Row, seeds: int, alone: bool) -> list[str]:
     if row.pairs is None:
         return [*cells, "baseline" if row.group == row.baseline else UNKNOWN, UNKNOWN]
     return [*cells, points_text(row.pairs), f"{row.above} of {len(row.pairs.values)}"]
+
+
+def costs_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """What each row with some seeds cost, the mean over them: head and lines."""
+    head = ["Arm", "Generation", "Pre-training", "Silos' training", "Traffic"]
+    lines = []
+    for row in rows:
+        costs = [one.cost for one in row.outcomes.values()]
+        if costs:
+            times = ([getattr(cost, part) for cost in costs] for part in ("generate", "pretrain", "silos"))
+            told = (UNKNOWN if None in each else duration(fmean(each)) for each in times)
+            traffic = size(fmean(cost.bytes for cost in costs)) if row.federated else UNKNOWN
+            lines.append([arm_text(row.group), *told, traffic])
+    return head, lines
+
+
+def hardware_text(rows: Sequence[Row]) -> str:
+    """The coordinator's devices in all cells, each once, such as "generate: CPU, 2 threads"."""
+    return "; ".join(dict.fromkeys(name for row in rows for one in row.outcomes.values() for name in one.cost.hardware))

@@ -174,8 +174,21 @@ class Choice(Section):
     accuracy: dict[str, Accuracy]
 
 
+ServerStage = Literal["generate", "pretrain"]
+"""What the coordinator does before the federation."""
+
+
+class StageCost(Section):
+    """What a stage took at the coordinator: seconds of all its devices together, and what these are called."""
+
+    device_seconds: Seconds
+    hardware: str
+
+
 class Summary(Section):
-    """A whole run. `seconds` are by stage, `tuning` holds each rate's accuracy on validation data."""
+    """A whole run. `seconds` are by stage, as they passed; `server` is what generating and pre-training took of which
+    devices, whenever that was, and lacks what was not noted. `tuning` holds each rate's accuracy on validation data.
+    """
 
     run: str
     transport: str
@@ -183,6 +196,7 @@ class Summary(Section):
     seed: NonNegativeInt
     target_accuracy: Accuracy | None = None
     seconds: dict[str, Seconds]
+    server: dict[ServerStage, StageCost] = Field(default={})
     arms: Arms
     curve_of: Literal["test", "validation"]
     tuning: dict[Arm, dict[PositiveFloat, Accuracy | None]] = Field(default={})

@@ -21,6 +21,8 @@ from gptfl_dist.observe.summary import (
     FederatedArm,
     RoundMeasures,
     RoundRecord,
+    ServerStage,
+    StageCost,
     StopCriterion,
     Summary,
     SyntheticArm,
@@ -30,7 +32,15 @@ from gptfl_dist.observe.summary import (
     write_summary,
 )
 from gptfl_dist.run.arm import stopped_name, trial_name, validation_of
-from gptfl_dist.run.candidates import CHOICE, CONTACT_SHEET, DROPPED_SHEET, PRETRAINED_FACTS
+from gptfl_dist.run.candidates import (
+    CHOICE,
+    CONTACT_SHEET,
+    DROPPED_SHEET,
+    PRETRAINED_FACTS,
+    PRETRAINING_COST,
+    candidate_files,
+)
+from gptfl_dist.run.cost import COST, Cost, read_cost
 from gptfl_dist.weights import Layout
 
 SPLIT = "split.json"
@@ -90,6 +100,7 @@ def write_results(
         silos=len(file.silos),
         seed=file.seed,
         seconds=ledger.seconds(),
+        server=_server(file),
         arms=Arms.model_validate({**arms, **federated}),
         curve_of=curve_of,
         tuning=_tuning(file, ledger),
@@ -118,6 +129,24 @@ def write_results(
     # Last, because a summary means that the run is finished.
     write_summary(file.run_folder, summary)
     return summary
+
+
+def _server(file: FederationFile) -> dict[ServerStage, StageCost]:
+    """What the stages before the federation took, of all candidates together, where that was noted."""
+    if not {"synthetic_only", "gptfl"} & set(file.arms):
+        return {}
+    files = list(candidate_files(file).values()) or [file]
+    noted: dict[ServerStage, list[Cost | None]] = {
+        "generate": [read_cost(one.synthesis.folder / COST) for one in files],
+        "pretrain": [read_cost(one.run_folder / PRETRAINING_COST) for one in files],
+    }
+    found: dict[ServerStage, StageCost] = {}
+    for stage, costs in noted.items():
+        known = [cost for cost in costs if cost is not None]
+        if len(known) == len(files):
+            names = "; ".join(sorted({cost.hardware for cost in known}))
+            found[stage] = StageCost(device_seconds=sum(cost.seconds for cost in known), hardware=names)
+    return found
 
 
 def _finished(ledger: Ledger, name: str) -> ArmRecord:

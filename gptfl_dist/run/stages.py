@@ -31,11 +31,13 @@ from gptfl_dist.run.candidates import (
     DROPPED_SHEET,
     PRETRAINED_FACTS,
     PRETRAINED_WEIGHTS,
+    PRETRAINING_COST,
     PRETRAINING_STATE,
     adopt,
     asks_silos,
     candidate_files,
 )
+from gptfl_dist.run.cost import COST, Meter, hardware_of
 from gptfl_dist.run.settings import from_folder
 from gptfl_dist.weights import WeightsFile
 
@@ -79,6 +81,10 @@ def generate(file: FederationFile, folder: Path, group: Group = ALONE) -> Genera
 
 
 def _synthesize(file: FederationFile, title: str, group: Group) -> SyntheticSet:
+    import torch
+
+    from gptfl_dist.learning.seeding import usable_cores
+    from gptfl_dist.synthesis.generator import place
     from gptfl_dist.synthesis.synthesize import synthesize
 
     if group.leader:
@@ -90,8 +96,18 @@ def _synthesize(file: FederationFile, title: str, group: Group) -> SyntheticSet:
     generator = settings.generator.model_copy(update={"device": group.device(settings.generator.device)})
     settings = settings.model_copy(update={"generator": generator})
     total = settings.images_per_label * len(file.labels)
+    meter = Meter(
+        settings.folder / COST,
+        devices=group.size,
+        hardware=lambda: hardware_of(torch.device(place(generator).device), settings.threads or usable_cores()),
+        goes_on=True,
+    )
     with _shown(group, title, total, file.task.samples) as report:
-        return synthesize(settings, file.task, file.labels, file.seed, settings.folder, report, group)
+        report = meter.beside(report) if group.leader else report
+        made = synthesize(settings, file.task, file.labels, file.seed, settings.folder, report, group)
+    if meter.begun:
+        meter.note()
+    return made
 
 
 def _select(file: FederationFile, folder: Path, made: SyntheticSet) -> Generated:
@@ -136,6 +152,7 @@ def pretrain(file: FederationFile, folder: Path, group: Group = ALONE) -> dict[s
 def _pretrain(file: FederationFile, folder: Path, title: str, group: Group) -> dict[str, Any]:
     """What rank 0 learns of a model's pre-training; nothing at other ranks."""
     from gptfl_dist.learning.checkpoint import Checkpoint
+    from gptfl_dist.learning.device import resolve_device
     from gptfl_dist.learning.models import build_model
     from gptfl_dist.learning.pretrain import pretrain as train
     from gptfl_dist.run.filter import selected_images
@@ -154,17 +171,25 @@ def _pretrain(file: FederationFile, folder: Path, title: str, group: Group) -> d
     data = _images(file, selection)
     sys.path.insert(0, str(folder.absolute()))
     model = build_model(file.model, file.task, len(file.labels), file.seed)
-    checkpoint = Checkpoint(file.run_folder / PRETRAINING_STATE, json.dumps(request))
+    state, settings = file.run_folder / PRETRAINING_STATE, file.pretraining
+    checkpoint = Checkpoint(state, json.dumps(request))
+    meter = Meter(
+        file.run_folder / PRETRAINING_COST,
+        devices=group.size,
+        hardware=lambda: hardware_of(resolve_device(group.device(settings.device)), group.threads(settings.threads)),
+        goes_on=state.exists(),
+    )
     with _shown(group, title, 0, "batches") as report:
         result = train(
-            *(model, data, file.pretraining, file.task),
+            *(model, data, settings, file.task),
             seed=_seed(file),
-            progress=report,
+            progress=meter.beside(report) if group.leader else report,
             group=group,
             checkpoint=checkpoint,
         )
     if not group.leader:
         return {}
+    meter.note()
     digest = FlatModel(model.cpu()).save(weights)
     filtered = None if selection is None else selection.in_words()
     known = {"request": request, "digest": digest, "images": len(data), "filter": filtered, "ranks": group.size}

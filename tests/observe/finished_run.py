@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from gptfl_dist.observe.summary import (
     Arms,
     FederatedArm,
+    RoundMeasures,
     RoundRecord,
     Summary,
     SyntheticArm,
@@ -19,7 +20,28 @@ from gptfl_dist.observe.summary import (
 def records(curve: list[float], *, test: bool = True) -> list[RoundRecord]:
     """A round of 2 s for each accuracy, the same on test and validation data; updates of `north` are a round old."""
     ages = {"south": 0, "north": 1}
-    return [RoundRecord(n, 2.0, 100, 90, value if test else None, value, ages) for n, value in enumerate(curve, 1)]
+    return [
+        RoundRecord(n, 2.0, 100, 90, value if test else None, value, ages, measures(value))
+        for n, value in enumerate(curve, 1)
+    ]
+
+
+def measures(accuracy: float) -> RoundMeasures:
+    """Of a round that led to this accuracy: the silos' are a tenth above and below it."""
+    return RoundMeasures(
+        macro_f1=accuracy,
+        calibration_error=1 - accuracy,
+        loss=2.0,
+        silo_accuracy={"north": accuracy + 0.1 if accuracy < 0.9 else 1.0, "south": accuracy - 0.1},
+        diversity=0.5,
+        log_n_diversity=0.0,
+        mean_cosine=1.0,
+        mean_norm=3.0,
+        max_norm=4.0,
+        silo_seconds={"north": 1.5, "south": 0.5},
+        bytes_down=100,
+        bytes_up=90,
+    )
 
 
 def arm(curve: list[float], rate: float = 0.1, *, test: bool = True) -> FederatedArm:

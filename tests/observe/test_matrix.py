@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from gptfl_dist.config.experiment import Group, Silos
 from gptfl_dist.observe.matrix import Outcome, Row, Spread, outcome_of, rows_of
+from gptfl_dist.observe.matrix_cost import Cost
+from gptfl_dist.observe.summary import StageCost
 
 RANDOM = frozenset({"random"})
 
@@ -21,7 +23,7 @@ def group(start: str = "random", strategy: str = "fedavg", silos: Silos = "all",
 
 
 def outcome(*curve: float, start: float = 0.1, bytes_a_round: float = 100) -> Outcome:
-    return Outcome(start, curve, kept=max(curve), worst=curve[-1] - 0.1, bytes_a_round=bytes_a_round)
+    return Outcome(start, curve, max(curve), curve[-1] - 0.1, bytes_a_round, Cost(0.0, 0.0, None, 0))
 
 
 def by_group(found: Mapping[Group, Mapping[int, Outcome]]) -> dict[Group, Row]:
@@ -157,6 +159,27 @@ def test_silos_that_train_alone_are_one_outcome() -> None:
     assert found.kept == pytest.approx(0.85)
     assert found.start == pytest.approx(0.1)
     assert found.bytes_a_round == pytest.approx((10 + 3 * 190) / 3 + (10 + 2 * 190) / 2)
+    assert len(found.measures) == 1 + 2, "the start, and the rounds that both have"
+    after = found.measures[1]
+    assert after["macro_f1"] == pytest.approx(0.3)
+    assert after["worst_silo_accuracy"] == pytest.approx(0.2 - 0.1)
+    assert (after["silo_seconds"], after["max_silo_seconds"], after["bytes_up"]) == (4.0, 1.5, 180)
+    assert found.silo_accuracy[2] == pytest.approx({"north": 0.9, "south": 0.7})
+
+
+def test_what_a_cell_cost() -> None:
+    ours = arm([0.2, 0.6])
+    cpu = StageCost(device_seconds=7, hardware="CPU, 2 threads")
+    cost = outcome_of([ours], {"generate": cpu, "pretrain": cpu}).cost
+    assert (cost.generate, cost.pretrain, cost.silos, cost.bytes) == (7, 7, 4.0, 10 + 2 * 190)
+    assert cost.hardware == ("generate: CPU, 2 threads", "pretrain: CPU, 2 threads")
+    assert outcome_of([ours], {}).cost.pretrain is None, "it was not noted"
+    assert outcome_of([ours]).cost.pretrain == 0, "from random weights nothing is pre-trained"
+
+
+def test_a_cell_of_an_earlier_release_has_no_measures() -> None:
+    found = outcome_of([arm([0.2, 0.6]).model_copy(update={"measures": []})])
+    assert (found.curve, found.measures, found.cost.silos) == ((0.2, 0.6), (), None)
 
 
 accuracies = st.integers(0, 1000).map(lambda thousandths: thousandths / 1000)
@@ -167,6 +190,7 @@ outcomes = st.builds(
     kept=accuracies,
     worst=accuracies,
     bytes_a_round=st.integers(1, 10**9),
+    cost=st.just(Cost(0.0, 0.0, None, 0)),
 )
 groups = st.builds(
     Group,

@@ -19,8 +19,10 @@ from test_report import EVIL, PLAIN_TAGS, Page
 from gptfl_dist.config.experiment import Group
 from gptfl_dist.errors import StorageError
 from gptfl_dist.observe.matrix import Outcome, Row, rows_of
+from gptfl_dist.observe.matrix_cost import Cost
 from gptfl_dist.observe.matrix_figures import looks_of, sweeps_of
 from gptfl_dist.observe.matrix_files import escape_latex
+from gptfl_dist.observe.matrix_measures import MEASURES, Known
 from gptfl_dist.observe.matrix_report import Matrix, Tuned, write_matrix_report
 
 RANDOM = frozenset({"random"})
@@ -29,7 +31,10 @@ SPLIT = 'St. "Mary" ' + EVIL
 
 
 def outcome(*curve: float, start: float = 0.1) -> Outcome:
-    return Outcome(start, curve, kept=max(curve), worst=curve[-1] - 0.1, bytes_a_round=1e6)
+    cost = Cost(3600.0, 90.0, 12.0, 10**6 * len(curve), ("generate: one GPU", "pretrain: CPU, 2 threads"))
+    rounds: list[Known] = [dict.fromkeys(MEASURES), *(dict.fromkeys(MEASURES, value) for value in curve)]
+    silos: list[dict[str, float]] = [{}, *({"north": value, "south": value - 0.1} for value in curve)]
+    return Outcome(start, curve, max(curve), curve[-1] - 0.1, 1e6, cost, tuple(rounds), tuple(silos))
 
 
 FOUND: dict[Group, dict[int, Outcome]] = {
@@ -87,6 +92,9 @@ def test_the_page_has_every_part(tmp_path: Path, matrix: Matrix) -> None:
     to_target, difference = r"1\.5 \(2 of 3 seeds\)1\.50 MB \(2 of 3 seeds\)", r"\+3\.3 ± 17\.62 of 3"
     assert re.search(rf"73\.3 ± 7\.6 %.*{to_target}{difference}", page.text)
     assert "fedavg from random, all data pooled (1 of 3 seeds)" in page.text
+    assert re.search(r"fedavg from synthetic1 h 00 min1 min 30 s12 s2\.00 MB", page.text)
+    assert "The coordinator's devices were generate: one GPU; pretrain: CPU, 2 threads." in page.text
+    assert "How far the silos' updates agree" in page.text
     assert "moon from synthetic (0 of 3 seeds)" in page.text
     assert "same budget: 2 points, each a federation of 5 rounds on seed 0" in page.text
     assert "42.0 % ✓" in page.text
@@ -97,8 +105,8 @@ def test_the_page_has_every_part(tmp_path: Path, matrix: Matrix) -> None:
 
 def test_the_page_needs_nothing_but_itself(tmp_path: Path, matrix: Matrix) -> None:
     page = Page(write_matrix_report(tmp_path, matrix))
-    assert len(page.images) == 4, "curves of two splits, bars, and the sweep"
-    assert len(page.resources) == 4
+    assert len(page.images) == 6, "curves of two splits, bars, agreement and quality where there are rounds, the sweep"
+    assert len(page.resources) == 6
     for image in page.images:
         mime, _, data = str(image["src"]).removeprefix("data:").partition(";base64,")
         assert mime == "image/svg+xml"
@@ -158,6 +166,8 @@ def test_csv_has_the_numbers_of_every_seed_and_round(tmp_path: Path, matrix: Mat
         assert line["rounds_to_target"] == ("" if reached is None else str(reached))
         difference = None if row.pairs is None else row.pairs.by_seed.get(seed)
         assert line["difference_to_baseline"] == ("" if difference is None else str(difference))
+        assert (line["generate_device_seconds"], line["silo_seconds"]) == ("3600.0", "12.0")
+        assert line["bytes"] == (str(one.cost.bytes) if row.federated else "")
     curve = [
         (int(line["round"]), float(line["accuracy"]))
         for line in rounds
@@ -165,6 +175,8 @@ def test_csv_has_the_numbers_of_every_seed_and_round(tmp_path: Path, matrix: Mat
         == ("even", "synthetic", "fedavg", "all", "1")
     ]
     assert curve == [(0, 0.52), (1, 0.6), (2, 0.75)]
+    of_ours = [line for line in rounds if (line["start"], line["silos"], line["seed"]) == ("synthetic", "all", "1")]
+    assert [line["diversity"] for line in of_ours] == ["", "0.6", "0.75", "", "0.6"], "of two splits, from round 0"
     assert len(rounds) == sum(1 + len(one.curve) for cells in FOUND.values() for one in cells.values())
 
 
@@ -185,6 +197,9 @@ def test_json_has_the_numbers_of_every_arm(tmp_path: Path, matrix: Matrix) -> No
         for cell in arm["cells"]:
             assert tuple(cell["curve"]) == row.outcomes[cell["seed"]].curve
             assert cell["rounds_to_target"] == row.rounds_to_target[cell["seed"]]
+            assert [one["loss"] for one in cell["rounds"]] == [None, *cell["curve"]]
+            assert cell["rounds"][1]["silo_accuracy"]["north"] == cell["curve"][0]
+            assert cell["cost"]["hardware"] == ["generate: one GPU", "pretrain: CPU, 2 threads"]
     ours = next(arm for arm in even["arms"] if arm["start"] == "synthetic")
     assert ours["median_rounds_to_target"] == 1.5
     assert ours["median_bytes_to_target"] == 1.5e6

@@ -59,7 +59,7 @@ def test_the_file_has_the_documented_fields(tmp_path: Path) -> None:
     path = write_summary(tmp_path, three_arms())
     assert path == tmp_path / "summary.json"
     read = json.loads(path.read_text())
-    documented = {"run", "transport", "silos", "seed", "target_accuracy", "seconds", "arms"}
+    documented = {"run", "transport", "silos", "seed", "target_accuracy", "seconds", "server", "arms"}
     added = {"curve_of", "tuning", "model_bytes", "parameters", "synthetic_images", "choice"}
     added |= {"started", "finished", "weights"}
     assert set(read) == documented | added
@@ -72,6 +72,10 @@ def test_the_file_has_the_documented_fields(tmp_path: Path) -> None:
         assert set(read["arms"][name]) == documented | added
     assert read["target_accuracy"] == 0.9
     assert read["arms"]["fedavg_random"]["rounds_to_target"] == 3
+    of_rounds = read["arms"]["gptfl"].pop("measures")
+    assert len(of_rounds) == 1 + 4
+    assert of_rounds[2]["macro_f1"] == 0.92
+    assert of_rounds[2]["silo_accuracy"] == {"north": 1.0, "south": pytest.approx(0.82)}
     assert read["arms"]["gptfl"] | {"curve": None, "validation_curve": None} == {
         "accuracy": 0.96,
         "rounds": 4,

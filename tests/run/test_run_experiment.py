@@ -77,6 +77,26 @@ def test_a_matrix_is_run_cell_by_cell_and_what_is_finished_is_not_run_again(gptf
     # What one silo alone, or one with all data, trains on is what the silos of the federation have.
     pooled = json.loads((cells / "random/fedavg/pooled/seed-4/summary.json").read_text())
     assert pooled["silos"] == 1
+    # What was measured of every round, and what it cost.
+    (of_split,) = results["splits"]
+    whole = {(arm["start"], arm["silos"]): arm["cells"][0] for arm in of_split["arms"]}
+    for start in ("random", "synthetic"):
+        first, *rounds = whole[start, "all"]["rounds"]
+        assert len(rounds) == 2
+        assert first["diversity"] is None
+        assert set(first["silo_accuracy"]) == {"silo-1", "silo-2"}
+        for one in rounds:
+            assert one["diversity"] >= 0.5
+            assert -1 <= one["mean_cosine"] <= 1
+            assert 0 < one["mean_norm"] <= one["max_norm"]
+            assert 0 < one["max_silo_seconds"] < one["silo_seconds"]
+            assert one["worst_silo_accuracy"] == min(one["silo_accuracy"].values())
+            assert one["loss"] > 0
+    assert [one["diversity"] for one in whole["random", "pooled"]["rounds"][1:]] == [1, 1], "of one silo"
+    cost = whole["synthetic", "all"]["cost"]
+    assert min(cost["generate_device_seconds"], cost["pretrain_device_seconds"], cost["silo_seconds"]) > 0
+    assert [name.partition(":")[0] for name in cost["hardware"]] == ["generate", "pretrain"]
+    assert whole["random", "all"]["cost"]["generate_device_seconds"] == 0
     times = {each: each.stat().st_mtime_ns for each in cells.rglob("summary.json")}
     second = gptfl.run("experiment", path, "--format", "json")
     assert json.loads(second.stdout) == results

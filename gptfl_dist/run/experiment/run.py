@@ -23,7 +23,7 @@ from gptfl_dist.files import write_file
 from gptfl_dist.observe.matrix import Outcome, outcome_of
 from gptfl_dist.observe.progress import progress
 from gptfl_dist.observe.summary import FILE_NAME, FederatedArm, Summary, read_summary
-from gptfl_dist.run.candidates import PRETRAINED_FACTS, PRETRAINED_WEIGHTS
+from gptfl_dist.run.candidates import PRETRAINED_FACTS, PRETRAINED_WEIGHTS, PRETRAINING_COST
 from gptfl_dist.run.experiment.data import POOLED, Shared, share_out
 from gptfl_dist.run.experiment.plan import Cell, cells_of, groups_of, overlaid, settings_of, trials_of
 from gptfl_dist.run.experiment.work import run_all
@@ -171,7 +171,9 @@ class _Bench:
         return failures
 
     def outcome(self, cell: Cell) -> Outcome:
-        return outcome_of([_arm(read_summary(folder)) for folder, _ in self._runs(cell)])
+        summaries = [read_summary(folder) for folder, _ in self._runs(cell)]
+        server = summaries[0].server if self._synthetic(cell.group.start) else None
+        return outcome_of([_arm(summary) for summary in summaries], server)
 
     def validation(self, cell: Cell) -> float | None:
         """Accuracy on validation data after the last round, the mean over the runs of a cell."""
@@ -187,6 +189,6 @@ def _arm(summary: Summary) -> FederatedArm:
 
 def _link(start: Path, folder: Path) -> None:
     """Puts the start's model where a run looks for it."""
-    for name in (PRETRAINED_WEIGHTS, PRETRAINED_FACTS):
-        if not (folder / name).exists():
+    for name in (PRETRAINED_WEIGHTS, PRETRAINED_FACTS, PRETRAINING_COST):
+        if (start / name).exists() and not (folder / name).exists():
             os.link(start / name, folder / name)
