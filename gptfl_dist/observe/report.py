@@ -67,6 +67,7 @@ def write_report(folder: Path, summary: Summary, details: ReportDetails) -> Path
     parts = [
         _result(summary, details),
         _curves(summary) if summary.arms.federated else "",
+        _measures(summary) if any(arm.measures[1:] for arm in summary.arms.federated.values()) else "",
         _contact_sheets(summary, details, details.contact_sheet) if details.contact_sheet is not None else "",
         _confusion(summary, details.labels, details.confusion) if details.confusion is not None else "",
         section("split", "Private data by silo", silos_by_label(details.labels, details.split))
@@ -137,6 +138,23 @@ def _curves(summary: Summary) -> str:
         caption += " Round 0 is the start, before any silo trained."
     alt = f"Line chart of accuracy on {summary.curve_of} data by round. {'. '.join(ends)}."
     return section("curves", "Learning curves", figure("image/svg+xml", learning_curves(summary), alt, caption))
+
+
+def _measures(summary: Summary) -> str:
+    head = ["Arm", "Macro-F1", "Calibration error", "Loss", "Worst silo", "Gradient diversity", "Mean cosine"]
+    rows = []
+    for name, arm in summary.arms.federated.items():
+        for last in arm.measures[1:][-1:]:
+            shares = (last.macro_f1, last.calibration_error)
+            numbers = (last.loss, last.diversity, last.mean_cosine)
+            loss, diversity, cosine = (UNKNOWN if number is None else f"{number:.3f}" for number in numbers)
+            rows.append([_arm(name), *map(percent, shares), loss, percent(last.worst_silo_accuracy), diversity, cosine])
+    where = " on test data" if summary.curve_of == "test" else ""
+    note = (
+        f"Of the last round: its weights{where}, the accuracy of the silo on whose validation data they do worst, "
+        "and how far the round's updates agree. summary.json has all rounds."
+    )
+    return section("measures", "Beside accuracy", table(head, rows, "numbers"), f'<p class="note">{note}</p>')
 
 
 def _contact_sheets(summary: Summary, details: ReportDetails, path: Path) -> str:

@@ -11,11 +11,11 @@ from gptfl_dist.config.federation import FederationFile
 MAY_CHANGE = frozenset(
     {
         "run_folder", "synthesis.folder", "silos.file", "durability", "exchange", "enrolment", "at_rest",
-        "collective.trust", "federation.keep", "federation.join_deadline",
+        "collective.trust", "federation.keep", "federation.join_deadline", "federation.diversity",
     }
 )  # fmt: skip
 """The settings that leave a run the same run, listed in docs/reference.md: where it lies, how it is reached, what it
-survives and keeps. What lies in a folder is known by its digests."""
+survives, keeps and measures. What lies in a folder is known by its digests."""
 
 
 def request_of(path: Path, file: FederationFile) -> str:

@@ -23,7 +23,7 @@ from gptfl_dist.observe.summary import Arms, Summary, SyntheticArm
 EVIL = "<script>alert(1)</script>"
 PLAIN_TAGS = {"html", "head", "meta", "title", "style", "body", "main", "header", "section", "p", "h1", "h2", "h3"}
 PLAIN_TAGS |= {"b", "div", "span", "table", "thead", "tbody", "tr", "th", "td", "dl", "dt", "dd", "pre", "code"}
-SECTIONS = ["result", "curves", "synthetic", "confusion", "split", "costs", "updates", "tuning", "settings"]
+SECTIONS = ["result", "curves", "measures", "synthetic", "confusion", "split", "costs", "updates", "tuning", "settings"]
 
 
 class Page(HTMLParser):
@@ -85,6 +85,7 @@ def test_every_part_is_there(tmp_path: Path, details: ReportDetails) -> None:
         assert part in page.text
     assert "17 of 20 samples right" in page.text
     assert "80.0 %" in page.text
+    assert "96.0 %4.0 %2.00086.0 %0.5001.000" in page.text, "what was measured of GPT-FL's last round"
     assert "silo-a" in page.text
     assert "120" in page.text
     assert "91.0 % ✓" in page.text

@@ -12,6 +12,7 @@ import pytest
 import torch
 from federated import DEADLINE, STEPS, World, in_loop
 from safetensors.torch import load_file
+from support import RULES, Commands, Federation
 from trained import TrainedWorld
 
 from gptfl_dist.aggregation.diversity import Diversity
@@ -115,6 +116,29 @@ async def test_it_is_over_the_parameters_of_updates_as_they_came(tmp_path: Path,
     assert diversity.diversity == pytest.approx((norms**2).sum() / together**2, rel=2e-3)
     assert diversity.mean_cosine == pytest.approx(rows[0] @ rows[1] / norms.prod(), rel=2e-3)
     assert (diversity.mean_norm, diversity.max_norm) == pytest.approx((norms.mean(), norms.max()), rel=2e-3)
+
+
+def test_it_is_the_same_over_every_exchange(gptfl: Commands, tmp_path: Path) -> None:
+    rules = {**RULES, "rounds": 2, "diversity": True}
+    told = []
+    for name in ("grpc", "memory", "mpi"):
+        federation = Federation(tmp_path / name, epochs=1, federation=rules)
+        command = (
+            gptfl.mpi(3, "run", federation.path)
+            if name == "mpi"
+            else gptfl.start("run", federation.path, "--exchange", name)
+        )
+        assert command.wait() == 0, command.stderr
+        rounds = federation.summary()["arms"]["fedavg_random"]["measures"]
+        told.append([{name: one[name] for name in one if name != "silo_seconds"} for one in rounds])
+    assert told[0] == told[1] == told[2]
+    start, *rounds = told[0]
+    assert start["diversity"] is None
+    for one in rounds:
+        assert one["diversity"] >= 0.5
+        assert one["log_n_diversity"] == pytest.approx(math.log(2 * one["diversity"]))
+        assert 0 < one["mean_norm"] <= one["max_norm"]
+        assert set(one["silo_accuracy"]) == {"silo-1", "silo-2"}
 
 
 def test_where_updates_are_seen_as_a_sum_it_is_refused() -> None:

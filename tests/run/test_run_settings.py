@@ -24,6 +24,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "collective.trust": {"collective": {"trust": "tls"}},
     "federation.keep": {"federation": {"keep": "all"}},
     "federation.join_deadline": {"federation": {"join_deadline": "3d"}},
+    "federation.diversity": {"federation": {"diversity": True}},
 }
 
 
