@@ -41,6 +41,15 @@ class PolicyGuard:
                 hint="raise policy.max_model in the silo file if this is meant",
             )
 
+    def check_samples(self, nbytes: int) -> None:
+        """Raises PolicyError where the synthetic samples that the federation hands out are more than is allowed."""
+        if nbytes > self.policy.max_synthetic:
+            raise PolicyError(
+                f"the federation hands out {nbytes} bytes of synthetic samples, policy.max_synthetic allows "
+                f"{self.policy.max_synthetic}",
+                hint="raise policy.max_synthetic in the silo file if the silo is to train on them",
+            )
+
     def release(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The metrics that may leave."""
         return {name: value for name, value in metrics.items() if name in self.policy.metrics}

@@ -1,4 +1,4 @@
-"""Random start weights, the model's layout, accuracy on the test data: what the coordinator needs torch for.
+"""Random start weights, samples for silos, accuracy on the test data: what the coordinator needs torch for.
 
 Mostly that is done by a process of its own (`run.evaluator`), so that the coordinator stays small.
 """
@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from gptfl_dist.config.federation import FederationFile
-from gptfl_dist.config.plan import Plan
+from gptfl_dist.launch.folder import Message
 from gptfl_dist.launch.trainer import TrainerProcess
+from gptfl_dist.run.synthetic import SAMPLES
 from gptfl_dist.run.threads import to_its_end
 from gptfl_dist.weights import Layout, WeightsFile
 
@@ -22,11 +23,18 @@ RANDOM_WEIGHTS = "random.safetensors"
 """The random start weights, in the run folder."""
 
 
+def samples_to_make(file: FederationFile) -> Path | None:
+    """Where the samples for silos are to be written; None where there are none, or they were written before."""
+    path = file.run_folder / SAMPLES
+    return None if file.mixing.samples == "none" or path.exists() else path
+
+
 class Evaluator(Protocol):
     """Whoever does it."""
 
     async def start(self) -> Layout:
-        """The model's layout; the random start weights lie in the run folder. Raises DataError or ModelError."""
+        """The model's layout. In the run folder lie the random start weights, and what silos are given of the synthetic
+        set. Raises DataError or ModelError."""
 
     async def test(self, weights: Path) -> tuple[float, list[list[int]]] | None:
         """Accuracy and confusion (rows: true label) on the test data; None where there is none."""
@@ -38,31 +46,28 @@ class Evaluator(Protocol):
 class ProcessEvaluator:
     """An Evaluator that is a process."""
 
-    def __init__(self, process: TrainerProcess, file: FederationFile) -> None:
+    def __init__(self, process: TrainerProcess, file: FederationFile, folder: Path) -> None:
+        """`folder` is where the federation file lies."""
         self._process = process
         self._file = file
+        self._folder = folder
         self._asking = asyncio.Lock()
 
     async def start(self) -> Layout:
-        """Starts the process, unless the random start weights lie there and nothing is to be tested."""
-        random_weights = self._file.run_folder / RANDOM_WEIGHTS
-        if self._file.test_data is not None or not random_weights.exists():
-            await self._start_process(random_weights)
+        """Starts the process, unless all that it makes lies there and nothing is to be tested."""
+        random_weights, samples = self._file.run_folder / RANDOM_WEIGHTS, samples_to_make(self._file)
+        if self._file.test_data is not None or not random_weights.exists() or samples is not None:
+            message: Message = {
+                "type": "setup",
+                "file": self._file.model_dump(mode="json"),
+                "folder": str(self._folder),
+                "random_weights": str(random_weights),
+                **({} if samples is None else {"samples": str(samples)}),
+            }
+            await self._process.start()
+            await self._process.ask(message, "ready")
         with WeightsFile(random_weights) as file:
             return file.layout
-
-    async def _start_process(self, random_weights: Path) -> None:
-        await self._process.start()
-        await self._process.ask(
-            {
-                "type": "setup",
-                "plan": Plan.of(self._file).model_dump(mode="json"),
-                "test_data": None if self._file.test_data is None else str(self._file.test_data),
-                "random_weights": str(random_weights),
-                "at_rest": None if self._file.at_rest is None else self._file.at_rest.model_dump(mode="json"),
-            },
-            "ready",
-        )
 
     async def test(self, weights: Path) -> tuple[float, list[list[int]]] | None:
         if self._file.test_data is None:
@@ -78,19 +83,22 @@ class ProcessEvaluator:
 class InProcessEvaluator:
     """An Evaluator in this process, in a thread."""
 
-    def __init__(self, file: FederationFile, turn: asyncio.Lock) -> None:
-        """`turn` is shared by all that use torch in this process."""
+    def __init__(self, file: FederationFile, folder: Path, turn: asyncio.Lock) -> None:
+        """`folder` is where the federation file lies; `turn` is shared by all that use torch in this process."""
         self._file = file
+        self._folder = folder
         self._turn = turn
         self._tester: Tester | None = None
 
     async def start(self) -> Layout:
         from gptfl_dist.run.evaluator import Tester
 
-        random_weights = self._file.run_folder / RANDOM_WEIGHTS
+        random_weights, samples = self._file.run_folder / RANDOM_WEIGHTS, samples_to_make(self._file)
         async with self._turn:
-            self._tester = await to_its_end(Tester, Plan.of(self._file), self._file.test_data)
+            self._tester = await to_its_end(Tester, self._file, self._folder)
             await to_its_end(self._tester.save, random_weights)
+            if samples is not None:
+                await to_its_end(self._tester.save_samples, samples)
         with WeightsFile(random_weights) as file:
             return file.layout
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 
 from gptfl_dist.config.federation import FederationFile
+from gptfl_dist.config.mixing import HandedOut
 from gptfl_dist.config.plan import Plan
 from gptfl_dist.errors import FederationError, RunAborted, StorageError
 from gptfl_dist.exchange.base import (
@@ -56,8 +57,10 @@ from gptfl_dist.run.handout import HandOut
 from gptfl_dist.run.next_weights import NextWeights
 from gptfl_dist.run.presence import Presence
 from gptfl_dist.run.requests import aborted
+from gptfl_dist.run.synthetic import SAMPLES
 from gptfl_dist.run.watcher import Watcher
 from gptfl_dist.weights import Codec, Layout, WeightsFile
+from gptfl_dist.weights.samples import count_of
 
 _log = logging.getLogger(__name__)
 
@@ -94,6 +97,7 @@ class Federator:
         self._next = NextWeights(file, layout, ledger, self._inbox)
         self.exchange = make_exchange(self._inbox)
         self._reducing = self.exchange if isinstance(self.exchange, Reducing) else None
+        self._samples: dict[str, WeightsFile] = {}  # synthetic ones that silos are given, by digest: one file, or none
         self._presence = Presence(self._silos, watcher)
         self._origins: dict[str, Origin] = {}  # as they connected last
         self._epoch = epoch_of(ledger, file)
@@ -111,10 +115,21 @@ class Federator:
         run = self.ledger.fact("run") or secrets.token_hex(8)
         self.ledger.set_fact("run", run)
         self.ledger.set_fact("transport", self.exchange.transport)
-        await self.exchange.open(Welcome(run, Plan.of(self.file), self._hand_out.layout, self._epoch))
+        plan = Plan.of(self.file, self._open_samples())
+        await self.exchange.open(Welcome(run, plan, self._hand_out.layout, self._epoch))
         self._pump = asyncio.create_task(self._pump_events())
         self._paused = paused_since(self.ledger) is not None
         self._requests = asyncio.create_task(self._look_for_requests())
+
+    def _open_samples(self) -> HandedOut | None:
+        """Opens the synthetic samples that silos are given; what the plan tells of them. Raises ModelError."""
+        mixing = self.file.mixing
+        if mixing.samples == "none":
+            return None
+        file = WeightsFile(self.ledger.folder / SAMPLES)
+        digest, count = file.digest(), count_of(file.layout)
+        self._samples[digest] = file
+        return HandedOut(digest=digest, count=count, use=mixing.samples, per_label=mixing.per_label)
 
     async def stop(self, goodbye: Goodbye) -> None:
         """Says goodbye and ends the exchange."""
@@ -128,6 +143,8 @@ class Federator:
             while not self.exchange.events.empty():
                 self._note_line(self.exchange.events.get_nowait())
         self._inbox.close()
+        for samples in self._samples.values():
+            samples.close()
 
     def fail(self, error: BaseException) -> None:
         """Ends the arm in progress with this error. To be called from the event loop."""
@@ -246,7 +263,7 @@ class Federator:
     async def _publish(self, arm: ArmRun) -> None:
         """Makes the weights available that open orders and the round start from, and no others."""
         unneeded = arm.hold_bases(self._hand_out.path)
-        await self.exchange.publish(arm.bases)
+        await self.exchange.publish(arm.bases | self._samples)
         for weights in unneeded:
             weights.close()
         self._hand_out.keep_only(arm.bases)

@@ -14,6 +14,7 @@ from gptfl_dist.observe.logs import configure
 from gptfl_dist.run.at_rest import KEY_CHECK, key_of
 from gptfl_dist.run.auditor import close_log
 from gptfl_dist.run.candidates import CANDIDATES, CHOICE, CONTACT_SHEET, DROPPED_SHEET, PRETRAINING_STATE
+from gptfl_dist.run.synthetic import SAMPLES
 
 PRIVATE = 0o700
 """The mode of a silo's work folder, which nobody but its owner enters."""
@@ -21,7 +22,7 @@ PRIVATE = 0o700
 _MADE_BY_A_RUN = (
     *(FILE_NAME, f"{FILE_NAME}-wal", f"{FILE_NAME}-shm", LIVE, "weights", "strategy", "spools", "silos", "models"),
     *("logs", "summary.json", "report.html", "pretrained.safetensors", "pretrained.json", "random.safetensors"),
-    *("handed-out", KEY_CHECK),
+    *("handed-out", SAMPLES, KEY_CHECK),
     *(CONTACT_SHEET, DROPPED_SHEET, CANDIDATES, CHOICE, PRETRAINING_STATE),
 )
 """What `--fresh` deletes: never the federation file, data or a synthetic set in the same folder, nor the audit log."""

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from whole_set import load_images
 
-from gptfl_dist.config.federation import Synthesis, Task
+from gptfl_dist.config.federation import Task
+from gptfl_dist.config.synthesis import Synthesis
 from gptfl_dist.errors import StorageError
 from gptfl_dist.learning.group import ALONE
 from gptfl_dist.synthesis import SyntheticSet, synthesize

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 from gptfl_dist.aggregation.rules import rule_of
 from gptfl_dist.aggregation.server import moment_names
 from gptfl_dist.config.base import EVERYWHERE, host_of, port_of
-from gptfl_dist.config.federation import FederationFile, Filter, Generator, SiloEntry
+from gptfl_dist.config.federation import FederationFile, SiloEntry
 from gptfl_dist.config.load import load_silo
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.config.strategy import ROBUST
+from gptfl_dist.config.synthesis import Filter, Generator
 from gptfl_dist.errors import (
     ConfigError,
     GeneratorError,
