@@ -179,6 +179,7 @@ class Federation(Section):
     max_time: Duration | None = None
     target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
     patience: PositiveInt | None = None
+    choose_by: Literal["silos", "synthetic"] = "silos"
     keep: Literal["best", "all"] = "best"
     max_update_norm: PositiveFloat | None = None
 
@@ -311,6 +312,16 @@ class FederationFile(Section):
     test_data: Path | None = None
     silos: list[SiloEntry] = Field(min_length=1)
 
+    @property
+    def pretrains(self) -> bool:
+        """Whether a model is trained on the synthetic set."""
+        return bool({"synthetic_only", "gptfl"} & set(self.arms))
+
+    @property
+    def synthesises(self) -> bool:
+        """Whether the run needs a synthetic set: to train on it, to hand out of it, or to judge models by it."""
+        return self.pretrains or self.mixing.samples != "none" or self.federation.choose_by == "synthetic"
+
     @model_validator(mode="after")
     def _nothing_that_needs_single_updates(self) -> Self:
         rules = self.federation
@@ -376,15 +387,18 @@ class FederationFile(Section):
         return self
 
     @model_validator(mode="after")
-    def _as_mixing_needs(self) -> Self:
-        if self.mixing.samples == "none":
-            return self
-        if self.synthesis.candidates:
-            raise ValueError(
-                f"mixing.samples is {self.mixing.samples}, and synthesis.candidates leaves open of which set: choose a "
-                "candidate first, and name its settings under synthesis"
-            )
-        if self.strategy.rule == "fednova":
+    def _as_the_synthetic_set_allows(self) -> Self:
+        uses = {
+            f"mixing.samples is {self.mixing.samples}": self.mixing.samples != "none",
+            "federation.choose_by is synthetic": self.federation.choose_by == "synthetic",
+        }
+        for setting, given in uses.items():
+            if given and self.synthesis.candidates:
+                raise ValueError(
+                    f"{setting}, and synthesis.candidates leaves open of which set: choose a candidate first, and name "
+                    "its settings under synthesis"
+                )
+        if self.mixing.samples != "none" and self.strategy.rule == "fednova":
             raise ValueError(
                 f"strategy.rule is fednova, which counts a silo's steps by its own samples, but mixing.samples is "
                 f"{self.mixing.samples}: leave it out, or take another rule"
@@ -400,7 +414,7 @@ class FederationFile(Section):
             source = one.generator.source
             if source == "tts" and not audio:
                 raise ValueError("synthesis.generator.source is tts, which speaks, and task.kind is image")
-            if not audio or set(self.arms) == {"fedavg_random"}:
+            if not audio or not self.synthesises:
                 continue
             if source == "embedded":
                 raise ValueError(

@@ -82,7 +82,11 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class ArmRecord:
-    """An arm with its rounds in order. `start` is the digest of the weights that it began with."""
+    """An arm with its rounds in order. `start` is the digest of the weights that it began with.
+
+    `judged` holds accuracy and loss of the start and of the weights after each round on held-out synthetic data, where
+    these choose; nothing where the silos' validation data do.
+    """
 
     arm: str
     learning_rate: float
@@ -90,6 +94,7 @@ class ArmRecord:
     finished: bool
     best_round: int | None
     rounds: tuple[RoundRecord, ...]
+    judged: tuple[tuple[float, float], ...] = ()
 
     @property
     def final(self) -> str:

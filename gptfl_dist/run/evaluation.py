@@ -39,6 +39,9 @@ class Evaluator(Protocol):
     async def test(self, weights: Path) -> tuple[float, list[list[int]]] | None:
         """Accuracy and confusion (rows: true label) on the test data; None where there is none."""
 
+    async def judge(self, weights: Path) -> tuple[float, float]:
+        """Accuracy and loss on the held-out synthetic data. Raises DataError where there is no synthetic set."""
+
     async def stop(self) -> None:
         """Ends what was started."""
 
@@ -54,9 +57,10 @@ class ProcessEvaluator:
         self._asking = asyncio.Lock()
 
     async def start(self) -> Layout:
-        """Starts the process, unless all that it makes lies there and nothing is to be tested."""
+        """Starts the process, unless all that it makes lies there and it is asked for nothing."""
         random_weights, samples = self._file.run_folder / RANDOM_WEIGHTS, samples_to_make(self._file)
-        if self._file.test_data is not None or not random_weights.exists() or samples is not None:
+        asked = self._file.test_data is not None or self._file.federation.choose_by == "synthetic"
+        if asked or not random_weights.exists() or samples is not None:
             message: Message = {
                 "type": "setup",
                 "file": self._file.model_dump(mode="json"),
@@ -75,6 +79,11 @@ class ProcessEvaluator:
         async with self._asking:
             answer = await self._process.ask({"type": "evaluate", "weights": str(weights)}, "evaluated")
         return float(answer["accuracy"]), answer["confusion"]
+
+    async def judge(self, weights: Path) -> tuple[float, float]:
+        async with self._asking:
+            answer = await self._process.ask({"type": "judge", "weights": str(weights)}, "judged")
+        return float(answer["accuracy"]), float(answer["loss"])
 
     async def stop(self) -> None:
         await self._process.stop()
@@ -109,6 +118,12 @@ class InProcessEvaluator:
         async with self._turn:
             result = await to_its_end(self._tester.test, weights)
         return result.accuracy, result.confusion.tolist()
+
+    async def judge(self, weights: Path) -> tuple[float, float]:
+        assert self._tester is not None
+        async with self._turn:
+            result = await to_its_end(self._tester.judge, weights)
+        return result.accuracy, result.loss
 
     async def stop(self) -> None:
         pass

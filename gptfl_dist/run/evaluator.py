@@ -21,7 +21,7 @@ from gptfl_dist.learning.models import build_model
 from gptfl_dist.learning.seeding import deterministic
 from gptfl_dist.observe.logs import to_stderr
 from gptfl_dist.run.at_rest import use_at_rest
-from gptfl_dist.run.synthetic import samples_for_silos
+from gptfl_dist.run.synthetic import samples_for_silos, synthetic_parts
 from gptfl_dist.weights.flat import FlatModel
 
 _log = logging.getLogger("gptfl_dist.run.evaluator")  # of which __name__ is __main__ in its own process
@@ -37,6 +37,7 @@ class Tester:
         self._file = file
         self._folder = folder
         self._flat = FlatModel(build_model(file.model, file.task, len(file.labels), file.seed))
+        self._held_out: ImageSet | None = None  # read when it is asked for
         self._test: ImageSet | None = None
         if file.test_data is not None:
             self._test = load_images(Data(path=file.test_data), file.task, file.labels)
@@ -51,12 +52,21 @@ class Tester:
         """Writes the synthetic samples that silos are given. Raises DataError where there is no synthetic set."""
         write_samples(path, samples_for_silos(self._file, self._folder))
 
+    def judge(self, weights: Path) -> Evaluation:
+        """How good these weights are on the synthetic data that pre-training holds out. Raises as `test`, DataError."""
+        if self._held_out is None:
+            _, self._held_out = synthetic_parts(self._file, self._folder)
+        return self._evaluate(weights, self._held_out)
+
     def test(self, weights: Path) -> Evaluation:
         """How good these weights are on the test data. Raises ModelError or StorageError."""
         assert self._test is not None
+        return self._evaluate(weights, self._test)
+
+    def _evaluate(self, weights: Path, data: ImageSet) -> Evaluation:
         deterministic(0, _THREADS)
         self._flat.load(weights)
-        return evaluate(self._flat.model, self._test, self._file.task, device=_DEVICE)
+        return evaluate(self._flat.model, data, self._file.task, device=_DEVICE)
 
 
 def main() -> None:
@@ -75,6 +85,10 @@ def main() -> None:
                 if "samples" in message:
                     tester.save_samples(Path(message["samples"]))
                 channel.send({"type": "ready"})
+            elif message["type"] == "judge":
+                assert tester is not None
+                result = tester.judge(Path(message["weights"]))
+                channel.send({"type": "judged", "accuracy": result.accuracy, "loss": result.loss})
             else:
                 assert tester is not None
                 result = tester.test(Path(message["weights"]))

@@ -172,6 +172,7 @@ class Federator:
         await asyncio.to_thread(self.ledger.require_state, record.final)
         try:
             self._catch_up_with_tests(plan, record)
+            record = await self._judged(plan)
             delivered = await self._take_over(arm, record)
             owed = {silo: order.round for silo, order in arm.orders.items() if silo not in delivered}
             if unfinished is not None:
@@ -213,6 +214,19 @@ class Federator:
         best = best_round(self.record(plan.name))
         self.ledger.finish_arm(plan.name, best)
         self._drop_old_weights()
+
+    async def _judged(self, plan: ArmPlan) -> ArmRecord:
+        """What the ledger says of an arm, once its newest weights are judged where held-out synthetic data choose.
+
+        The next round waits for it, so that a coordinator that is started again decides alike.
+        """
+        record = self.record(plan.name)
+        if not plan.tested or self.file.federation.choose_by != "synthetic":
+            return record
+        for round_ in range(len(record.judged), record.finished_rounds + 1):
+            accuracy, loss = await self._evaluator.judge(self.ledger.weights_path(record.weights_of(round_)))
+            self.ledger.note_judged(plan.name, accuracy, loss)
+        return self.record(plan.name)
 
     def _stops(self, plan: ArmPlan, record: ArmRecord) -> bool:
         """Whether an arm ends with the rounds that it has behind it. Tuning trials have all their rounds."""
@@ -320,7 +334,7 @@ class Federator:
             ledger.close_round(plan.name, command.round, digest, counted)
             for silo in counted:
                 del arm.orders[silo]
-            record = self.record(plan.name)
+            record = await self._judged(plan)
             self._test(plan, command.round, digest, record.rounds[-1])
             self._drop_old_weights()
             self._queue.put_nowait(machine.Aggregated(command.round, last=self._stops(plan, record)))

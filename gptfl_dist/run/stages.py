@@ -37,7 +37,7 @@ from gptfl_dist.run.candidates import (
     candidate_files,
 )
 from gptfl_dist.run.settings import from_folder
-from gptfl_dist.run.synthetic import pretraining_seed, synthetic_images, synthetic_parts, uses_synthetic
+from gptfl_dist.run.synthetic import pretraining_seed, synthetic_images, synthetic_parts
 from gptfl_dist.weights import WeightsFile
 
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ STAGES: tuple[Stage, ...] = ("generate", "pretrain")
 
 def stages_of(file: FederationFile) -> list[Stage]:
     """The stages that the arms of a file, and what else it uses synthetic data for, need."""
-    if {"synthetic_only", "gptfl"} & set(file.arms):
+    if file.pretrains:
         return list(STAGES)
-    return ["generate"] if uses_synthetic(file) else []
+    return ["generate"] if file.synthesises else []
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,6 @@ SAMPLES = "samples.safetensors"
 """The synthetic samples that silos are given, in the run folder."""
 
 
-def uses_synthetic(file: FederationFile) -> bool:
-    """Whether the federated stage needs the synthetic set itself, and not only the model that was trained on it."""
-    return file.mixing.samples != "none"
-
-
 def pretraining_seed(file: FederationFile) -> int:
     """The seed of the training on synthetic data, and of the choice of what it holds out."""
     from gptfl_dist.learning.seeding import derive_seed

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,22 @@ import pytest
 import yaml
 from federated import in_loop
 from sklearn.datasets import load_digits
-from support import Commands, Federation
+from support import RULES, Commands, Federation
 from trained import TrainedWorld
 
 from gptfl_dist.config.document import dump_yaml
+from gptfl_dist.config.load import load_federation
 from gptfl_dist.config.silo import Data
 from gptfl_dist.errors import PolicyError
 from gptfl_dist.learning.data import load_images
+from gptfl_dist.learning.evaluate import evaluate
 from gptfl_dist.learning.mixing import drawn, write_samples
-from gptfl_dist.run.synthetic import SAMPLES
+from gptfl_dist.learning.models import build_model
+from gptfl_dist.ledger.store import Ledger
+from gptfl_dist.run.settings import request_of
+from gptfl_dist.run.synthetic import SAMPLES, samples_for_silos, synthetic_parts
 from gptfl_dist.weights import WeightsFile
+from gptfl_dist.weights.flat import FlatModel
 from gptfl_dist.weights.sealed import use_key
 
 QUICK = {"epochs": 4, "batch_size": 16, "learning_rate": 0.3}
@@ -199,3 +206,29 @@ def test_they_are_encrypted_at_rest_where_weights_are(gptfl: Commands, mixing: M
             assert sealed.read(0, sealed.nbytes) == content
     finally:
         use_key(None)
+
+
+@pytest.mark.parametrize("exchange", ["grpc", "memory"])
+def test_models_are_judged_by_what_no_silo_and_no_pretraining_is_given(
+    gptfl: Commands, mixing: Make, exchange: str
+) -> None:
+    rules = {**RULES, "rounds": 2, "choose_by": "synthetic"}
+    federation = mixing("judged", federation=rules, training={"batch_size": 8, "learning_rate": 0.01})
+    gptfl.run("run", federation.path, "--exchange", exchange)
+    assert federation.summary()["chosen_by"] == "synthetic"
+    assert "chosen on held-out synthetic data" in (federation.run_folder / "report.html").read_text()
+    file = load_federation(federation.path)
+    trained, held_out = synthetic_parts(file, federation.folder)
+    given = samples_for_silos(file, federation.folder)
+    assert (len(trained), len(held_out), len(given)) == (54, 6, 50)
+    seen = {image.numpy().tobytes() for image in (*trained.images, *given.images)}
+    assert not seen & {image.numpy().tobytes() for image in held_out.images}
+    with closing(Ledger(file.run_folder, request_of(federation.path, file))) as ledger:
+        record = ledger.arm("fedavg_random")
+    assert record is not None
+    assert len(record.judged) == 3
+    assert record.best_round == max(range(3), key=lambda r: (record.judged[r][0], -record.judged[r][1]))
+    model = FlatModel(build_model(file.model, file.task, 2, 0))
+    model.load(federation.run_folder / "models" / "fedavg_random-final.safetensors")
+    found = evaluate(model.model, held_out, file.task, device="cpu")
+    assert record.judged[2] == pytest.approx((found.accuracy, found.loss), rel=1e-5)
