@@ -132,7 +132,8 @@ class Pretraining(Section):
 class Training(Section):
     """A silo's local training in each round. Several learning rates make a grid that `tuning` chooses from.
 
-    `schedule`, `warm_up_rounds` and `head_rounds` count the arm's rounds: they say how one round differs from another.
+    `schedule`, `warm_up_rounds`, `first_round` and `head_rounds` count the arm's rounds: they say how one round differs
+    from another.
     """
 
     epochs: PositiveInt = 1
@@ -140,6 +141,7 @@ class Training(Section):
     learning_rate: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=1)] = 0.2
     schedule: Literal["constant", "cosine"] = "constant"
     warm_up_rounds: NonNegativeInt = 3
+    first_round: Literal["train", "means"] = "train"
     head_rounds: NonNegativeInt = 0
     momentum: Momentum = 0.0
     weight_decay: NonNegativeFloat = 0.0
@@ -155,6 +157,11 @@ class Training(Section):
     def learning_rates(self) -> list[float]:
         """The grid, of one rate or several."""
         return self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]
+
+    @property
+    def first_trained(self) -> int:
+        """The first round that silos train in."""
+        return 2 if self.first_round == "means" else 1
 
 
 class Tuning(Section):
@@ -403,6 +410,28 @@ class FederationFile(Section):
                 f"strategy.rule is fednova, which counts a silo's steps by its own samples, but mixing.samples is "
                 f"{self.mixing.samples}: leave it out, or take another rule"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _as_class_means_need(self) -> Self:
+        rules, strategy, training = self.federation, self.strategy, self.training
+        needs = {
+            f"federation.mode is {rules.mode}": rules.mode != "synchronous",
+            f"federation.late is {rules.late}": rules.late != "drop",
+            "federation.max_update_norm is set": rules.max_update_norm is not None,
+            f"strategy.rule is {strategy.rule}": strategy.rule not in ("mean", "fednova"),
+            "strategy.clip_norm is set": strategy.clip_norm is not None,
+            f"training.contrastive is {training.contrastive:g}": training.contrastive > 0,
+            "training.private_norms is true": training.private_norms,
+            f"compression.up is {self.compression.up}": self.compression.up != "none",
+            f"tuning.rounds is {self.tuning.rounds}": self.tuning.rounds < 2 and len(training.learning_rates) > 1,
+        }
+        for setting, given in needs.items():
+            if given and training.first_round == "means":
+                raise ValueError(
+                    f"training.first_round is means, in which silos send sums of what the model sees in their samples, "
+                    f"but {setting}: leave it out, or set training.first_round to train"
+                )
         return self
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ Use = Literal["all", "missing"]
 class Mixing(Section):
     """Whether silos are given synthetic samples, what they do with them, and how many of each label there are."""
 
-    samples: Literal["none"] | Use = "none"
+    samples: Literal["none", "all", "missing"] = "none"
     per_label: PositiveInt = 100
 
 

@@ -66,18 +66,21 @@ class LocalTraining(Section):
     clip_norm: PositiveFloat | None = None
     augmentation: bool
     threads: PositiveInt
-    trained: Literal["all", "head"] = "all"
+    trained: Literal["all", "head", "means"] = "all"
 
     @classmethod
     def of(cls, file: FederationFile, learning_rate: float, round_: int) -> LocalTraining:
         """The local training that a federation file asks for in a round (from 1), at one learning rate of its grid."""
         training = file.training
         shared = cls.model_fields.keys() & Training.model_fields.keys()
+        trained = "head" if round_ <= training.head_rounds else "all"
+        if round_ < training.first_trained:
+            trained = "means"
         return cls(
             **{
                 **training.model_dump(include=shared),
                 "learning_rate": learning_rate * rate_factor(training, round_, file.federation.rounds),
-                "trained": "head" if round_ <= training.head_rounds else "all",
+                "trained": trained,
             }
         )
 

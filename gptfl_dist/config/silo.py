@@ -118,6 +118,7 @@ class Policy(Section):
     max_epochs_per_round: PositiveInt = 100
     max_seconds_per_round: Duration = 24 * 3600.0
     max_model: Size = 8 * 2**30
+    class_means: bool = False
     max_synthetic: Size = 2**30
     metrics: list[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]] = Field(
         default=["accuracy", "loss", "samples", "seconds", "train_loss"]

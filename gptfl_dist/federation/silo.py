@@ -28,6 +28,11 @@ class PolicyGuard:
                 f"the coordinator asks for {order.training.epochs} epochs a round, "
                 f"policy.max_epochs_per_round allows {self.policy.max_epochs_per_round}"
             )
+        if order.training.trained == "means" and not self.policy.class_means:
+            raise PolicyError(
+                "the coordinator asks for the sums of what the samples of each label look like to the model, "
+                "policy.class_means is false"
+            )
         if self.rounds >= self.policy.max_rounds:
             raise PolicyError(f"policy.max_rounds allows {self.policy.max_rounds} rounds, and they are used up")
         self.rounds += 1

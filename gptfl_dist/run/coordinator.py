@@ -230,6 +230,8 @@ async def _run(path: Path, file: FederationFile, ledger: Ledger, live: LiveFile,
     live.stage("federate")
     try:
         layout = await evaluator.start()
+        for note in evaluator.notes:
+            around.say(note)
         tested = None
         if federated_arms(file):
             watcher = Terminal(file, ledger, live, around.say)

@@ -30,7 +30,9 @@ def samples_to_make(file: FederationFile) -> Path | None:
 
 
 class Evaluator(Protocol):
-    """Whoever does it."""
+    """Whoever does it. `notes` are on the start weights, for the operator; there are none before they are made."""
+
+    notes: list[str]
 
     async def start(self) -> Layout:
         """The model's layout. In the run folder lie the random start weights, and what silos are given of the synthetic
@@ -41,6 +43,9 @@ class Evaluator(Protocol):
 
     async def judge(self, weights: Path) -> tuple[float, float]:
         """Accuracy and loss on the held-out synthetic data. Raises DataError where there is no synthetic set."""
+
+    async def make_head(self, base: Path, summed: Path, made: Path) -> None:
+        """Writes weights whose last layer is made of the sums of class means that lie between two others."""
 
     async def stop(self) -> None:
         """Ends what was started."""
@@ -55,11 +60,13 @@ class ProcessEvaluator:
         self._file = file
         self._folder = folder
         self._asking = asyncio.Lock()
+        self.notes: list[str] = []
 
     async def start(self) -> Layout:
         """Starts the process, unless all that it makes lies there and it is asked for nothing."""
         random_weights, samples = self._file.run_folder / RANDOM_WEIGHTS, samples_to_make(self._file)
         asked = self._file.test_data is not None or self._file.federation.choose_by == "synthetic"
+        asked |= self._file.training.first_round == "means"
         if asked or not random_weights.exists() or samples is not None:
             message: Message = {
                 "type": "setup",
@@ -69,7 +76,7 @@ class ProcessEvaluator:
                 **({} if samples is None else {"samples": str(samples)}),
             }
             await self._process.start()
-            await self._process.ask(message, "ready")
+            self.notes = (await self._process.ask(message, "ready"))["notes"]
         with WeightsFile(random_weights) as file:
             return file.layout
 
@@ -85,6 +92,11 @@ class ProcessEvaluator:
             answer = await self._process.ask({"type": "judge", "weights": str(weights)}, "judged")
         return float(answer["accuracy"]), float(answer["loss"])
 
+    async def make_head(self, base: Path, summed: Path, made: Path) -> None:
+        message: Message = {"type": "head", "base": str(base), "summed": str(summed), "made": str(made)}
+        async with self._asking:
+            await self._process.ask(message, "made")
+
     async def stop(self) -> None:
         await self._process.stop()
 
@@ -98,6 +110,7 @@ class InProcessEvaluator:
         self._folder = folder
         self._turn = turn
         self._tester: Tester | None = None
+        self.notes: list[str] = []
 
     async def start(self) -> Layout:
         from gptfl_dist.run.evaluator import Tester
@@ -105,6 +118,7 @@ class InProcessEvaluator:
         random_weights, samples = self._file.run_folder / RANDOM_WEIGHTS, samples_to_make(self._file)
         async with self._turn:
             self._tester = await to_its_end(Tester, self._file, self._folder)
+            self.notes = self._tester.notes
             await to_its_end(self._tester.save, random_weights)
             if samples is not None:
                 await to_its_end(self._tester.save_samples, samples)
@@ -124,6 +138,11 @@ class InProcessEvaluator:
         async with self._turn:
             result = await to_its_end(self._tester.judge, weights)
         return result.accuracy, result.loss
+
+    async def make_head(self, base: Path, summed: Path, made: Path) -> None:
+        assert self._tester is not None
+        async with self._turn:
+            await to_its_end(self._tester.make_head, base, summed, made)
 
     async def stop(self) -> None:
         pass

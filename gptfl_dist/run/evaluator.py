@@ -16,6 +16,7 @@ from gptfl_dist.errors import GptflError
 from gptfl_dist.launch.channel import TrainerEnd, error_to_message
 from gptfl_dist.learning.data import ImageSet, load_images
 from gptfl_dist.learning.evaluate import Evaluation, evaluate
+from gptfl_dist.learning.means import head_from_sums, last_weight
 from gptfl_dist.learning.mixing import write_samples
 from gptfl_dist.learning.models import build_model
 from gptfl_dist.learning.seeding import deterministic
@@ -36,7 +37,10 @@ class Tester:
         deterministic(0, _THREADS)
         self._file = file
         self._folder = folder
-        self._flat = FlatModel(build_model(file.model, file.task, len(file.labels), file.seed))
+        self.notes: list[str] = []  # on the start weights, for the operator
+        self._flat = FlatModel(build_model(file.model, file.task, len(file.labels), file.seed, self.notes.append))
+        if file.training.first_round == "means":
+            last_weight(self._flat.model, len(file.labels))  # or it would be found out in the round
         self._held_out: ImageSet | None = None  # read when it is asked for
         self._test: ImageSet | None = None
         if file.test_data is not None:
@@ -57,6 +61,14 @@ class Tester:
         if self._held_out is None:
             _, self._held_out = synthetic_parts(self._file, self._folder)
         return self._evaluate(weights, self._held_out)
+
+    def make_head(self, base: Path, summed: Path, made: Path) -> None:
+        """Writes the weights of `base` with a last layer of the sums that were added to its own in `summed`."""
+        self._flat.load(summed)
+        weight = last_weight(self._flat.model, len(self._file.labels))
+        self._flat.load(base)
+        head_from_sums(self._flat.model, weight, len(self._file.labels))
+        self._flat.save(made)
 
     def test(self, weights: Path) -> Evaluation:
         """How good these weights are on the test data. Raises ModelError or StorageError."""
@@ -84,7 +96,11 @@ def main() -> None:
                 tester.save(Path(message["random_weights"]))
                 if "samples" in message:
                     tester.save_samples(Path(message["samples"]))
-                channel.send({"type": "ready"})
+                channel.send({"type": "ready", "notes": tester.notes})
+            elif message["type"] == "head":
+                assert tester is not None
+                tester.make_head(*(Path(message[name]) for name in ("base", "summed", "made")))
+                channel.send({"type": "made"})
             elif message["type"] == "judge":
                 assert tester is not None
                 result = tester.judge(Path(message["weights"]))

@@ -60,6 +60,7 @@ from gptfl_dist.run.requests import aborted
 from gptfl_dist.run.synthetic import SAMPLES
 from gptfl_dist.run.watcher import Watcher
 from gptfl_dist.weights import Codec, Layout, WeightsFile
+from gptfl_dist.weights.file import blocks
 from gptfl_dist.weights.samples import count_of
 
 _log = logging.getLogger(__name__)
@@ -272,7 +273,7 @@ class Federator:
 
     async def _handed_out(self, round_: int, base: str) -> str:
         """The digest of what the silos get of a round's weights."""
-        return await self._hand_out.prepare(base, state_of(self.ledger, round_, base))
+        return await self._hand_out.prepare(base, state_of(self.ledger, self.file.training, round_, base))
 
     async def _publish(self, arm: ArmRun) -> None:
         """Makes the weights available that open orders and the round start from, and no others."""
@@ -329,6 +330,8 @@ class Federator:
             counted = {silo: arm.orders[silo].round for silo in command.silos}
             reduced = None if self._reducing is None else await self._reducing.reduce(command.silos)
             digest = await self._next.make(counted, reduced)
+            if command.round < self.file.training.first_trained:
+                digest = await self._with_means(arm, digest)
             self._note_spent(arm)
             arm.stop_counting(self.exchange.traffic)
             ledger.close_round(plan.name, command.round, digest, counted)
@@ -345,6 +348,14 @@ class Federator:
             ledger.forgive(plan.name, arm.machine.round, command.reason)  # not of a round that was closed
             kind = RoundFailed if command.untrainable else FederationError
             raise kind(f"arm {plan.name}, {command.reason}", hint=_hint(command))
+
+    async def _with_means(self, arm: ArmRun, summed: str) -> str:
+        """The digest of the round's weights with a last layer of the class means that were summed into it."""
+        made = self.ledger.weights_path("means")  # no digest: it is dropped with what nothing needs
+        await self._evaluator.make_head(self.ledger.weights_path(arm.base), self.ledger.weights_path(summed), made)
+        with WeightsFile(made) as weights:
+            content = blocks(weights, weights.nbytes)
+            return await asyncio.to_thread(self.ledger.add_weights, self.layout, content)
 
     def _note_spent(self, arm: ArmRun) -> None:
         spent = arm.spent(self.exchange.traffic)

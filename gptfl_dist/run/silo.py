@@ -112,6 +112,13 @@ def require_built_in(silo: SiloFile, plan: Plan) -> None:
         )
 
 
+def require_training(silo: SiloFile, order: Order) -> None:
+    """Raises PolicyError where an order asks for class means, and a script of the silo's own makes none."""
+    means = order.training is not None and order.training.trained == "means"
+    if means and silo.code is not None and silo.code.script is not None:
+        raise PolicyError("the coordinator asks for class means, and this silo's code.script trains by itself")
+
+
 class OrderRunner(Protocol):
     """Carries out orders: a trainer process, or the trainer in this very process.
 
@@ -163,6 +170,7 @@ class ProcessRunner:
             await self._persist(lambda: self._start(unheard), unheard)
 
     async def run(self, order: Order, files: OrderFiles, progress: Progress) -> Result:
+        require_training(self._silo, order)
         message: Message = {"type": order.kind, "weights": str(files.weights)}
         if order.training is not None:
             training = order.training.model_dump(mode="json")

@@ -44,6 +44,7 @@ from gptfl_dist.learning.evaluate import evaluate
 from gptfl_dist.learning.group import ALONE, RENDEZVOUS, Group, open_group, told_by_launcher
 from gptfl_dist.learning.keeping import Keeping, bind
 from gptfl_dist.learning.local import train
+from gptfl_dist.learning.means import add_sums
 from gptfl_dist.learning.mixing import blank_samples, mixed, read_samples
 from gptfl_dist.learning.models import build_model
 from gptfl_dist.learning.seeding import derive_seed, deterministic
@@ -157,17 +158,21 @@ class Trainer:
         )
         received = self.evaluate(weights, settings.threads, kept)
         seed = derive_seed(self._plan.seed, "train", round_, self._name)
-        metrics = self._train(
-            self.flat.model,
-            self._training if self._mixture is None else self._mixture,
-            settings,
-            self._plan.task,
-            seed=seed,
-            device=self._device,
-            progress=self._as_of_own(progress, settings),
-            **({"group": self._group} if _takes("group", self._train) else {}),
-            **({} if self._keeping is None else self._keeping.terms()),
-        )
+        if settings.trained == "means":
+            model, device = self.flat.model, self._device
+            metrics = add_sums(model, self._training, self._plan.task, device=device, threads=settings.threads)
+        else:
+            metrics = self._train(
+                self.flat.model,
+                self._training if self._mixture is None else self._mixture,
+                settings,
+                self._plan.task,
+                seed=seed,
+                device=self._device,
+                progress=self._as_of_own(progress, settings),
+                **({"group": self._group} if _takes("group", self._train) else {}),
+                **({} if self._keeping is None else self._keeping.terms()),
+            )
         if not isinstance(metrics, dict):
             raise TrainerError(
                 f"the training function returned {type(metrics).__name__}, expected a dict of metrics",
@@ -255,10 +260,12 @@ def _model_of(plan: Plan, silo: SiloFile) -> Model:
             )
         return plan.model.model_copy(update={"source": silo.code.model})
     if plan.model.name == "transformers":
-        if silo.model_source is not None:
-            return plan.model.model_copy(update={"source": silo.model_source})
-        assert plan.model.source is not None
-        _check_folder(plan.model.source)
+        source = silo.model_source or plan.model.source
+        assert source is not None
+        if silo.model_source is None:
+            _check_folder(source)
+        # The weights come from the coordinator: of a checkpoint no more than the config is needed here.
+        return plan.model.model_copy(update={"source": source, "pretrained": False})
     return plan.model
 
 

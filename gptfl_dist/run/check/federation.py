@@ -6,7 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,12 +116,12 @@ def _federation_devices(file: FederationFile) -> str:
     )
 
 
-def _built(path: Path, file: FederationFile) -> nn.Module:
+def _built(path: Path, file: FederationFile, tell: Callable[[str], None] = lambda told: None) -> nn.Module:
     """The federation's model as the coordinator builds it."""
     from gptfl_dist.learning.models import build_model
 
     with code_beside(path):
-        return build_model(file.model, file.task, len(file.labels), file.seed)
+        return build_model(file.model, file.task, len(file.labels), file.seed, tell)
 
 
 def _model(path: Path, file: FederationFile) -> str:
@@ -132,7 +132,8 @@ def _model(path: Path, file: FederationFile) -> str:
     from gptfl_dist.learning.models import logits
     from gptfl_dist.weights.flat import layout_of
 
-    model = _built(path, file)
+    notes: list[str] = []
+    model = _built(path, file, notes.append)
     layout = layout_of(model)
     count = file.training.batch_size
     images = torch.zeros(count, *file.task.shape)
@@ -143,7 +144,8 @@ def _model(path: Path, file: FederationFile) -> str:
             f"model {file.model.name} cannot train on a batch of shape {tuple(images.shape)}: {error}",
             hint="make task and training.batch_size fit the model",
         ) from error
-    return f"{file.model.name} with {layout.parameters:,} parameters ({size(layout.nbytes)}) took a batch of {count}"
+    took = f"{file.model.name} with {layout.parameters:,} parameters ({size(layout.nbytes)}) took a batch of {count}"
+    return "; ".join([took, *notes])
 
 
 def _prompts(file: FederationFile) -> str:
