@@ -17,8 +17,6 @@ from gptfl_dist.errors import DataError
 from gptfl_dist.run.experiment.data import keys_of, parts_of
 from gptfl_dist.synthesis.generator import EMBEDDED_LABELS
 
-JUDGED = {"choose_by": "synthetic"}
-
 
 def digits(path: Path, every: int, first: int) -> None:
     images, labels = mnist_data()
@@ -85,28 +83,27 @@ def test_a_matrix_is_run_cell_by_cell_and_what_is_finished_is_not_run_again(gptf
     assert {each: each.stat().st_mtime_ns for each in cells.rglob("summary.json")} == times
 
 
-def test_a_strategy_that_hands_out_synthetic_samples_has_them_whatever_the_start(
+def test_strategies_that_use_synthetic_samples_or_class_means_are_cells_as_others_are(
     gptfl: Commands, tmp_path: Path
 ) -> None:
-    mixing = {"mixing": {"samples": "missing", "per_label": 3}}
     path = experiment(
         tmp_path,
-        strategies={"fedavg": {}, "filled": {"settings": mixing}, "by": {"settings": {"federation": JUDGED}}},
+        strategies={
+            "filled": {"settings": {"mixing": {"samples": "missing", "per_label": 3}}},
+            "means": {"settings": {"training": {"first_round": "means"}}},
+        },
         tuning={"rounds": 1, "grid": [{"training": {"learning_rate": 0.2}}]},
-        cells=[{"splits": ["uneven"], "starts": ["random"], "strategies": ["fedavg", "filled", "by"]}],
+        cells=[{"splits": ["uneven"], "starts": ["random"], "strategies": ["filled", "means"]}],
     )
     gptfl.run("experiment", path)
     start = tmp_path / "results" / "starts" / "random" / "seed-4"
     assert (start / "synthetic" / "manifest.json").exists()
     assert not (start / "pretrained.safetensors").exists()
-    cells = tmp_path / "results" / "cells" / "uneven" / "random"
-    found = {
-        strategy: json.loads((cells / strategy / "all" / "seed-4" / "summary.json").read_text())
-        for strategy in ("fedavg", "filled", "by")
-    }
-    weights = {strategy: each["weights"]["fedavg_random"]["final"] for strategy, each in found.items()}
-    assert weights["filled"] != weights["fedavg"] == weights["by"]
-    assert [found[strategy]["chosen_by"] for strategy in found] == ["silos", "silos", "synthetic"]
+    runs = {name: tmp_path / "results/cells/uneven/random" / name / "all/seed-4" for name in ("filled", "means")}
+    assert {name for name, run in runs.items() if (run / "samples.safetensors").exists()} == {"filled"}
+    arms = [json.loads((run / "summary.json").read_text())["arms"]["fedavg_random"] for run in runs.values()]
+    assert arms[0]["start_accuracy"] == arms[1]["start_accuracy"]
+    assert arms[0]["curve"] != arms[1]["curve"]
 
 
 def test_a_wrong_setting_is_found_before_anything_runs(gptfl: Commands, tmp_path: Path) -> None:
