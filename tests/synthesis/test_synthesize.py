@@ -153,7 +153,8 @@ class TestResuming:
         settings.write_text(larger.model_dump_json())
         code = (
             "import sys; from pathlib import Path\n"
-            "from gptfl_dist.config.federation import Synthesis, Task\n"
+            "from gptfl_dist.config.federation import Task\n"
+            "from gptfl_dist.config.synthesis import Synthesis\n"
             "from gptfl_dist.learning.group import ALONE\n"
             "from gptfl_dist.synthesis import synthesize\n"
             "settings = Synthesis.model_validate_json(Path(sys.argv[1]).read_text())\n"
