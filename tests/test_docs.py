@@ -1,7 +1,7 @@
 """The documentation is true: what README.md and docs/ name exists, and nothing that must be named is left out.
 
-A YAML block says in its first line what it is: ```yaml federation or ```yaml silo for a whole file, with `part` after
-it for some of its settings.
+A YAML block says in its first line what it is: ```yaml federation, silo or experiment for a whole file, with `part`
+after it for some of its settings.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from pydantic import BaseModel
 from gptfl_dist import errors
 from gptfl_dist.cli.main import app
 from gptfl_dist.config.federation import FederationFile
-from gptfl_dist.config.load import load_federation, load_silo
+from gptfl_dist.config.load import load_experiment, load_federation, load_silo
 from gptfl_dist.config.silo import Policy, SiloFile
 from gptfl_dist.observe.summary import FederatedArm, Summary, SyntheticArm
 from gptfl_dist.run.audit import EVENTS
+from gptfl_dist.run.experiment.plan import Cell, groups_of, settings_of
 from gptfl_dist.run.settings import MAY_CHANGE
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +47,13 @@ COMMANDS = leaves(typer.main.get_command(app))
 LEAST: dict[str, dict[str, Any]] = {
     "federation": {"name": "n", "labels": ["a", "b"], "silos": [{"name": "s"}]},
     "silo": {"name": "s"},
+    "experiment": {
+        "name": "n",
+        "labels": ["a", "b"],
+        "data": {"path": "train.npz"},
+        "test_data": "test.npz",
+        "splits": {"uneven": {"silos": 2, "alpha": 0.1}},
+    },
 }
 SUFFIXES = {"html", "jsonl", "json", "log", "md", "npz", "pem", "png", "py", "safetensors", "sqlite", "yaml"}
 FOREIGN = (
@@ -212,11 +220,16 @@ def test_every_yaml_block_is_valid(page: Path, tmp_path: Path) -> None:
         assert block.kind[1:] in {(kind, *part) for kind in LEAST for part in ((), ("part",))}, block.where
         text = block.text
         if block.kind[2:]:
-            least = {**LEAST["silo"], "data": {"path": "data"}} if block.kind[1] == "silo" else LEAST["federation"]
+            least = {**LEAST["silo"], "data": {"path": "data"}} if block.kind[1] == "silo" else LEAST[block.kind[1]]
             text = yaml.safe_dump({**least, **yaml.safe_load(text)})
         path = tmp_path / "file.yaml"
         path.write_text(text)
-        (load_silo if block.kind[1] == "silo" else load_federation)(path)
+        if block.kind[1] == "experiment":
+            file = load_experiment(path)
+            for group in groups_of(file):
+                FederationFile.model_validate(settings_of(file, Cell(group, 0), 0, LEAST["federation"]["silos"]))
+        else:
+            (load_silo if block.kind[1] == "silo" else load_federation)(path)
 
 
 def has_setting(kind: type[BaseModel], keys: list[str]) -> bool:

@@ -13,14 +13,10 @@ from gptfl_dist.config.federation import (
     Exchange,
     Federation,
     FederationFile,
-    Filter,
-    Generator,
     Limits,
     Model,
     Pretraining,
-    Prompts,
     SiloEntry,
-    Synthesis,
     Task,
     Training,
     Tuning,
@@ -30,6 +26,7 @@ from gptfl_dist.config.operator import OperatorFile
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.config.schema import experiment_schema, federation_schema, operator_schema, silo_schema
 from gptfl_dist.config.silo import Code, Coordinator, Data, Policy, SiloFile
+from gptfl_dist.config.synthesis import Filter, Generator, Prompts, Synthesis
 
 __all__ = [
     "Arm",

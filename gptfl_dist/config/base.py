@@ -27,6 +27,12 @@ Address = Annotated[
 EVERYWHERE = ("0.0.0.0", "::")
 """The hosts to listen on that stand for all addresses of a machine."""
 
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+Device = Annotated[
+    str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="a device: auto, cpu, cuda, cuda:1 or mps")
+]
+
 
 def host_of(address: str) -> str:
     """The host of host:port, an IPv6 address without its brackets and in its one spelling."""

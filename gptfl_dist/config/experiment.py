@@ -53,10 +53,32 @@ class Split(Section):
 
 
 class Start(Section):
-    """The weights that a federation begins with: those of an arm of the federation file, by its settings."""
+    """The weights that a federation begins with: random ones, those of a public checkpoint, or those that were trained
+    on synthetic data, from random ones or from a checkpoint.
 
-    arm: Literal["random", "synthetic"]
+    `checkpoint` is a folder or hub id of a `transformers` model, which is the federation's model then.
+    """
+
+    arm: Literal["random", "checkpoint", "synthetic"]
+    checkpoint: str | None = None
     settings: Settings = Field(default={})
+
+    @model_validator(mode="after")
+    def _checkpoint_where_one_is_meant(self) -> Self:
+        if self.arm == "checkpoint" and self.checkpoint is None:
+            raise ValueError("arm is checkpoint, so checkpoint must name a folder or hub id of a transformers model")
+        if self.arm == "random" and self.checkpoint is not None:
+            raise ValueError("arm is random, which takes no checkpoint: set arm to checkpoint, or to synthetic")
+        if self.checkpoint is not None and "model" in self.settings:
+            raise ValueError("checkpoint names the model: leave it out, or settings.model")
+        return self
+
+    @property
+    def model(self) -> Settings:
+        """The settings that make a checkpoint the federation's model; none where there is none."""
+        if self.checkpoint is None:
+            return {}
+        return {"model": {"name": "transformers", "source": self.checkpoint, "pretrained": True}}
 
     @property
     def random(self) -> bool:
@@ -65,7 +87,7 @@ class Start(Section):
 
     @property
     def federated_arm(self) -> Arm:
-        return "fedavg_random" if self.arm == "random" else "gptfl"
+        return "gptfl" if self.arm == "synthetic" else "fedavg_random"
 
 
 class Method(Section):

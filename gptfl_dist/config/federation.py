@@ -7,32 +7,18 @@ relative to the file. Sections appear in the order in which the run uses them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from gptfl_dist.config.at_rest import AtRest
-from gptfl_dist.config.base import Address, Name, Section
+from gptfl_dist.config.base import Address, Device, Name, Section, Share
+from gptfl_dist.config.mixing import Mixing
 from gptfl_dist.config.strategy import Momentum, Strategy
+from gptfl_dist.config.synthesis import Synthesis
 from gptfl_dist.config.units import Duration, Rate, Size
 
-_FILLED_IN = ("templates", "styles")
-
-Share = Annotated[float, Field(gt=0, lt=1)]
 Arm = Literal["synthetic_only", "fedavg_random", "gptfl"]
-Engine = Literal["espeak-ng", "flite", "hibari"]
-Device = Annotated[
-    str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="a device: auto, cpu, cuda, cuda:1 or mps")
-]
 
 
 class Task(Section):
@@ -129,134 +115,6 @@ class Model(Section):
         return self
 
 
-class Prompts(Section):
-    """How labels become prompts: every template with every style, `{label}` and `{style}` filled in.
-
-    Or a prompt set in `file`, a YAML file of `label: [prompt, ...]` that `gptfl prompts` makes and people edit.
-    """
-
-    templates: list[str] = Field(default=["a handwritten digit {label}"], min_length=1)
-    styles: list[str] = Field(default=[])
-    file: Path | None = None
-
-    @model_validator(mode="after")
-    def _file_stands_alone(self) -> Self:
-        given = [name for name in _FILLED_IN if name in self.model_fields_set]
-        if self.file is not None and given:
-            raise ValueError(f"file holds the prompts themselves: give it without {' and '.join(given)}")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_what_file_replaces(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in whole(self).items() if self.file is None or name not in _FILLED_IN}
-
-    @model_validator(mode="after")
-    def _placeholders(self) -> Self:
-        for template in self.templates:
-            if "{label}" not in template:
-                raise ValueError(f"the template {template!r} has no {{label}}")
-            if "{style}" in template and not self.styles:
-                raise ValueError(f"the template {template!r} has {{style}}, but prompts.styles is empty")
-        return self
-
-
-class Generator(Section):
-    """A `diffusers` pipeline and how to sample from it, or the text-to-speech `engines` (`source: tts`).
-
-    `source: embedded` is the pipeline that ships with the package.
-    """
-
-    source: str = "embedded"
-    engines: Annotated[list[Engine], Field(min_length=1)] = Field(default=["espeak-ng", "flite", "hibari"])
-    guidance: NonNegativeFloat | Annotated[list[NonNegativeFloat], Field(min_length=1)] = 2.0
-    steps: PositiveInt = 10
-    scheduler: str | None = None
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    device: Device = "auto"
-    batch_size: PositiveInt = 50
-    size: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _engines_of_speech(self) -> Self:
-        if self.source != "tts" and self.engines != type(self).model_fields["engines"].default:
-            raise ValueError(f"engines are of source tts, and source is {self.source}")
-        twice = sorted({name for name in self.engines if self.engines.count(name) > 1})
-        if twice:
-            raise ValueError(f"engines names {', '.join(twice)} twice")
-        return self
-
-
-class Filter(Section):
-    """Which images are kept to train on: those on whose label a judge agrees, and at most a quota a label."""
-
-    judge: Literal["cross", "classifier", "encoder"] = "cross"
-    source: str | None = None
-    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    keep_per_label: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _source_where_needed(self) -> Self:
-        if self.judge == "cross" and self.source is not None:
-            raise ValueError("filter.judge is cross, which takes no filter.source")
-        if self.judge != "cross" and not self.source:
-            raise ValueError(f"filter.judge is {self.judge}, so filter.source must name a model folder or a hub id")
-        return self
-
-
-class Candidate(Section):
-    """A generator, prompts or a filter that may be the better ones; what it leaves out is as in `synthesis`."""
-
-    generator: Generator | None = None
-    prompts: Prompts | None = None
-    filter: Filter | None = None
-
-
-class Synthesis(Section):
-    """The synthetic data set: which generator, which prompts, how many images, where it is kept, which are used."""
-
-    generator: Generator = Generator()
-    prompts: Prompts = Prompts()
-    images_per_label: PositiveInt = 200
-    shard_size: PositiveInt = 100
-    folder: Path = Path("synthetic")
-    threads: NonNegativeInt = 0
-    filter: Filter | None = None
-    candidates: dict[Name, Candidate] = Field(default={})
-    choose_by: Literal["silos", "synthetic"] = "silos"
-
-    @model_validator(mode="after")
-    def _a_choice_of_several(self) -> Self:
-        if len(self.candidates) == 1:
-            raise ValueError("candidates names one candidate, expected two or more (or none)")
-        return self
-
-    def of_candidate(self, name: str) -> Synthesis:
-        """The settings of one candidate, whose set is kept in a folder of its own."""
-        candidate = self.candidates[name]
-        return self.model_copy(
-            update={
-                "generator": candidate.generator or self.generator,
-                "prompts": candidate.prompts or self.prompts,
-                "filter": candidate.filter or self.filter,
-                "candidates": {},
-                "folder": self.folder / name,
-            }
-        )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _templates_of_the_generator(cls, settings: Any) -> Any:
-        """Templates that are left out fit the generator: the embedded one knows but one kind of prompt."""
-        if not isinstance(settings, dict):
-            return settings
-        generator, prompts = settings.get("generator"), settings.get("prompts", {})
-        source = generator.get("source", "embedded") if isinstance(generator, dict) else "embedded"
-        if source == "embedded" or not isinstance(prompts, dict) or {"templates", "file"} & prompts.keys():
-            return settings
-        template = "{label}" if source == "tts" else "a photo of a {label}"
-        return {**settings, "prompts": {"templates": [template], **prompts}}
-
-
 class Pretraining(Section):
     """Central training on the synthetic set. The held-out part that stops it is synthetic too."""
 
@@ -274,7 +132,8 @@ class Pretraining(Section):
 class Training(Section):
     """A silo's local training in each round. Several learning rates make a grid that `tuning` chooses from.
 
-    `schedule`, `warm_up_rounds` and `head_rounds` count the arm's rounds: they say how one round differs from another.
+    `schedule`, `warm_up_rounds`, `first_round` and `head_rounds` count the arm's rounds: they say how one round differs
+    from another.
     """
 
     epochs: PositiveInt = 1
@@ -282,6 +141,7 @@ class Training(Section):
     learning_rate: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=1)] = 0.2
     schedule: Literal["constant", "cosine"] = "constant"
     warm_up_rounds: NonNegativeInt = 3
+    first_round: Literal["train", "means"] = "train"
     head_rounds: NonNegativeInt = 0
     momentum: Momentum = 0.0
     weight_decay: NonNegativeFloat = 0.0
@@ -297,6 +157,11 @@ class Training(Section):
     def learning_rates(self) -> list[float]:
         """The grid, of one rate or several."""
         return self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]
+
+    @property
+    def first_trained(self) -> int:
+        """The first round that silos train in."""
+        return 2 if self.first_round == "means" else 1
 
 
 class Tuning(Section):
@@ -321,6 +186,7 @@ class Federation(Section):
     max_time: Duration | None = None
     target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
     patience: PositiveInt | None = None
+    choose_by: Literal["silos", "synthetic"] = "silos"
     keep: Literal["best", "all"] = "best"
     max_update_norm: PositiveFloat | None = None
     diversity: bool = False
@@ -442,6 +308,7 @@ class FederationFile(Section):
     synthesis: Synthesis = Synthesis()
     pretraining: Pretraining = Pretraining()
     training: Training = Training()
+    mixing: Mixing = Mixing()
     tuning: Tuning = Tuning()
     federation: Federation = Federation()
     strategy: Strategy = Strategy()
@@ -452,6 +319,16 @@ class FederationFile(Section):
     at_rest: AtRest | None = None
     test_data: Path | None = None
     silos: list[SiloEntry] = Field(min_length=1)
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether a model is trained on the synthetic set."""
+        return bool({"synthetic_only", "gptfl"} & set(self.arms))
+
+    @property
+    def synthesises(self) -> bool:
+        """Whether the run needs a synthetic set: to train on it, to hand out of it, or to judge models by it."""
+        return self.pretrains or self.mixing.samples != "none" or self.federation.choose_by == "synthetic"
 
     @model_validator(mode="after")
     def _nothing_that_needs_single_updates(self) -> Self:
@@ -467,6 +344,7 @@ class FederationFile(Section):
             f"strategy.clip_norm is {self.strategy.clip_norm}": self.strategy.clip_norm is not None,
             f"training.contrastive is {self.training.contrastive:g}": self.training.contrastive > 0,
             "training.private_norms is true": self.training.private_norms,
+            f"mixing.samples is {self.mixing.samples}": self.mixing.samples != "none",
         }
         for setting, given in needs.items():
             if given and self.collective.reduction == "fast":
@@ -518,6 +396,47 @@ class FederationFile(Section):
         return self
 
     @model_validator(mode="after")
+    def _as_the_synthetic_set_allows(self) -> Self:
+        uses = {
+            f"mixing.samples is {self.mixing.samples}": self.mixing.samples != "none",
+            "federation.choose_by is synthetic": self.federation.choose_by == "synthetic",
+        }
+        for setting, given in uses.items():
+            if given and self.synthesis.candidates:
+                raise ValueError(
+                    f"{setting}, and synthesis.candidates leaves open of which set: choose a candidate first, and name "
+                    "its settings under synthesis"
+                )
+        if self.mixing.samples != "none" and self.strategy.rule == "fednova":
+            raise ValueError(
+                f"strategy.rule is fednova, which counts a silo's steps by its own samples, but mixing.samples is "
+                f"{self.mixing.samples}: leave it out, or take another rule"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _as_class_means_need(self) -> Self:
+        rules, strategy, training = self.federation, self.strategy, self.training
+        needs = {
+            f"federation.mode is {rules.mode}": rules.mode != "synchronous",
+            f"federation.late is {rules.late}": rules.late != "drop",
+            "federation.max_update_norm is set": rules.max_update_norm is not None,
+            f"strategy.rule is {strategy.rule}": strategy.rule not in ("mean", "fednova"),
+            "strategy.clip_norm is set": strategy.clip_norm is not None,
+            f"training.contrastive is {training.contrastive:g}": training.contrastive > 0,
+            "training.private_norms is true": training.private_norms,
+            f"compression.up is {self.compression.up}": self.compression.up != "none",
+            f"tuning.rounds is {self.tuning.rounds}": self.tuning.rounds < 2 and len(training.learning_rates) > 1,
+        }
+        for setting, given in needs.items():
+            if given and training.first_round == "means":
+                raise ValueError(
+                    f"training.first_round is means, in which silos send sums of what the model sees in their samples, "
+                    f"but {setting}: leave it out, or set training.first_round to train"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _all_of_one_kind(self) -> Self:
         audio, settings = self.task.kind == "audio", self.synthesis
         if self.model.name == "conv1d-gru" and not audio:
@@ -526,7 +445,7 @@ class FederationFile(Section):
             source = one.generator.source
             if source == "tts" and not audio:
                 raise ValueError("synthesis.generator.source is tts, which speaks, and task.kind is image")
-            if not audio or set(self.arms) == {"fedavg_random"}:
+            if not audio or not self.synthesises:
                 continue
             if source == "embedded":
                 raise ValueError(

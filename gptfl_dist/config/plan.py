@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from gptfl_dist.config.base import Name, Section
 from gptfl_dist.config.federation import Compression, FederationFile, Model, Task, Training
+from gptfl_dist.config.mixing import HandedOut
 from gptfl_dist.config.strategy import Momentum
 
 Kept = Literal["control", "previous", "norms"]
@@ -29,10 +30,11 @@ class Plan(Section):
     model: Model
     compression: Compression = Compression()
     kept: list[Kept] = Field(default=[])
+    samples: HandedOut | None = None
 
     @classmethod
-    def of(cls, file: FederationFile) -> Plan:
-        """The plan of a federation file."""
+    def of(cls, file: FederationFile, samples: HandedOut | None = None) -> Plan:
+        """The plan of a federation file; `samples` are the synthetic ones that silos are given."""
         kept: dict[Kept, bool] = {
             "control": file.strategy.rule == "scaffold",
             "previous": file.training.contrastive > 0,
@@ -46,6 +48,7 @@ class Plan(Section):
             model=file.model,
             compression=file.compression,
             kept=[name for name, wanted in kept.items() if wanted],
+            samples=samples,
         )
 
 
@@ -63,18 +66,21 @@ class LocalTraining(Section):
     clip_norm: PositiveFloat | None = None
     augmentation: bool
     threads: PositiveInt
-    trained: Literal["all", "head"] = "all"
+    trained: Literal["all", "head", "means"] = "all"
 
     @classmethod
     def of(cls, file: FederationFile, learning_rate: float, round_: int) -> LocalTraining:
         """The local training that a federation file asks for in a round (from 1), at one learning rate of its grid."""
         training = file.training
         shared = cls.model_fields.keys() & Training.model_fields.keys()
+        trained = "head" if round_ <= training.head_rounds else "all"
+        if round_ < training.first_trained:
+            trained = "means"
         return cls(
             **{
                 **training.model_dump(include=shared),
                 "learning_rate": learning_rate * rate_factor(training, round_, file.federation.rounds),
-                "trained": "head" if round_ <= training.head_rounds else "all",
+                "trained": trained,
             }
         )
 

@@ -12,8 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from gptfl_dist.config.at_rest import AtRest
-from gptfl_dist.config.base import Address, Name, Section
-from gptfl_dist.config.federation import Device, Share
+from gptfl_dist.config.base import Address, Device, Name, Section, Share
 from gptfl_dist.config.units import Duration, Size
 
 
@@ -119,6 +118,8 @@ class Policy(Section):
     max_epochs_per_round: PositiveInt = 100
     max_seconds_per_round: Duration = 24 * 3600.0
     max_model: Size = 8 * 2**30
+    class_means: bool = False
+    max_synthetic: Size = 2**30
     metrics: list[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]] = Field(
         default=["accuracy", "loss", "samples", "seconds", "train_loss"]
     )

@@ -20,7 +20,7 @@ from gptfl_dist.security.identity import Identity
 from gptfl_dist.security.signing import statement
 from gptfl_dist.weights import FlatReader, Layout, WeightsFile
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Disconnected(Exception):

@@ -28,6 +28,11 @@ class PolicyGuard:
                 f"the coordinator asks for {order.training.epochs} epochs a round, "
                 f"policy.max_epochs_per_round allows {self.policy.max_epochs_per_round}"
             )
+        if order.training.trained == "means" and not self.policy.class_means:
+            raise PolicyError(
+                "the coordinator asks for the sums of what the samples of each label look like to the model, "
+                "policy.class_means is false"
+            )
         if self.rounds >= self.policy.max_rounds:
             raise PolicyError(f"policy.max_rounds allows {self.policy.max_rounds} rounds, and they are used up")
         self.rounds += 1
@@ -39,6 +44,15 @@ class PolicyGuard:
             raise PolicyError(
                 f"the federation's model has {nbytes} bytes, policy.max_model allows {self.policy.max_model}",
                 hint="raise policy.max_model in the silo file if this is meant",
+            )
+
+    def check_samples(self, nbytes: int) -> None:
+        """Raises PolicyError where the synthetic samples that the federation hands out are more than is allowed."""
+        if nbytes > self.policy.max_synthetic:
+            raise PolicyError(
+                f"the federation hands out {nbytes} bytes of synthetic samples, policy.max_synthetic allows "
+                f"{self.policy.max_synthetic}",
+                hint="raise policy.max_synthetic in the silo file if the silo is to train on them",
             )
 
     def release(self, metrics: Mapping[str, float]) -> dict[str, float]:

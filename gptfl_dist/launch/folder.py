@@ -2,7 +2,8 @@
 
     session/agent-000001.json     what the agent says; trainer-000001.json what the trainer says, each in order
     session/weights-1.safetensors, update-1.safetensors     named with their digests in the messages; likewise kept-1
-                                  and keep-1, what the silo kept of its last update and keeps of this one
+                                  and keep-1, what the silo kept of its last update and keeps of this one, and
+                                  samples-1, the synthetic samples that it was given
     session/lease                 renewed by the agent; whoever finds it unchanged for too long ends (`guard`)
     session/exit-0                how the process of a rank ended
 
@@ -36,7 +37,7 @@ from gptfl_dist.weights.file import blocks
 
 LEASE = "lease"
 EXIT = "exit-"
-IN, OUT = ("weights", "kept"), ("update", "keep")
+IN, OUT = ("weights", "kept", "samples"), ("update", "keep")
 """What in a message to the trainer is the path of a file that it reads, or that it is to write."""
 
 

@@ -98,7 +98,7 @@ def train(
                 value = share.mean(loss)
                 if not math.isfinite(value):
                     raise TrainerError(
-                        f"the training loss became {value} in batch {done + 1} of {total}",
+                        f"the training loss became {value} in batch {done + 1}",
                         hint=f"training.learning_rate is {settings.learning_rate:g}: lower it; "
                         "if the loss is not finite in the first batch, the received weights are at fault",
                     )

@@ -7,6 +7,8 @@ Code is run only where `function` names it; a checkpoint is read from safetensor
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,11 +19,16 @@ from gptfl_dist.errors import ModelError, first_line
 from gptfl_dist.learning.code import import_function
 from gptfl_dist.synthesis.source import quiet_transformers
 
+_log = logging.getLogger(__name__)
 
-def build_model(model: Model, task: Task, label_count: int, seed: int) -> nn.Module:
+
+def build_model(
+    model: Model, task: Task, label_count: int, seed: int, tell: Callable[[str], None] = _log.info
+) -> nn.Module:
     """A network on the CPU from float32 (N, *task.shape) to (N, label_count), its random weights fixed by `seed`.
 
-    The global generator is left as it was. Raises ModelError where the model cannot be built or does not fit the task.
+    What of it comes from a public checkpoint, and what does not, is said to `tell`. The global generator is left as it
+    was. Raises ModelError where the model cannot be built or does not fit the task.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -33,7 +40,7 @@ def build_model(model: Model, task: Task, label_count: int, seed: int) -> nn.Mod
             return Conv1dGru(task, label_count)
         assert model.source is not None  # the config demands it for the two kinds below
         if model.name == "transformers":
-            network = _transformers(model.source, model.pretrained, task, label_count)
+            network = _transformers(model.source, model.pretrained, task, label_count, tell)
         else:
             network = _from_function(model.source, task, label_count)
         _check_output(network, model.source, task, label_count)
@@ -131,7 +138,9 @@ class _Gru(nn.GRU):
         """Does not: cuDNN's own copy in one piece would take the parameters out of the buffer that we exchange."""
 
 
-def _transformers(source: str, pretrained: bool, task: Task, label_count: int) -> nn.Module:
+def _transformers(
+    source: str, pretrained: bool, task: Task, label_count: int, tell: Callable[[str], None]
+) -> nn.Module:
     from transformers import AutoConfig, AutoModelForImageClassification
 
     quiet_transformers()
@@ -142,6 +151,7 @@ def _transformers(source: str, pretrained: bool, task: Task, label_count: int) -
         )
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        names = [str(name) for name in config.id2label.values()]  # of the outputs that the checkpoint has
         config.num_labels = label_count
         if hasattr(config, "num_channels"):
             config.num_channels = task.shape[0]
@@ -178,6 +188,13 @@ def _transformers(source: str, pretrained: bool, task: Task, label_count: int) -
             hint=f"it is given images of {' x '.join(map(str, task.shape))} (channels, height, width): make the task "
             "what the checkpoint was trained with, or set model.pretrained to false",
         )
+    if lost:
+        tell(
+            f"the weights are those of {source} but for {', '.join(lost)}, drawn anew: it has {len(names)} labels, the "
+            f"federation {label_count}"
+        )
+    else:
+        tell(f"the weights are those of {source}, with its head, whose outputs it calls {', '.join(names)}")
     return network
 
 

@@ -23,6 +23,11 @@ EPOCH = "epoch"  # the fact that tells the epoch of the run and what began it; t
 ANEW = "bring the run folder back from a backup, or start anew with --fresh"
 
 
+def judged_name(arm: str) -> str:
+    """The fact that tells how an arm's weights do on held-out synthetic data."""
+    return f"judged/{arm}"
+
+
 class Record:
     """What can be read of a run's record, whoever opened it. Every call is safe from any thread."""
 
@@ -89,7 +94,10 @@ class Record:
                 (arm,),
             ).fetchall()
         )
-        return ArmRecord(row[0], row[1], row[2], bool(row[3]), row[4], rounds, _measures(row[5]))
+        return ArmRecord(row[0], row[1], row[2], bool(row[3]), row[4], rounds, _measures(row[5]), self._judged(arm))
+
+    def _judged(self, arm: str) -> tuple[tuple[float, float], ...]:
+        return tuple((accuracy, loss) for accuracy, loss in json.loads(self.fact(judged_name(arm)) or "[]"))
 
     def arms(self) -> list[str]:
         """The names of all arms and trials, in the order of their beginning."""

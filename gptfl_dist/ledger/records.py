@@ -92,7 +92,11 @@ class Waiting:
 @dataclass(frozen=True, slots=True)
 class ArmRecord:
     """An arm with its rounds in order. `start` is the digest of the weights that it began with, `start_tested` how good
-    they are on test data."""
+    they are on test data.
+
+    `judged` holds accuracy and loss of the start and of the weights after each round on held-out synthetic data, where
+    these choose; nothing where the silos' validation data do.
+    """
 
     arm: str
     learning_rate: float
@@ -101,6 +105,7 @@ class ArmRecord:
     best_round: int | None
     rounds: tuple[RoundRecord, ...]
     start_tested: Measures | None = None
+    judged: tuple[tuple[float, float], ...] = ()
 
     @property
     def final(self) -> str:

@@ -22,7 +22,7 @@ from gptfl_dist.files import sync_folder
 from gptfl_dist.learning.measures import Measures
 from gptfl_dist.ledger import outbox
 from gptfl_dist.ledger.lock import locked
-from gptfl_dist.ledger.record import ANEW, AUDITED, FILE_NAME, VERSION, Record
+from gptfl_dist.ledger.record import ANEW, AUDITED, FILE_NAME, VERSION, Record, judged_name
 from gptfl_dist.ledger.records import Signed, Waiting
 from gptfl_dist.weights import Layout, WeightsFile, write_weights
 
@@ -212,6 +212,11 @@ class Ledger(Record):
             self._execute("UPDATE arms SET tested = ? WHERE arm = ?", (told, arm))
         else:
             self._execute("UPDATE rounds SET tested = ? WHERE arm = ? AND round = ?", (told, arm, round_))
+
+    def note_judged(self, arm: str, accuracy: float, loss: float) -> None:
+        """Notes how the next of an arm's weights, beginning with its start, do on held-out synthetic data."""
+        with self._lock:
+            self.set_fact(judged_name(arm), json.dumps([*self._judged(arm), (accuracy, loss)]))
 
     def finish_arm(self, arm: str, best_round: int) -> None:
         self._execute("UPDATE arms SET finished = 1, best_round = ? WHERE arm = ?", (best_round, arm))

@@ -163,7 +163,7 @@ def _split(matrix: Matrix, split: str, rows: Sequence[Row], looks: Looks) -> str
 def _notes(rows: Sequence[Row]) -> str:
     notes = [
         "Mean and standard deviation over seeds. Accuracy is that after the last round; the kept model is the best on "
-        "the silos' validation data; the start is the model before any silo trained it, which for synthetic starts is "
+        "validation data; the start is the model before any silo trained it, which for synthetic starts is "
         "the model of the synthetic data alone."
     ]
     if rows[0].target is not None and rows[0].baseline is not None:

@@ -22,6 +22,7 @@ from gptfl_dist.observe.wording import (
     ARM_NAMES,
     UNKNOWN,
     choice_text,
+    chosen_on,
     duration,
     headline,
     kept_accuracy,
@@ -97,8 +98,8 @@ def _result(summary: Summary, details: ReportDetails) -> str:
     for name, arm in summary.arms.federated.items():
         rows.append([_arm(name), *_result_cells(summary, arm, details.rounds.get(name, ()))])
     notes = [
-        f"Accuracy is that of each arm's best model, on {summary.curve_of} data. The best model was chosen on the "
-        "silos' validation data."
+        f"Accuracy is that of each arm's best model, on {summary.curve_of} data. The best model was chosen on "
+        f"{chosen_on(summary)}."
     ]
     if summary.target_accuracy is not None:
         notes.append(

@@ -204,6 +204,7 @@ class Summary(Section):
     parameters: NonNegativeInt
     synthetic_images: NonNegativeInt
     choice: Choice | None = None
+    chosen_by: Literal["silos", "synthetic"] = "silos"
     started: AwareDatetime
     finished: AwareDatetime
     weights: dict[Arm, WeightDigests] = Field(default={})

@@ -21,6 +21,11 @@ _STOPS = {
 _UNITS = (("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12))
 
 
+def chosen_on(summary: Summary) -> str:
+    """The data by which the kept model was chosen."""
+    return "the silos' validation data" if summary.chosen_by == "silos" else "held-out synthetic data"
+
+
 def duration(seconds: float) -> str:
     """Seconds as "0.4 s", "12 s", "3 min 05 s" or "2 h 10 min"."""
     if seconds < 9.95:

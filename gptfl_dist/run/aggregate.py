@@ -12,16 +12,17 @@ from gptfl_dist.aggregation.rules import next_weights, reads_once, rule_of
 from gptfl_dist.aggregation.scaffold import next_control
 from gptfl_dist.aggregation.server import ServerOptimizer, control_of, stepping
 from gptfl_dist.aggregation.updates import Updates
-from gptfl_dist.config.federation import FederationFile
+from gptfl_dist.config.federation import FederationFile, Training
+from gptfl_dist.config.strategy import Strategy
 from gptfl_dist.ledger.store import Ledger
 from gptfl_dist.run.arm import ArmRun
 from gptfl_dist.weights import FlatReader, Layout
 from gptfl_dist.weights.beside import control_part, model_part
 
 
-def state_of(ledger: Ledger, round_: int, base: str) -> Path | None:
-    """Where the strategy's state of a round's weights lies; None for those that the arm starts from."""
-    return ledger.state_path(base) if round_ > 1 else None
+def state_of(ledger: Ledger, training: Training, round_: int, base: str) -> Path | None:
+    """Where the strategy's state of a round's weights lies; None for those that silos train from first."""
+    return ledger.state_path(base) if round_ > training.first_trained else None
 
 
 class Aggregation:
@@ -35,15 +36,15 @@ class Aggregation:
         self._file = file
         self._layout = layout
         self._ledger = ledger
-        self._rule = rule_of(file.strategy)
+        rule_of(file.strategy)  # what cannot be imported is told before a round is open
         self.reads_once = reads_once(file.strategy)
         """Whether each update is read once, in order, so that the work can begin while updates arrive."""
 
     def of_sum(self, arm: ArmRun, reduced: FlatReader, samples: Mapping[str, int]) -> str:
         """The digest of the next weights, from the sum of the updates, each times its samples. Raises StorageError."""
-        old = state_of(self._ledger, arm.round, arm.base)
+        old = state_of(self._ledger, self._file.training, arm.round, arm.base)
         new, durable = self._ledger.incoming_state, self._ledger.durable
-        with stepping(self._file.strategy, self._layout, old, new, durable=durable) as optimizer:
+        with stepping(self._strategy(arm), self._layout, old, new, durable=durable) as optimizer:
             share = 1 / sum(samples.values())
             blocks = weighted_mean(self._layout, arm.weights, {"": reduced}, {"": share}, optimizer.step)
             return self._ledger.add_weights(self._layout, blocks)
@@ -55,15 +56,19 @@ class Aggregation:
 
         Raises StorageError, and FederationError where the rule fails.
         """
-        strategy, ledger = self._file.strategy, self._ledger
-        old = state_of(ledger, arm.round, arm.base)
+        strategy, ledger = self._strategy(arm), self._ledger
+        old = state_of(ledger, self._file.training, arm.round, arm.base)
         with stepping(strategy, self._layout, old, ledger.incoming_state, durable=ledger.durable) as optimizer:
             seen = self._seen(arm, updates, samples, counted)
-            blocks = next_weights(self._rule, strategy, arm.weights, seen, optimizer.step)
+            blocks = next_weights(rule_of(strategy), strategy, arm.weights, seen, optimizer.step)
             digest = ledger.add_weights(self._layout, blocks)
             if strategy.rule == "scaffold":
                 self._keep_control(updates, old, optimizer)
         return digest
+
+    def _strategy(self, arm: ArmRun) -> Strategy:
+        """That of the file; of sums for class means the plain mean is taken, in a step of 1."""
+        return Strategy() if arm.round < self._file.training.first_trained else self._file.strategy
 
     def diversity(self, updates: Mapping[str, FlatReader], parameters: Collection[str]) -> Diversity:
         """How far these updates agree, each as it came, over the tensors of these names. Raises StorageError."""

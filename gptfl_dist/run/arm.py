@@ -183,15 +183,26 @@ def validation_of(record: ArmRecord, round_: int) -> tuple[float, float] | None:
     return accuracy, -(following.mean_metric("loss") or 0.0)
 
 
-def best_round(record: ArmRecord, unsettled: frozenset[int] = frozenset()) -> int:
-    """The round whose weights do best on the silos' validation data; the last where nothing was told.
+def score_of(record: ArmRecord, round_: int) -> tuple[float, float] | None:
+    """What the weights after a round are chosen by, (accuracy, minus loss): on held-out synthetic data where these were
+    judged on them, else on the silos' validation data."""
+    if not record.judged:
+        return validation_of(record, round_)
+    if round_ >= len(record.judged):
+        return None
+    accuracy, loss = record.judged[round_]
+    return accuracy, -loss
 
-    Rounds after which one of `unsettled` follows are left out.
+
+def best_round(record: ArmRecord, unsettled: frozenset[int] = frozenset()) -> int:
+    """The round whose weights do best on what chooses (see `score_of`); the last where nothing was told.
+
+    Rounds after which one of `unsettled` follows are left out, where silos are to tell.
     """
     scores = {
         r: score
         for r in range(record.finished_rounds + 1)
-        if r + 1 not in unsettled and (score := validation_of(record, r)) is not None
+        if (record.judged or r + 1 not in unsettled) and (score := score_of(record, r)) is not None
     }
     return max(scores, key=lambda r: scores[r]) if scores else record.finished_rounds
 
@@ -227,11 +238,14 @@ def stop_of(record: ArmRecord, rules: Federation) -> Stop | None:
     taken = sum(r.seconds or 0.0 for r in record.rounds if r.weights is not None)
     if rules.max_time is not None and taken >= rules.max_time:
         return Stop("max_time", f"its rounds have taken {duration(taken)}")
-    scores = {r: score for r in range(finished) if (score := validation_of(record, r)) is not None}
+    # Silos tell of the newest weights in the next round alone.
+    known = range(finished + 1 if record.judged else finished)
+    scores = {r: score for r in known if (score := score_of(record, r)) is not None}
     if not scores:
         return None
     best, newest = max(scores, key=lambda r: scores[r]), max(scores)
-    told = f"{percent(scores[best][0])} on validation data after round {best}"
+    where = "held-out synthetic data" if record.judged else "validation data"
+    told = f"{percent(scores[best][0])} on {where} after round {best}"
     if rules.target_accuracy is not None and scores[best][0] >= rules.target_accuracy:
         return Stop("target_accuracy", told)
     if rules.patience is not None and newest - best >= rules.patience:

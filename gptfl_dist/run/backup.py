@@ -42,10 +42,12 @@ from gptfl_dist.run.candidates import (
     DROPPED_SHEET,
     PRETRAINED_FACTS,
     PRETRAINED_WEIGHTS,
+    PRETRAINING_COST,
     PRETRAINING_STATE,
 )
 from gptfl_dist.run.evaluation import RANDOM_WEIGHTS
 from gptfl_dist.run.folder import PRIVATE, delete, make_folder
+from gptfl_dist.run.synthetic import SAMPLES
 from gptfl_dist.security.audit_log import KEY, LOG, read_log
 from gptfl_dist.security.registry import FILE_NAME as REGISTRY
 from gptfl_dist.weights import WeightsFile
@@ -57,7 +59,7 @@ _TRIES = 5
 _UNFINISHED = re.compile(r"incoming\..*|.*\.sqlite-(journal|wal|shm)")  # what is being written, and is copied otherwise
 _KEPT = (
     *("models", "summary.json", "report.html", "split.json", RANDOM_WEIGHTS, PRETRAINED_WEIGHTS, PRETRAINED_FACTS),
-    *(PRETRAINING_STATE, KEY_CHECK, CONTACT_SHEET, DROPPED_SHEET, CANDIDATES, CHOICE, KEY),
+    *(SAMPLES, PRETRAINING_STATE, PRETRAINING_COST, KEY_CHECK, CONTACT_SHEET, DROPPED_SHEET, CANDIDATES, CHOICE, KEY),
 )
 """What lies in a run folder beside ledger, weights and audit log, and is written whole or not at all."""
 

@@ -56,7 +56,7 @@ from gptfl_dist.run.requests import aborted, unless_aborted
 from gptfl_dist.run.result import federated_arms, settings_text, write_results
 from gptfl_dist.run.settings import request_of
 from gptfl_dist.run.silo import require_data
-from gptfl_dist.run.stages import STAGES, Stage, run_stage
+from gptfl_dist.run.stages import Stage, run_stage, stages_of
 
 _log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class Terminal:
 def _in_a_process(path: Path, file: FederationFile) -> Evaluator:
     # In the federation file's folder, so that model.source can name a module that lies beside the file.
     command, log = python_module("gptfl_dist.run.evaluator"), file.run_folder / "logs" / "evaluator.log"
-    return ProcessEvaluator(TrainerProcess(command, log, cwd=path.absolute().parent), file)
+    return ProcessEvaluator(TrainerProcess(command, log, cwd=path.absolute().parent), file, path.absolute().parent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,9 +213,7 @@ async def _before_the_federation(
     path: Path, file: FederationFile, ledger: Ledger, live: LiveFile, around: Surroundings
 ) -> None:
     """Synthetic data and pre-training, where an arm of the file needs them."""
-    if not {"synthetic_only", "gptfl"} & set(file.arms):
-        return
-    for stage in STAGES:
+    for stage in stages_of(file):
         started = time.monotonic()
         live.stage(stage)
         try:
@@ -232,6 +230,8 @@ async def _run(path: Path, file: FederationFile, ledger: Ledger, live: LiveFile,
     live.stage("federate")
     try:
         model = await evaluator.start()
+        for note in evaluator.notes:
+            around.say(note)
         tested = None
         if federated_arms(file):
             watcher = Terminal(file, ledger, live, around.say)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 
 from gptfl_dist.config.federation import FederationFile
+from gptfl_dist.config.mixing import HandedOut
 from gptfl_dist.config.plan import Plan
 from gptfl_dist.errors import FederationError, RunAborted, StorageError
 from gptfl_dist.exchange.base import (
@@ -56,8 +57,11 @@ from gptfl_dist.run.handout import HandOut
 from gptfl_dist.run.next_weights import NextWeights
 from gptfl_dist.run.presence import Presence
 from gptfl_dist.run.requests import aborted
+from gptfl_dist.run.synthetic import SAMPLES
 from gptfl_dist.run.watcher import Watcher
 from gptfl_dist.weights import Codec, WeightsFile
+from gptfl_dist.weights.file import blocks
+from gptfl_dist.weights.samples import count_of
 
 _log = logging.getLogger(__name__)
 
@@ -94,6 +98,7 @@ class Federator:
         self._next = NextWeights(file, layout, model.parameters, ledger, self._inbox)
         self.exchange = make_exchange(self._inbox)
         self._reducing = self.exchange if isinstance(self.exchange, Reducing) else None
+        self._samples: dict[str, WeightsFile] = {}  # synthetic ones that silos are given, by digest: one file, or none
         self._presence = Presence(self._silos, watcher)
         self._origins: dict[str, Origin] = {}  # as they connected last
         self._epoch = epoch_of(ledger, file)
@@ -111,10 +116,21 @@ class Federator:
         run = self.ledger.fact("run") or secrets.token_hex(8)
         self.ledger.set_fact("run", run)
         self.ledger.set_fact("transport", self.exchange.transport)
-        await self.exchange.open(Welcome(run, Plan.of(self.file), self._hand_out.layout, self._epoch))
+        plan = Plan.of(self.file, self._open_samples())
+        await self.exchange.open(Welcome(run, plan, self._hand_out.layout, self._epoch))
         self._pump = asyncio.create_task(self._pump_events())
         self._paused = paused_since(self.ledger) is not None
         self._requests = asyncio.create_task(self._look_for_requests())
+
+    def _open_samples(self) -> HandedOut | None:
+        """Opens the synthetic samples that silos are given; what the plan tells of them. Raises ModelError."""
+        mixing = self.file.mixing
+        if mixing.samples == "none":
+            return None
+        file = WeightsFile(self.ledger.folder / SAMPLES)
+        digest, count = file.digest(), count_of(file.layout)
+        self._samples[digest] = file
+        return HandedOut(digest=digest, count=count, use=mixing.samples, per_label=mixing.per_label)
 
     async def stop(self, goodbye: Goodbye) -> None:
         """Says goodbye and ends the exchange."""
@@ -128,6 +144,8 @@ class Federator:
             while not self.exchange.events.empty():
                 self._note_line(self.exchange.events.get_nowait())
         self._inbox.close()
+        for samples in self._samples.values():
+            samples.close()
 
     def fail(self, error: BaseException) -> None:
         """Ends the arm in progress with this error. To be called from the event loop."""
@@ -155,6 +173,7 @@ class Federator:
         await asyncio.to_thread(self.ledger.require_state, record.final)
         try:
             self._catch_up_with_tests(plan, record)
+            record = await self._judged(plan)
             delivered = await self._take_over(arm, record)
             owed = {silo: order.round for silo, order in arm.orders.items() if silo not in delivered}
             if unfinished is not None:
@@ -196,6 +215,19 @@ class Federator:
         best = best_round(self.record(plan.name))
         self.ledger.finish_arm(plan.name, best)
         self._drop_old_weights()
+
+    async def _judged(self, plan: ArmPlan) -> ArmRecord:
+        """What the ledger says of an arm, once its newest weights are judged where held-out synthetic data choose.
+
+        The next round waits for it, so that a coordinator that is started again decides alike.
+        """
+        record = self.record(plan.name)
+        if not plan.tested or self.file.federation.choose_by != "synthetic":
+            return record
+        for round_ in range(len(record.judged), record.finished_rounds + 1):
+            accuracy, loss = await self._evaluator.judge(self.ledger.weights_path(record.weights_of(round_)))
+            self.ledger.note_judged(plan.name, accuracy, loss)
+        return self.record(plan.name)
 
     def _stops(self, plan: ArmPlan, record: ArmRecord) -> bool:
         """Whether an arm ends with the rounds that it has behind it. Tuning trials have all their rounds."""
@@ -241,12 +273,12 @@ class Federator:
 
     async def _handed_out(self, round_: int, base: str) -> str:
         """The digest of what the silos get of a round's weights."""
-        return await self._hand_out.prepare(base, state_of(self.ledger, round_, base))
+        return await self._hand_out.prepare(base, state_of(self.ledger, self.file.training, round_, base))
 
     async def _publish(self, arm: ArmRun) -> None:
         """Makes the weights available that open orders and the round start from, and no others."""
         unneeded = arm.hold_bases(self._hand_out.path)
-        await self.exchange.publish(arm.bases)
+        await self.exchange.publish(arm.bases | self._samples)
         for weights in unneeded:
             weights.close()
         self._hand_out.keep_only(arm.bases)
@@ -298,13 +330,16 @@ class Federator:
             counted = {silo: arm.orders[silo].round for silo in command.silos}
             reduced = None if self._reducing is None else await self._reducing.reduce(command.silos)
             digest = await self._next.make(counted, reduced)
-            diversity = await self._next.diversity(counted)
+            means = command.round < self.file.training.first_trained
+            diversity = None if means else await self._next.diversity(counted)
+            if means:
+                digest = await self._with_means(arm, digest)
             self._note_spent(arm)
             arm.stop_counting(self.exchange.traffic)
             ledger.close_round(plan.name, command.round, digest, counted, diversity)
             for silo in counted:
                 del arm.orders[silo]
-            record = self.record(plan.name)
+            record = await self._judged(plan)
             self._test(plan, command.round, digest, record.rounds[-1])
             self._drop_old_weights()
             self._queue.put_nowait(machine.Aggregated(command.round, last=self._stops(plan, record)))
@@ -315,6 +350,14 @@ class Federator:
             ledger.forgive(plan.name, arm.machine.round, command.reason)  # not of a round that was closed
             kind = RoundFailed if command.untrainable else FederationError
             raise kind(f"arm {plan.name}, {command.reason}", hint=_hint(command))
+
+    async def _with_means(self, arm: ArmRun, summed: str) -> str:
+        """The digest of the round's weights with a last layer of the class means that were summed into it."""
+        made = self.ledger.weights_path("means")  # no digest: it is dropped with what nothing needs
+        await self._evaluator.make_head(self.ledger.weights_path(arm.base), self.ledger.weights_path(summed), made)
+        with WeightsFile(made) as weights:
+            content = blocks(weights, weights.nbytes)
+            return await asyncio.to_thread(self.ledger.add_weights, self.layout, content)
 
     def _note_spent(self, arm: ArmRun) -> None:
         spent = arm.spent(self.exchange.traffic)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptfl_dist.config.federation import FederationFile, Filter
+from gptfl_dist.config.federation import FederationFile
+from gptfl_dist.config.synthesis import Filter
 from gptfl_dist.observe.progress import progress
 from gptfl_dist.synthesis.selection import Judge, Selection, known_selection, select_images
 from gptfl_dist.synthesis.store import complete_manifest

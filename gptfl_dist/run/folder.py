@@ -21,6 +21,7 @@ from gptfl_dist.run.candidates import (
     PRETRAINING_COST,
     PRETRAINING_STATE,
 )
+from gptfl_dist.run.synthetic import SAMPLES
 
 PRIVATE = 0o700
 """The mode of a silo's work folder, which nobody but its owner enters."""
@@ -28,7 +29,7 @@ PRIVATE = 0o700
 _MADE_BY_A_RUN = (
     *(FILE_NAME, f"{FILE_NAME}-wal", f"{FILE_NAME}-shm", LIVE, "weights", "strategy", "spools", "silos", "models"),
     *("logs", "summary.json", "report.html", "pretrained.safetensors", "pretrained.json", "random.safetensors"),
-    *("handed-out", KEY_CHECK),
+    *("handed-out", SAMPLES, KEY_CHECK),
     *(CONTACT_SHEET, DROPPED_SHEET, CANDIDATES, CHOICE, PRETRAINING_STATE, PRETRAINING_COST),
 )
 """What `--fresh` deletes: never the federation file, data or a synthetic set in the same folder, nor the audit log."""

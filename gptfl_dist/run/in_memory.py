@@ -40,10 +40,10 @@ async def run_in_memory(path: Path, say: Callable[[str], None]) -> Summary:
         return MemoryCoordinatorExchange(network=network, silos=tuple(runners), inbox=inbox)
 
     def make_evaluator(path: Path, file: FederationFile) -> Evaluator:
-        return InProcessEvaluator(file, turn)
+        return InProcessEvaluator(file, path.absolute().parent, turn)
 
     async def only_if_needed(stage: Stage, path: Path) -> dict[str, Any]:
-        if await to_its_end(is_pretrained, file, path.absolute().parent):
+        if file.pretrains and await to_its_end(is_pretrained, file, path.absolute().parent):
             return {}
         return await run_stage(stage, path)
 

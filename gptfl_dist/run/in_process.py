@@ -19,10 +19,9 @@ from gptfl_dist.errors import ConfigError, TrainerError
 from gptfl_dist.exchange.collective.silo import MemoryKeeper
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.launch.base import Progress
-from gptfl_dist.run.silo import Result, require_layout
+from gptfl_dist.run.silo import OrderFiles, Result, require_layout
 from gptfl_dist.run.threads import ended
 from gptfl_dist.weights import Layout
-from gptfl_dist.weights.kept import NOTHING_KEPT, KeptFiles
 
 if TYPE_CHECKING:
     from gptfl_dist.run.trainer import Trainer
@@ -65,9 +64,7 @@ class InProcessRunner:
 
         return Trainer(plan, self._silo, self._folder)
 
-    async def run(
-        self, order: Order, weights: Path, update: Path, progress: Progress, kept: KeptFiles = NOTHING_KEPT
-    ) -> Result:
+    async def run(self, order: Order, files: OrderFiles, progress: Progress) -> Result:
         assert self._trainer is not None
         loop = asyncio.get_running_loop()
 
@@ -76,27 +73,22 @@ class InProcessRunner:
                 raise _Unwanted
             loop.call_soon_threadsafe(progress, done, total, "")
 
-        return await self._in_turn(self._carry_out, self._trainer, order, weights, update, kept, report)
+        return await self._in_turn(self._carry_out, self._trainer, order, files, report)
 
     def _carry_out(
-        self,
-        trainer: Trainer,
-        order: Order,
-        weights: Path,
-        update: Path,
-        kept: KeptFiles,
-        report: Callable[[int, int], None],
+        self, trainer: Trainer, order: Order, files: OrderFiles, report: Callable[[int, int], None]
     ) -> Result:
         if order.training is None:
-            result = trainer.evaluate(weights, kept=kept.before)
+            result = trainer.evaluate(files.weights, kept=files.kept.before)
         else:
             result = trainer.train(
                 round_=order.round,
                 settings=order.training,
-                weights=weights,
-                update=update,
-                kept=kept.before,
-                keep=kept.after,
+                weights=files.weights,
+                update=files.update,
+                kept=files.kept.before,
+                keep=files.kept.after,
+                samples=files.samples,
                 progress=report,
             )
         return Result(result.digest, result.samples, dict(result.metrics))
@@ -139,13 +131,7 @@ class ReducingRunner(InProcessRunner):
         self._max_norm = max_norm
 
     def _carry_out(
-        self,
-        trainer: Trainer,
-        order: Order,
-        weights: Path,
-        update: Path,
-        kept: KeptFiles,
-        report: Callable[[int, int], None],
+        self, trainer: Trainer, order: Order, files: OrderFiles, report: Callable[[int, int], None]
     ) -> Result:
         received = self._keeper.weights
         self._keeper.updates.pop(self._silo.name, None)

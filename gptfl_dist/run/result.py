@@ -108,6 +108,7 @@ def write_results(
         parameters=layout.parameters,
         synthetic_images=facts.get("images", 0),
         choice=Choice.model_validate_json(choice.read_bytes()) if choice.exists() else None,
+        chosen_by=file.federation.choose_by,
         started=datetime.fromisoformat(started),
         finished=datetime.now(UTC),
         weights=weights,

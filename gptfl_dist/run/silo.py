@@ -25,6 +25,7 @@ from gptfl_dist.errors import (
     ModelError,
     PolicyError,
     ProtocolError,
+    StorageError,
     TrainerError,
     TrainerLost,
 )
@@ -40,6 +41,7 @@ from gptfl_dist.weights import Codec, Layout, WeightsFile, overwrite_weights
 from gptfl_dist.weights.feedback import Residuals
 from gptfl_dist.weights.file import blocks
 from gptfl_dist.weights.kept import NOTHING_KEPT, KeptFiles, KeptFolder
+from gptfl_dist.weights.samples import samples_layout
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +59,17 @@ class Result:
     digest: str
     samples: int
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class OrderFiles:
+    """The files of an order: the weights that it starts from, where the update goes, what the silo keeps of updates,
+    and the synthetic samples that it was given, if it was."""
+
+    weights: Path
+    update: Path
+    kept: KeptFiles = NOTHING_KEPT
+    samples: Path | None = None
 
 
 def _told(error: GptflError) -> str:
@@ -92,6 +105,18 @@ def require_built_in(silo: SiloFile, plan: Plan) -> None:
             f"the strategy keeps {' and '.join(plan.kept)} from round to round, and code.script does not",
             hint="leave code.script out, or ask the coordinator for a strategy that needs the update alone",
         )
+    if silo.code is not None and silo.code.script is not None and plan.samples is not None:
+        raise PolicyError(
+            "the federation hands out synthetic samples to train on, and code.script loads its own data",
+            hint="leave code.script out, or ask the coordinator for mixing.samples none",
+        )
+
+
+def require_training(silo: SiloFile, order: Order) -> None:
+    """Raises PolicyError where an order asks for class means, and a script of the silo's own makes none."""
+    means = order.training is not None and order.training.trained == "means"
+    if means and silo.code is not None and silo.code.script is not None:
+        raise PolicyError("the coordinator asks for class means, and this silo's code.script trains by itself")
 
 
 class OrderRunner(Protocol):
@@ -108,9 +133,7 @@ class OrderRunner(Protocol):
         A trainer that would wait in a queue for it is set up with its first order, and an error comes with that.
         """
 
-    async def run(
-        self, order: Order, weights: Path, update: Path, progress: Progress, kept: KeptFiles = NOTHING_KEPT
-    ) -> Result:
+    async def run(self, order: Order, files: OrderFiles, progress: Progress) -> Result:
         """Trains or evaluates, from what was kept of an earlier update."""
 
     async def finish(self) -> None:
@@ -137,6 +160,7 @@ class ProcessRunner:
         self._plan: Plan | None = None
         self._layout: Layout | None = None
         self._run = ""
+        self._mixed = False  # whether the trainer has the synthetic samples
 
     async def setup(self, run: str, plan: Plan, layout: Layout) -> None:
         require_built_in(self._silo, plan)
@@ -145,19 +169,23 @@ class ProcessRunner:
         if self._silo.launch.how != "slurm":
             await self._persist(lambda: self._start(unheard), unheard)
 
-    async def run(
-        self, order: Order, weights: Path, update: Path, progress: Progress, kept: KeptFiles = NOTHING_KEPT
-    ) -> Result:
-        message: Message = {"type": order.kind, "weights": str(weights)}
+    async def run(self, order: Order, files: OrderFiles, progress: Progress) -> Result:
+        require_training(self._silo, order)
+        message: Message = {"type": order.kind, "weights": str(files.weights)}
         if order.training is not None:
             training = order.training.model_dump(mode="json")
-            message |= {"update": str(update), "round": order.round, "training": training}
+            message |= {"update": str(files.update), "round": order.round, "training": training}
+        kept = files.kept
         message |= {name: str(path) for name, path in (("kept", kept.before), ("keep", kept.after)) if path is not None}
 
         async def attempt() -> Message:
             if not self._trainer.running:
                 await self._start(progress)
-            return await self._trainer.ask(message, "result", progress)
+            if files.samples is None or self._mixed:
+                return await self._trainer.ask(message, "result", progress)
+            answer = await self._trainer.ask({**message, "samples": str(files.samples)}, "result", progress)
+            self._mixed = True
+            return answer
 
         answer = await self._persist(attempt, progress)
         if not self._held:
@@ -182,6 +210,7 @@ class ProcessRunner:
         assert self._plan is not None
         assert self._layout is not None
         await self._trainer.stop()
+        self._mixed = False
         await self._trainer.start(self._run)
         message: Message = {
             "type": "setup",
@@ -222,10 +251,12 @@ class Silo:
         self._update = folder / "update.safetensors"
         self._received = folder / "received.safetensors"  # encoded, where weights are
         self._encoded = folder / "encoded.safetensors"  # the encoded update, where updates are
+        self._samples = folder / "samples.safetensors"  # synthetic ones that were handed out, once for all rounds
         self._residuals = Residuals(folder / "residuals")
         self._kept = KeptFolder(folder / "kept")
         self._up = self._down = Codec("none")
         self._held = ""  # digest of what lies in `_weights`
+        self._held_samples = ""  # and in `_samples`
         self._layout: Layout | None = None
         self._welcome: Welcome | None = None
         self._work: asyncio.Task[bool] | None = None
@@ -275,6 +306,10 @@ class Silo:
         await self._drop_work()
         self._order = self._result = None
         self._guard.check_model(welcome.layout.nbytes)
+        if welcome.plan.samples is None:
+            self._samples.unlink(missing_ok=True)
+        else:
+            self._guard.check_samples(samples_layout(welcome.plan.task.shape, welcome.plan.samples.count).nbytes)
         await self._runner.setup(welcome.run, welcome.plan, welcome.layout)
         self._layout = welcome.layout
         compression = welcome.plan.compression
@@ -353,10 +388,9 @@ class Silo:
                     await to_its_end(self._fresh.check, self._welcome, order)
                 self._guard.check(order)
                 await self._fetch(order)
-                kept = self._kept_of(order)
-                result = await asyncio.wait_for(
-                    self._runner.run(order, self._weights, self._update, self._progress_of(order), kept), self._seconds
-                )
+                samples = await self._fetch_samples() if order.kind == "train" else None
+                files = OrderFiles(self._weights, self._update, self._kept_of(order), samples)
+                result = await asyncio.wait_for(self._runner.run(order, files, self._progress_of(order)), self._seconds)
                 if order.kind == "train" and self._up.name != "none":
                     result = replace(result, digest=await to_its_end(self._encode, order))
                 self._result = result
@@ -383,6 +417,20 @@ class Silo:
                 await self._exchange.download(order.base, self._down.layout(self._layout), self._received)
                 await to_its_end(self._decode, self._layout)
             self._held = order.base
+
+    async def _fetch_samples(self) -> Path | None:
+        """Where the synthetic samples lie that the federation hands out, if it does: fetched once, and checked."""
+        assert self._welcome is not None
+        plan = self._welcome.plan
+        if plan.samples is None:
+            return None
+        if self._held_samples != plan.samples.digest:
+            layout = samples_layout(plan.task.shape, plan.samples.count)
+            if not await to_its_end(_holds, self._samples, layout, plan.samples.digest):
+                self._held_samples = ""
+                await self._exchange.download(plan.samples.digest, layout, self._samples)
+            self._held_samples = plan.samples.digest
+        return self._samples
 
     def _kept_of(self, order: Order) -> KeptFiles:
         """What the silo keeps from one of its updates to the next, as far as the strategy needs it."""
@@ -450,3 +498,10 @@ class Silo:
                 task.add_done_callback(reports.discard)
 
         return report
+
+
+def _holds(path: Path, layout: Layout, digest: str) -> bool:
+    """Whether a file is there whole, as from before a restart."""
+    with contextlib.suppress(ModelError, StorageError), WeightsFile(path) as file:
+        return file.layout == layout and file.digest() == digest
+    return False

@@ -39,16 +39,23 @@ from gptfl_dist.run.candidates import (
 )
 from gptfl_dist.run.cost import COST, Meter, hardware_of
 from gptfl_dist.run.settings import from_folder
+from gptfl_dist.run.synthetic import pretraining_seed, synthetic_images, synthetic_parts
 from gptfl_dist.weights import WeightsFile
 
 if TYPE_CHECKING:
-    from gptfl_dist.learning.data import ImageSet
     from gptfl_dist.synthesis.selection import Selection
     from gptfl_dist.synthesis.synthesize import SyntheticSet
 
 
 Stage = Literal["generate", "pretrain"]
 STAGES: tuple[Stage, ...] = ("generate", "pretrain")
+
+
+def stages_of(file: FederationFile) -> list[Stage]:
+    """The stages that the arms of a file, and what else it uses synthetic data for, need."""
+    if file.pretrains:
+        return list(STAGES)
+    return ["generate"] if file.synthesises else []
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,7 @@ def _pretrain(file: FederationFile, folder: Path, title: str, group: Group) -> d
         if group.leader:
             print(f"{title}: {weights} is there and is reused", file=sys.stderr, flush=True)
         return known or {}
-    data = _images(file, selection)
+    data = synthetic_images(file, selection)
     sys.path.insert(0, str(folder.absolute()))
     model = build_model(file.model, file.task, len(file.labels), file.seed)
     state, settings = file.run_folder / PRETRAINING_STATE, file.pretraining
@@ -182,7 +189,7 @@ def _pretrain(file: FederationFile, folder: Path, title: str, group: Group) -> d
     with _shown(group, title, 0, "batches") as report:
         result = train(
             *(model, data, settings, file.task),
-            seed=_seed(file),
+            seed=pretraining_seed(file),
             progress=meter.beside(report) if group.leader else report,
             group=group,
             checkpoint=checkpoint,
@@ -254,40 +261,18 @@ def _choose_on_held_out(file: FederationFile, folder: Path) -> str:
     """
     from gptfl_dist.learning.evaluate import evaluate
     from gptfl_dist.learning.models import build_model
-    from gptfl_dist.learning.pretrain import split_synthetic
-    from gptfl_dist.run.filter import selected_images
     from gptfl_dist.weights.flat import FlatModel
 
     candidates = candidate_files(file)
     sys.path.insert(0, str(folder.absolute()))
     model = FlatModel(build_model(file.model, file.task, len(file.labels), file.seed))
-    held_out = [
-        split_synthetic(_images(candidate, selected_images(candidate, folder)), file.pretraining, _seed(file))[1]
-        for candidate in candidates.values()
-    ]
+    held_out = [synthetic_parts(candidate, folder)[1] for candidate in candidates.values()]
     accuracy = {}
     for name, candidate in candidates.items():
         model.load(candidate.run_folder / PRETRAINED_WEIGHTS)
         found = [evaluate(model.model, images, file.task, device="cpu").accuracy for images in held_out]
         accuracy[name] = sum(found) / len(found)
     return choice_text(adopt(file, accuracy))
-
-
-def _seed(file: FederationFile) -> int:
-    """The seed of the training on synthetic data."""
-    from gptfl_dist.learning.seeding import derive_seed
-
-    return derive_seed(file.seed, "pretrain")
-
-
-def _images(file: FederationFile, selection: Selection | None) -> ImageSet:
-    """The synthetic images that are trained on."""
-    import numpy as np
-
-    from gptfl_dist.learning.data import load_images
-
-    data = load_images(_synthetic_data(file.synthesis.folder), file.task, file.labels)
-    return data if selection is None else data.subset(np.flatnonzero(selection.keeps))
 
 
 def _digest_of(weights: Path) -> str | None:
@@ -297,14 +282,6 @@ def _digest_of(weights: Path) -> str | None:
             return file.digest()
     except (ModelError, StorageError):
         return None
-
-
-def _synthetic_data(folder: Path) -> Any:
-    from gptfl_dist.config.silo import Data
-
-    if not folder.is_dir():
-        raise DataError(f"{folder}: there is no synthetic set", hint="make it with: gptfl generate FEDERATION_FILE")
-    return Data(path=folder, format="parquet")
 
 
 async def run_stage(stage: Stage, path: Path) -> dict[str, Any]:

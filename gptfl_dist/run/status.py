@@ -22,7 +22,7 @@ from gptfl_dist.ledger.records import ArmRecord, RoundRecord
 from gptfl_dist.ledger.requests import Abort, abort_asked, paused_since
 from gptfl_dist.observe.live import Live, LiveSilo, now, read_live
 from gptfl_dist.observe.status import ArmStatus, RoundStatus, SiloStatus, State, Status, Work, ago
-from gptfl_dist.run.arm import best_round, stopped_name, validation_of
+from gptfl_dist.run.arm import best_round, score_of, stopped_name
 from gptfl_dist.run.folder import ENDED, run_folder_of
 
 _TRIES = 5
@@ -216,7 +216,7 @@ class _Telling:
 
     def _arm_status(self, record: ArmRecord) -> ArmStatus:
         best = best_round(record)
-        score = validation_of(record, best)
+        score = score_of(record, best)
         return ArmStatus(
             arm=record.arm,
             done=record.finished_rounds,

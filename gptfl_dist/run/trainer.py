@@ -31,18 +31,21 @@ import torch
 from blake3 import blake3
 
 from gptfl_dist.config.federation import Model
-from gptfl_dist.config.plan import LocalTraining, Plan
+from gptfl_dist.config.mixing import HandedOut
+from gptfl_dist.config.plan import LocalTraining, Plan, batch_count
 from gptfl_dist.config.silo import SiloFile
 from gptfl_dist.errors import DataError, GptflError, ModelError, PolicyError, RankLost, TrainerError
 from gptfl_dist.launch.channel import ENV, TrainerEnd, encode, error_from_message, error_to_message
 from gptfl_dist.launch.folder import Message
 from gptfl_dist.learning.code import import_function
-from gptfl_dist.learning.data import load_images, split
+from gptfl_dist.learning.data import ImageSet, load_images, split
 from gptfl_dist.learning.device import resolve_device
 from gptfl_dist.learning.evaluate import evaluate
 from gptfl_dist.learning.group import ALONE, RENDEZVOUS, Group, open_group, told_by_launcher
 from gptfl_dist.learning.keeping import Keeping, bind
 from gptfl_dist.learning.local import train
+from gptfl_dist.learning.means import add_sums
+from gptfl_dist.learning.mixing import blank_samples, mixed, read_samples
 from gptfl_dist.learning.models import build_model
 from gptfl_dist.learning.seeding import derive_seed, deterministic
 from gptfl_dist.observe.logs import to_stderr
@@ -87,6 +90,7 @@ class Trainer:
         data = load_images(silo.data, plan.task, plan.labels)
         seed = derive_seed(plan.seed, "validation", silo.name)
         self._training, self._validation = split(data, silo.data.validation_share, seed)
+        self._mixture: ImageSet | None = None  # of these and the synthetic samples that the silo was given
         model = build_model(_model_of(plan, silo), plan.task, len(plan.labels), plan.seed).to(self._device)
         self.flat = bind(model, plan.kept)
         self._keeping = Keeping(self.flat, plan.kept) if plan.kept else None
@@ -102,7 +106,8 @@ class Trainer:
 
     @property
     def samples(self) -> int:
-        """How many samples the silo trains on; the validation part is not among them."""
+        """How many samples of its own the silo trains on; neither the validation part nor synthetic ones are among
+        them."""
         return len(self._training)
 
     def require_same_data(self) -> None:
@@ -137,29 +142,37 @@ class Trainer:
         progress: Callable[[int, int], None],
         kept: Path | None = None,
         keep: Path | None = None,
+        samples: Path | None = None,
     ) -> Trained:
         """Evaluates the received weights on the validation part, trains, and writes the update.
 
         Seeded by (run seed, round, silo). Without `update` nothing is written: `flat` holds what was trained. `kept` is
         what the silo kept of its last update that counts, None where there is none; what it keeps of this one goes to
-        `keep`. Of a group rank 0 alone reads the weights and writes; the others return no digest.
+        `keep`. `samples` is the file of the plan's synthetic samples, which is read once. Of a group rank 0 alone reads
+        files and writes; the others return no digest.
         """
+        if self._plan.samples is not None and self._mixture is None:
+            self._mix(self._plan.samples, samples)
         _log.info(
             "round %d: %d epochs on %d samples, threads %d", round_, settings.epochs, self.samples, settings.threads
         )
         received = self.evaluate(weights, settings.threads, kept)
         seed = derive_seed(self._plan.seed, "train", round_, self._name)
-        metrics = self._train(
-            self.flat.model,
-            self._training,
-            settings,
-            self._plan.task,
-            seed=seed,
-            device=self._device,
-            progress=progress,
-            **({"group": self._group} if _takes("group", self._train) else {}),
-            **({} if self._keeping is None else self._keeping.terms()),
-        )
+        if settings.trained == "means":
+            model, device = self.flat.model, self._device
+            metrics = add_sums(model, self._training, self._plan.task, device=device, threads=settings.threads)
+        else:
+            metrics = self._train(
+                self.flat.model,
+                self._training if self._mixture is None else self._mixture,
+                settings,
+                self._plan.task,
+                seed=seed,
+                device=self._device,
+                progress=self._as_of_own(progress, settings),
+                **({"group": self._group} if _takes("group", self._train) else {}),
+                **({} if self._keeping is None else self._keeping.terms()),
+            )
         if not isinstance(metrics, dict):
             raise TrainerError(
                 f"the training function returned {type(metrics).__name__}, expected a dict of metrics",
@@ -175,6 +188,8 @@ class Trainer:
                 kept_digest = self._keeping.save(keep)
             digest = self.flat.save_update(weights, update)
         told = {name: float(value) for name, value in metrics.items()}
+        if "samples" in told:
+            told["samples"] = float(self.samples)
         return Trained(digest, self.samples, {**told, **received.metrics}, kept_digest)
 
     def evaluate(self, weights: Path | torch.Tensor, threads: int = 1, kept: Path | None = None) -> Trained:
@@ -196,6 +211,25 @@ class Trainer:
             self._keeping.share(self._group)
         result = evaluate(self.flat.model, self._validation, self._plan.task, device=self._device, group=self._group)
         return Trained("", self.samples, {"accuracy": result.accuracy, "loss": result.loss})
+
+    def _mix(self, told: HandedOut, samples: Path | None) -> None:
+        """Mixes the synthetic samples into those that are trained on. Raises DataError."""
+        given = blank_samples(self._plan.task, told.count, self._training.label_names)
+        with _agreed(self._group):
+            if self._group.leader:
+                assert samples is not None
+                read_samples(samples, given)
+        for tensor in (given.images, given.labels):
+            self._group.copy(tensor)
+        self._mixture = mixed(self._training, given, told)
+        _log.info("%d synthetic samples are trained on beside them", len(self._mixture) - self.samples)
+
+    def _as_of_own(self, progress: Callable[[int, int], None], settings: LocalTraining) -> Callable[[int, int], None]:
+        """Progress as if the silo trained on its own samples alone: how many it mixed in would tell what it lacks."""
+        if self._mixture is None:
+            return progress
+        own = settings.epochs * batch_count(self.samples, settings.batch_size)
+        return lambda done, total: progress(done * own // total, own)
 
     def _require_terms(self) -> None:
         """Raises PolicyError where the silo's own training function leaves out what the strategy asks for."""
@@ -226,10 +260,12 @@ def _model_of(plan: Plan, silo: SiloFile) -> Model:
             )
         return plan.model.model_copy(update={"source": silo.code.model})
     if plan.model.name == "transformers":
-        if silo.model_source is not None:
-            return plan.model.model_copy(update={"source": silo.model_source})
-        assert plan.model.source is not None
-        _check_folder(plan.model.source)
+        source = silo.model_source or plan.model.source
+        assert source is not None
+        if silo.model_source is None:
+            _check_folder(source)
+        # The weights come from the coordinator: of a checkpoint no more than the config is needed here.
+        return plan.model.model_copy(update={"source": source, "pretrained": False})
     return plan.model
 
 
@@ -327,6 +363,7 @@ def _serve(group: Group, channel: TrainerEnd | None) -> None:
                         progress=report,
                         kept=kept,
                         keep=Path(message["keep"]) if "keep" in message else None,
+                        samples=Path(message["samples"]) if "samples" in message else None,
                     )
                 else:
                     result = trainer.evaluate(weights, kept=kept)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from gptfl_dist.config.federation import Generator
+from gptfl_dist.config.synthesis import Generator
 from gptfl_dist.errors import GeneratorError, first_line
 from gptfl_dist.synthesis.pipeline import GeneratorFolder, PipelineGenerator, Placement, load_pipeline, pipeline_class
 from gptfl_dist.synthesis.source import files_digest

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from gptfl_dist.audio.clip import resampled, trimmed
-from gptfl_dist.config.federation import Generator
+from gptfl_dist.config.synthesis import Generator
 from gptfl_dist.errors import GeneratorError, first_line
 from gptfl_dist.synthesis.samples import Sample
 

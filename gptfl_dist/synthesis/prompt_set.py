@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gptfl_dist.config.document import dump_yaml
-from gptfl_dist.config.federation import Prompts
+from gptfl_dist.config.synthesis import Prompts
 from gptfl_dist.synthesis.prompts import fill_templates
 from gptfl_dist.synthesis.wordnet import Meaning
 

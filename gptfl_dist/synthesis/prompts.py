@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from gptfl_dist.config.document import describe, mapping_items, read_document
-from gptfl_dist.config.federation import Prompts
+from gptfl_dist.config.synthesis import Prompts
 
 _MAX_BYTES = 2**24  # 100 labels of 200 sentences are 2 MiB, and take 2 s to read
 _EXPECTED = "expected a list of at least one prompt"

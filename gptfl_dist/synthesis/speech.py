@@ -23,7 +23,7 @@ import numpy as np
 from blake3 import blake3
 
 from gptfl_dist.audio.clip import read_clip, resampled, trimmed
-from gptfl_dist.config.federation import Engine
+from gptfl_dist.config.synthesis import Engine
 from gptfl_dist.errors import GeneratorError, first_line
 from gptfl_dist.synthesis.samples import Sample
 

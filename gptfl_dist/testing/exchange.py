@@ -9,15 +9,13 @@ Silo(silo=file, exchange=MemorySiloExchange(network=network, silo="silo-2"), run
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from gptfl_dist.config.plan import Plan
 from gptfl_dist.exchange.memory import Fault, MemoryCoordinatorExchange, MemoryNetwork, MemorySiloExchange
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.launch.base import Progress
-from gptfl_dist.run.silo import Result
+from gptfl_dist.run.silo import OrderFiles, Result
 from gptfl_dist.weights import Layout, write_weights
-from gptfl_dist.weights.kept import NOTHING_KEPT, KeptFiles
 
 __all__ = ["Fault", "MemoryCoordinatorExchange", "MemoryNetwork", "MemorySiloExchange", "ScriptedTrainer"]
 
@@ -42,12 +40,10 @@ class ScriptedTrainer:
     async def setup(self, run: str, plan: Plan, layout: Layout) -> None:
         pass
 
-    async def run(
-        self, order: Order, weights: Path, update: Path, progress: Progress, kept: KeptFiles = NOTHING_KEPT
-    ) -> Result:
+    async def run(self, order: Order, files: OrderFiles, progress: Progress) -> Result:
         self.orders.append(order)
         flat, metrics = self._script(order)
-        digest = write_weights(update, self._layout, [flat]) if order.kind == "train" else ""
+        digest = write_weights(files.update, self._layout, [flat]) if order.kind == "train" else ""
         return Result(digest, self._samples, dict(metrics))
 
     async def finish(self) -> None:

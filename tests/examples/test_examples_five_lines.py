@@ -20,7 +20,7 @@ from gptfl_dist.errors import TrainerError
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.launch.base import unheard
 from gptfl_dist.launch.start import open_trainer
-from gptfl_dist.run.silo import ProcessRunner, Result
+from gptfl_dist.run.silo import OrderFiles, ProcessRunner, Result
 from gptfl_dist.weights import WeightsFile
 from gptfl_dist.weights.flat import FlatModel
 
@@ -97,9 +97,9 @@ def _rounds(folder: Path, count: int) -> list[Result]:
             results = []
             for round_ in range(1, count + 1):
                 order = Order("train", f"{round_}", "gptfl", round_, "", 60.0, training)
-                results.append(await runner.run(order, weights, update, unheard))
+                results.append(await runner.run(order, OrderFiles(weights, update), unheard))
             order = Order("evaluate", "last", "gptfl", count + 1, "", 60.0, None)
-            return [*results, await runner.run(order, weights, update, unheard)]
+            return [*results, await runner.run(order, OrderFiles(weights, update), unheard)]
         finally:
             await runner.stop()
 

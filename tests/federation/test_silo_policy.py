@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from gptfl_dist.config.plan import LocalTraining
@@ -39,6 +41,22 @@ def test_a_model_above_the_limit_is_refused():
     guard.check_model(1 << 20)
     with pytest.raises(PolicyError, match=r"policy\.max_model allows 1048576"):
         guard.check_model((1 << 20) + 1)
+
+
+def test_synthetic_samples_above_the_limit_are_refused():
+    guard = PolicyGuard(Policy(max_synthetic="1MiB"))
+    guard.check_samples(1 << 20)
+    with pytest.raises(PolicyError, match=r"policy\.max_synthetic allows 1048576"):
+        guard.check_samples((1 << 20) + 1)
+    with pytest.raises(PolicyError):
+        PolicyGuard(Policy(max_synthetic="0B")).check_samples(1)
+
+
+def test_class_means_are_refused_unless_the_policy_allows_them():
+    means = dataclasses.replace(order("a"), training=order("a").training.model_copy(update={"trained": "means"}))
+    with pytest.raises(PolicyError, match=r"policy\.class_means is false"):
+        PolicyGuard(Policy()).check(means)
+    PolicyGuard(Policy(class_means=True)).check(means)
 
 
 def test_only_metrics_that_the_policy_names_leave():

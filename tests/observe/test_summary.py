@@ -60,7 +60,7 @@ def test_the_file_has_the_documented_fields(tmp_path: Path) -> None:
     assert path == tmp_path / "summary.json"
     read = json.loads(path.read_text())
     documented = {"run", "transport", "silos", "seed", "target_accuracy", "seconds", "server", "arms"}
-    added = {"curve_of", "tuning", "model_bytes", "parameters", "synthetic_images", "choice"}
+    added = {"curve_of", "tuning", "model_bytes", "parameters", "synthetic_images", "choice", "chosen_by"}
     added |= {"started", "finished", "weights"}
     assert set(read) == documented | added
     assert set(read["arms"]) == {"synthetic_only", "fedavg_random", "gptfl"}

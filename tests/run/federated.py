@@ -71,13 +71,22 @@ def measured(accuracy: float) -> Measured:
 
 
 class Tester:
-    """Stands in for the torch process: the test accuracy of weights is a function of their number."""
+    """Stands in for the torch process: the accuracy of weights, on test data and on held-out synthetic data, is a
+    function of their number."""
 
-    def __init__(self, accuracy: Callable[[float], float] | None = None) -> None:
+    def __init__(
+        self, accuracy: Callable[[float], float] | None = None, judged: Callable[[float], float] | None = None
+    ) -> None:
         self._accuracy = accuracy or (lambda value: 0.5)
+        self._judged = judged or (lambda value: 0.5)
+        self.judgements: list[float] = []  # the numbers of the weights that were judged
 
     async def test(self, weights: Path) -> Measured:
         return measured(self._accuracy(value_of(weights)))
+
+    async def judge(self, weights: Path) -> tuple[float, float]:
+        self.judgements.append(value_of(weights))
+        return self._judged(self.judgements[-1]), 1.0
 
 
 class Notes:
@@ -130,6 +139,7 @@ class World:
         script: Callable[[str, Order], Metrics] = lambda silo, order: {"accuracy": 0.5},
         step: Callable[[str, Order], float] = lambda silo, order: STEPS[silo],
         accuracy: Callable[[float], float] | None = None,
+        judged: Callable[[float], float] | None = None,
         released: list[str] | None = None,
         rates: list[float] | None = None,
         tuning: int = 1,
@@ -165,7 +175,7 @@ class World:
         )
         self.file.run_folder.mkdir(parents=True, exist_ok=True)
         write_weights(self.file.run_folder / RANDOM_WEIGHTS, LAYOUT, [flat(START)])
-        self.tester = Tester(accuracy)
+        self.tester = Tester(accuracy, judged)
         self.policy = Policy() if released is None else Policy(metrics=released)
         self.trainers = {
             name: ScriptedTrainer(LAYOUT, samples, functools.partial(self._carry_out, name))

@@ -103,6 +103,29 @@ def test_a_matrix_is_run_cell_by_cell_and_what_is_finished_is_not_run_again(gptf
     assert {each: each.stat().st_mtime_ns for each in cells.rglob("summary.json")} == times
 
 
+def test_strategies_that_use_synthetic_samples_or_class_means_are_cells_as_others_are(
+    gptfl: Commands, tmp_path: Path
+) -> None:
+    path = experiment(
+        tmp_path,
+        strategies={
+            "filled": {"settings": {"mixing": {"samples": "missing", "per_label": 3}}},
+            "means": {"settings": {"training": {"first_round": "means"}}},
+        },
+        tuning={"rounds": 1, "grid": [{"training": {"learning_rate": 0.2}}]},
+        cells=[{"splits": ["uneven"], "starts": ["random"], "strategies": ["filled", "means"]}],
+    )
+    gptfl.run("experiment", path)
+    start = tmp_path / "results" / "starts" / "random" / "seed-4"
+    assert (start / "synthetic" / "manifest.json").exists()
+    assert not (start / "pretrained.safetensors").exists()
+    runs = {name: tmp_path / "results/cells/uneven/random" / name / "all/seed-4" for name in ("filled", "means")}
+    assert {name for name, run in runs.items() if (run / "samples.safetensors").exists()} == {"filled"}
+    arms = [json.loads((run / "summary.json").read_text())["arms"]["fedavg_random"] for run in runs.values()]
+    assert arms[0]["start_accuracy"] == arms[1]["start_accuracy"]
+    assert arms[0]["curve"] != arms[1]["curve"]
+
+
 def test_a_wrong_setting_is_found_before_anything_runs(gptfl: Commands, tmp_path: Path) -> None:
     path = experiment(tmp_path, strategies={"fedavg": {"settings": {"training": {"epoch": 2}}}})
     command = gptfl.start("experiment", path)

@@ -21,10 +21,14 @@ from torch import nn
 import gptfl_dist
 from gptfl_dist.config.federation import Model
 from gptfl_dist.config.load import load_federation, load_silo
+from gptfl_dist.config.mixing import HandedOut
 from gptfl_dist.config.plan import LocalTraining, Plan
+from gptfl_dist.config.silo import Data
 from gptfl_dist.errors import DataError, LaunchError, ModelError, PolicyError, TrainerError
 from gptfl_dist.launch.trainer import TrainerProcess
+from gptfl_dist.learning.data import load_images
 from gptfl_dist.learning.group import RENDEZVOUS
+from gptfl_dist.learning.mixing import write_samples
 from gptfl_dist.run.trainer import Trainer
 from gptfl_dist.testing.federations import tiny_federation
 
@@ -178,6 +182,34 @@ def test_a_silo_of_two_ranks_trains_as_one_rank_would(tmp_path: Path) -> None:
     assert len(seen) == seen[-1][1] == seen[-1][0]
     assert np.allclose(numbers(silo.update), numbers(tmp_path / "expected"), rtol=1e-5, atol=1e-6)
     assert "13,186 parameters" in (tmp_path / "trainer.log").read_text()
+
+
+def test_synthetic_samples_reach_every_rank_though_one_alone_reads_them(tmp_path: Path) -> None:
+    silo = Silo(tmp_path)
+    alone = load_images(Data(path=tmp_path / "silo-2.npz"), silo.plan.task, silo.plan.labels)
+    write_samples(tmp_path / "samples.safetensors", alone)
+    given = HandedOut(digest="0" * 64, count=len(alone), use="all", per_label=len(alone))
+    silo.plan = silo.plan.model_copy(update={"samples": given})
+    trainer = Trainer(silo.plan, silo.file, tmp_path)
+    trainer.flat.save(silo.weights)
+    expected = trainer.train(
+        round_=3, settings=SETTINGS, weights=silo.weights, update=tmp_path / "expected", progress=ignored,
+        samples=tmp_path / "samples.safetensors",
+    )  # fmt: skip
+
+    async def scene() -> None:
+        await silo.setup()
+        told = {"round": 3, "training": SETTINGS.model_dump(mode="json"), "update": str(silo.update)}
+        told |= {"weights": str(silo.weights), "samples": str(tmp_path / "silo-1.npz")}
+        with pytest.raises(ModelError, match="silo-1"):  # of rank 0 alone; the group goes on
+            await silo.process.ask({"type": "train", **told}, "result")
+        told["samples"] = str(tmp_path / "samples.safetensors")
+        answer = await silo.process.ask({"type": "train", **told}, "result")
+        assert answer["samples"] == answer["metrics"]["samples"] == expected.samples == 18
+        assert answer["metrics"]["train_loss"] == pytest.approx(expected.metrics["train_loss"], rel=1e-5)
+
+    silo.play(scene)
+    assert np.allclose(numbers(silo.update), numbers(tmp_path / "expected"), rtol=1e-5, atol=1e-6)
 
 
 SHELL = ("env", "PMI_SIZE=2", "sh", "-c", 'PMI_RANK=1 "$@" & PMI_RANK=0 exec "$@"', "sh", sys.executable)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from federated import ARM, JOIN_DEADLINE, ROUNDS, SAMPLES, START, Metrics, World, answered, in_loop, mean_step
+from federated import ARM, JOIN_DEADLINE, ROUNDS, SAMPLES, START, Metrics, World, answered, in_loop, mean_step, value_of
 from test_run_restart import live
 
 from gptfl_dist.errors import RunAborted
@@ -203,6 +203,61 @@ async def test_the_settings_end_no_tuning_trial_and_say_nothing_where_all_rounds
             assert world.record(trial_name(ARM, rate)).finished_rounds == 3
     assert not any("ends after" in text for text in world.notes.texts)
     assert world.notes.left == {}
+
+
+def judged(*accuracy: float) -> Callable[[float], float]:
+    """The accuracy on held-out synthetic data of the weights after round 0, 1 ...; the last holds for all others."""
+    return lambda value: accuracy[min(round((value - START) / mean_step(SAMPLES)), len(accuracy) - 1)]
+
+
+SYNTHETIC = {
+    # The weights of a round are judged before the next, so that none is run to learn of them.
+    "target_accuracy": ({"target_accuracy": 0.8}, judged(0.1, 0.5, 0.85, 0.9), 2, 2),
+    "patience": ({"patience": 2}, judged(0.5, 0.6, 0.6, 0.55, 0.9), 3, 1),
+}
+"""The setting, what the synthetic data say, after how many rounds it ends the arm, and the round that is kept."""
+
+
+@pytest.mark.parametrize("setting", SYNTHETIC)
+@in_loop
+async def test_held_out_synthetic_data_end_an_arm_and_choose_its_model_whatever_silos_and_test_data_say(
+    tmp_path: Path, setting: str
+) -> None:
+    rules, judge, rounds, best = SYNTHETIC[setting]
+    silos = told(0.99, 0.2, 0.1)
+    async with World(
+        tmp_path, rounds=9, script=silos, judged=judge, accuracy=lambda value: 0.9, choose_by="synthetic", **rules
+    ) as world:
+        record = await world.federate()
+    assert (record.finished_rounds, record.best_round) == (rounds, best)
+    steps = [START + r * mean_step(SAMPLES) for r in range(rounds + 1)]
+    assert world.tester.judgements == steps
+    assert value_of(world.model(ARM)) == steps[best]
+    (note,) = [text for text in world.notes.texts if f"federation.{setting}" in text]
+    assert "on held-out synthetic data after round" in note
+
+
+@pytest.mark.parametrize("setting", SYNTHETIC)
+@pytest.mark.parametrize("instant", ["after close_round", "before note_judged", "after note_judged"])
+@pytest.mark.parametrize("count", [1, 2])
+@in_loop
+async def test_so_does_a_coordinator_that_was_killed(tmp_path: Path, setting: str, instant: str, count: int) -> None:
+    rules, judge, rounds, best = SYNTHETIC[setting]
+    async with World(tmp_path, rounds=9, judged=judge, choose_by="synthetic", **rules) as world:
+        world.join(*world.trainers)
+        assert (await live(world, [], instant, count)).over
+        assert not (await live(world, [])).over
+        record = world.record()
+    assert (record.finished_rounds, record.best_round) == (rounds, best)
+    assert len(record.judged) == rounds + 1
+
+
+@in_loop
+async def test_a_model_that_is_the_best_so_far_is_kept_until_the_end(tmp_path: Path) -> None:
+    async with World(tmp_path, rounds=5, judged=judged(0.1, 0.9, 0.2, 0.3, 0.3), choose_by="synthetic") as world:
+        record = await world.federate()
+    assert record.best_round == 1
+    assert value_of(world.model(ARM)) == START + mean_step(SAMPLES)
 
 
 @in_loop

@@ -10,6 +10,7 @@ import pytest
 
 from gptfl_dist.config.federation import Model, Task
 from gptfl_dist.config.load import load_federation, load_silo
+from gptfl_dist.config.mixing import HandedOut
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.config.silo import Code, SiloFile
 from gptfl_dist.errors import ModelError, PolicyError, TrainerError
@@ -75,6 +76,9 @@ def test_a_script_of_ones_own_is_refused_where_the_strategy_keeps_something() ->
     with pytest.raises(PolicyError, match=r"keeps control from round to round, and code\.script does not"):
         require_built_in(silo, plan)
     require_built_in(silo, plan.model_copy(update={"kept": []}))
+    samples = HandedOut(digest="0" * 64, count=1, use="all", per_label=1)
+    with pytest.raises(PolicyError, match=r"hands out synthetic samples .* code\.script loads its own data"):
+        require_built_in(silo, plan.model_copy(update={"kept": [], "samples": samples}))
 
 
 @pytest.mark.parametrize("source", ["/nowhere/resnet", "~/resnet", "./resnet"])
@@ -95,4 +99,6 @@ def test_a_folder_that_holds_the_model_is_loaded(tmp_path: Path) -> None:
     folder.mkdir()
     config = {"model_type": "resnet", "embedding_size": 4, "hidden_sizes": [4, 4], "depths": [1, 1]}
     (folder / "config.json").write_text(json.dumps({**config, "layer_type": "basic"}))
-    assert trainer(tmp_path, name="transformers", source=str(folder), pretrained=False).layout.nbytes > 0
+    # Also where the federation starts from a checkpoint: its weights come from the coordinator.
+    built = [trainer(tmp_path, name="transformers", source=str(folder), pretrained=given) for given in (False, True)]
+    assert built[0].layout == built[1].layout

@@ -25,12 +25,11 @@ from gptfl_dist.learning.evaluate import evaluate
 from gptfl_dist.learning.measures import Measures
 from gptfl_dist.learning.models import build_model
 from gptfl_dist.run.evaluation import RANDOM_WEIGHTS, Measured
-from gptfl_dist.run.silo import Result, Silo, require_layout
+from gptfl_dist.run.silo import OrderFiles, Result, Silo, require_layout
 from gptfl_dist.run.trainer import Trainer
 from gptfl_dist.testing.exchange import MemoryNetwork, MemorySiloExchange
 from gptfl_dist.weights import Layout
 from gptfl_dist.weights.flat import FlatModel
-from gptfl_dist.weights.kept import NOTHING_KEPT, KeptFiles
 
 Spoil = Callable[[FlatModel, Path], None]
 """What a malicious silo does to its trained model, given the received weights, before the update is taken."""
@@ -58,26 +57,25 @@ class TrainerInLoop:
         self.trainer = await asyncio.to_thread(Trainer, plan, self._silo, self._folder)
         require_layout(layout, self.trainer.layout)
 
-    async def run(
-        self, order: Order, weights: Path, update: Path, progress: Progress, kept: KeptFiles = NOTHING_KEPT
-    ) -> Result:
-        result = await asyncio.to_thread(self._carry_out, order, weights, update, kept)
+    async def run(self, order: Order, files: OrderFiles, progress: Progress) -> Result:
+        result = await asyncio.to_thread(self._carry_out, order, files)
         self.orders.append(order)
         self.told.append(result.metrics)
         return result
 
-    def _carry_out(self, order: Order, weights: Path, update: Path, kept: KeptFiles) -> Result:
+    def _carry_out(self, order: Order, files: OrderFiles) -> Result:
         if order.training is None:
-            found = self.trainer.evaluate(weights, kept=kept.before)
+            found = self.trainer.evaluate(files.weights, kept=files.kept.before)
         else:
             found = self.trainer.train(
-                round_=order.round, settings=order.training, weights=weights, update=update,
-                progress=lambda done, total: None, kept=kept.before, keep=kept.after,
+                round_=order.round, settings=order.training, weights=files.weights, update=files.update,
+                progress=lambda done, total: None, kept=files.kept.before, keep=files.kept.after,
+                samples=files.samples,
             )  # fmt: skip
         digest = found.digest
         if self._spoil is not None and order.training is not None:
-            self._spoil(self.trainer.flat, weights)
-            digest = self.trainer.flat.save_update(weights, update)
+            self._spoil(self.trainer.flat, files.weights)
+            digest = self.trainer.flat.save_update(files.weights, files.update)
         return Result(digest, found.samples, dict(found.metrics))
 
     async def finish(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptfl_dist.config.federation import Generator
+from gptfl_dist.config.synthesis import Generator
 from gptfl_dist.errors import GeneratorError
 from gptfl_dist.synthesis import find_generator, load_generator
 from gptfl_dist.synthesis.generator import require_known_labels

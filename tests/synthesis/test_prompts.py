@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptfl_dist.config.federation import Prompts
+from gptfl_dist.config.synthesis import Prompts
 from gptfl_dist.errors import ConfigError
 from gptfl_dist.synthesis import build_prompts
 from gptfl_dist.synthesis.prompt_set import LabelPrompts, prompt_set_text

@@ -26,6 +26,7 @@ from gptfl_dist.files import storage_error
 from gptfl_dist.security.epoch import Epoch
 from gptfl_dist.weights import Codec, Layout, WeightsFile
 from gptfl_dist.weights.file import header_of
+from gptfl_dist.weights.samples import samples_layout
 
 DISMISS = "dismiss"
 """The type of the last message that the first rank of a silo sends to the others."""
@@ -165,6 +166,7 @@ class RankExchange:
         self._answers: asyncio.Queue[Message] = asyncio.Queue()
         self._layout: Layout | None = None  # of the model
         self._broadcast: Layout | None = None  # of what is broadcast of it
+        self._samples: dict[str, Layout] = {}  # of the synthetic samples that silos are given, by digest
         self._sending = asyncio.Lock()  # of updates: one at a time
         self._unanswered = False  # whether one is on its way
         self._parted = False
@@ -186,12 +188,16 @@ class RankExchange:
             if kind == "welcome":
                 plan, layout = Plan.model_validate(message["plan"]), Layout.from_json(message["layout"])
                 self._layout, self._broadcast = layout, Codec(plan.compression.down).layout(layout)
+                if plan.samples is not None:
+                    samples = samples_layout(plan.task.shape, plan.samples.count)
+                    self._samples = {plan.samples.digest: samples}
                 self.welcome.set_result(Welcome(message["run"], plan, layout, Epoch(**message["epoch"])))
             elif kind == "bases":
                 self.keeper.keep_only(message["digests"])
             elif kind == "weights":
                 assert self._broadcast is not None
-                await self.keeper.take(self._collective, message["digest"], self._broadcast)
+                digest = message["digest"]
+                await self.keeper.take(self._collective, digest, self._samples.get(digest, self._broadcast))
             elif kind == "order":
                 training = message.pop("training")
                 settings = None if training is None else LocalTraining.model_validate(training)

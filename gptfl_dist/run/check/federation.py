@@ -6,7 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 from gptfl_dist.aggregation.rules import rule_of
 from gptfl_dist.aggregation.server import moment_names
 from gptfl_dist.config.base import EVERYWHERE, host_of, port_of
-from gptfl_dist.config.federation import FederationFile, Filter, Generator, SiloEntry
+from gptfl_dist.config.federation import FederationFile, SiloEntry
 from gptfl_dist.config.load import load_silo
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.config.strategy import ROBUST
+from gptfl_dist.config.synthesis import Filter, Generator
 from gptfl_dist.errors import (
     ConfigError,
     GeneratorError,
@@ -51,6 +52,7 @@ from gptfl_dist.run.filter import FILTER_SOURCE, load_judge
 from gptfl_dist.run.handout import travelling
 from gptfl_dist.security.vault import Vault
 from gptfl_dist.weights import Codec
+from gptfl_dist.weights.samples import samples_layout
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,7 +64,7 @@ _SEARCH = 60.0  # seconds to load an MPI library in a process of its own
 def check_federation(checks: Checklist, path: Path, file: FederationFile) -> None:
     checks.run("device", lambda: _federation_devices(file))
     checks.run("model", lambda: _model(path, file))
-    if _synthesises(file):
+    if file.synthesises:
         for name, candidate in (candidate_files(file) or {"": file}).items():
             _synthesis(checks, candidate, f" of {name}" if name else "")
     checks.run("training", lambda: _recipe(file))
@@ -70,7 +72,7 @@ def check_federation(checks: Checklist, path: Path, file: FederationFile) -> Non
     checks.run("compression", lambda: _compression(path, file))
     checks.run("run folder", lambda: writable(file.run_folder))
     checks.run("at_rest", lambda: try_at_rest(file.at_rest, file.run_folder))
-    if _synthesises(file):
+    if file.synthesises:
         checks.run("synthesis.folder", lambda: writable(file.synthesis.folder))
     checks.run("disk space", lambda: _space(path, file))
     checks.run("test data", lambda: _test_data(file))
@@ -101,12 +103,8 @@ def _synthesis(checks: Checklist, file: FederationFile, whose: str) -> None:
         checks.run(f"filter{whose}", lambda: _filter(file, settings))
 
 
-def _synthesises(file: FederationFile) -> bool:
-    return bool({"synthetic_only", "gptfl"} & set(file.arms))
-
-
 def _federation_devices(file: FederationFile) -> str:
-    if not _synthesises(file):
+    if not file.synthesises:
         return "none needed: no arm generates or pre-trains"
     from gptfl_dist.learning.device import resolve_device
     from gptfl_dist.synthesis.generator import place
@@ -118,12 +116,12 @@ def _federation_devices(file: FederationFile) -> str:
     )
 
 
-def _built(path: Path, file: FederationFile) -> nn.Module:
+def _built(path: Path, file: FederationFile, tell: Callable[[str], None] = lambda told: None) -> nn.Module:
     """The federation's model as the coordinator builds it."""
     from gptfl_dist.learning.models import build_model
 
     with code_beside(path):
-        return build_model(file.model, file.task, len(file.labels), file.seed)
+        return build_model(file.model, file.task, len(file.labels), file.seed, tell)
 
 
 def _model(path: Path, file: FederationFile) -> str:
@@ -134,7 +132,8 @@ def _model(path: Path, file: FederationFile) -> str:
     from gptfl_dist.learning.models import logits
     from gptfl_dist.weights.flat import layout_of
 
-    model = _built(path, file)
+    notes: list[str] = []
+    model = _built(path, file, notes.append)
     layout = layout_of(model)
     count = file.training.batch_size
     images = torch.zeros(count, *file.task.shape)
@@ -145,7 +144,8 @@ def _model(path: Path, file: FederationFile) -> str:
             f"model {file.model.name} cannot train on a batch of shape {tuple(images.shape)}: {error}",
             hint="make task and training.batch_size fit the model",
         ) from error
-    return f"{file.model.name} with {layout.parameters:,} parameters ({size(layout.nbytes)}) took a batch of {count}"
+    took = f"{file.model.name} with {layout.parameters:,} parameters ({size(layout.nbytes)}) took a batch of {count}"
+    return "; ".join([took, *notes])
 
 
 def _prompts(file: FederationFile) -> str:
@@ -302,7 +302,8 @@ def _space(path: Path, file: FederationFile) -> str:
     spools += len(encoded) + control  # what is handed out is made once for all silos
     spools, silos = spools * (1 + control), silos * (1 + control)  # the control variate goes where the weights go
     wanted = {file.run_folder: model * (kept + named + spools + silos)}
-    if _synthesises(file):
+    wanted[file.run_folder] += _handed_out(file) * (1 + sum(entry.file is not None for entry in file.silos))
+    if file.synthesises:
         task = file.task
         sample = math.prod(task.shape) if task.kind == "image" else 2 * task.clip_samples
         wanted[file.synthesis.folder] = sets * file.synthesis.images_per_label * len(file.labels) * sample
@@ -322,6 +323,14 @@ def _space(path: Path, file: FederationFile) -> str:
             )
         told.append(f"{size(free)} free at {place}, at most {size(needed)} more needed")
     return "; ".join(told)
+
+
+def _handed_out(file: FederationFile) -> int:
+    """How many bytes of synthetic samples a silo is given at most."""
+    if file.mixing.samples == "none":
+        return 0
+    each = min(file.mixing.per_label, file.synthesis.images_per_label)
+    return samples_layout(file.task.shape, each * len(file.labels)).nbytes
 
 
 def _test_data(file: FederationFile) -> str:
@@ -359,7 +368,9 @@ def _silo_file(path: Path, file: FederationFile, entry: SiloEntry, silo_path: Pa
             f"{silo_path}: name is {silo.name}, {path} expects {entry.name}", hint="make the two names the same"
         )
     training = LocalTraining.of(file, file.training.learning_rates[0], 1)
-    PolicyGuard(silo.policy).check(Order("train", "", file.arms[0], 1, "", file.federation.deadline, training))
+    guard = PolicyGuard(silo.policy)
+    guard.check(Order("train", "", file.arms[0], 1, "", file.federation.deadline, training))
+    guard.check_samples(_handed_out(file))
     from gptfl_dist.run.arm import rounds_planned
 
     if rounds_planned(file) > silo.policy.max_rounds:

@@ -63,7 +63,8 @@ def share_out(file: ExperimentFile, name: str, seed: int, folder: Path) -> Share
     for silo, numbers in parts.items():
         write_file(folder / f"{silo}.txt", "\n".join(map(str, numbers.tolist())) + "\n")
         data = file.data.model_copy(update={"samples": Path(f"{silo}.txt")})
-        write_file(folder / f"{silo}.yaml", dump_yaml({"name": silo, "data": _plain(data)}))
+        content = {"name": silo, "data": _plain(data), "policy": {"class_means": True}}  # all data are of one owner
+        write_file(folder / f"{silo}.yaml", dump_yaml(content))
     counts = {silo: Counter(labels[numbers].tolist()) for silo, numbers in parts.items() if silo != POOLED}
     write_file(
         folder / COUNTS, json.dumps({silo: [each[label] for label in file.labels] for silo, each in counts.items()})

@@ -61,7 +61,7 @@ def settings_of(file: ExperimentFile, cell: Cell, point: int, silos: list[dict[s
     group = cell.group
     start, method = file.starts[group.start], file.strategies[group.strategy]
     settings: Settings = {"federation": {"diversity": True}}
-    for part in (file.federation, start.settings, method.settings, grid_of(file, group)[point]):
+    for part in (file.federation, start.model, start.settings, method.settings, grid_of(file, group)[point]):
         settings = overlaid(settings, part)
     # Nobody is late in a process in which silos train in turn.
     rules: Settings = {"cohort": group.silos if isinstance(group.silos, int) else "all", "deadline": "30d"}

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptfl_dist.config.experiment import ExperimentFile, Group, Settings
+from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import federation_of, to_yaml
 from gptfl_dist.errors import GptflError, StageFailed
 from gptfl_dist.files import write_file
@@ -90,6 +91,7 @@ class _Bench:
     def __init__(self, file: ExperimentFile, beside: Path, workers: int, say: Callable[[str], None]) -> None:
         self._file, self._beside, self._workers, self._say = file, beside, workers, say
         self._shared: dict[tuple[str, int], Shared] = {}
+        self._synthesising: set[tuple[str, int]] = set()  # starts and seeds whose cells need synthetic data
 
     def share_out(self, groups: Sequence[Group]) -> None:
         for name in dict.fromkeys(group.split for group in groups):
@@ -104,13 +106,15 @@ class _Bench:
             settings = settings_of(self._file, cell, point, shared.entries(*silos))
             where = {"run_folder": str(folder), "test_data": str(self._file.test_data.absolute())}
             settings = overlaid(settings, {**where, "synthesis": {"folder": str(start / "synthetic")}})
-            self._write(folder, settings)
+            if self._write(folder, settings).synthesises:
+                self._synthesising.add((cell.group.start, cell.seed))
 
-    def _write(self, folder: Path, settings: Settings) -> None:
+    def _write(self, folder: Path, settings: Settings) -> FederationFile:
         where = f"the federation of {folder.relative_to(self._file.folder.absolute())}"
         file = federation_of(settings, self._beside, where)
         make_folder(folder)
         write_file(folder / FEDERATION, to_yaml(file))
+        return file
 
     def _runs(self, cell: Cell) -> list[tuple[Path, Sequence[str]]]:
         """The runs of a cell: their folders, and their silos."""
@@ -127,12 +131,13 @@ class _Bench:
         return (self._file.folder / "starts" / start / f"seed-{seed}").absolute()
 
     async def make_starts(self, groups: Sequence[Group]) -> None:
-        """Synthetic data and a model that was trained on them, for each start of this kind and each seed."""
+        """Synthetic data for each start and seed that needs them, and a model that was trained on them for each of this
+        kind."""
         wanted = {
             (group.start, seed): self._start(group.start, seed)
             for group in groups
             for seed in self._file.seeds
-            if self._synthetic(group.start)
+            if (group.start, seed) in self._synthesising
         }
         for (start, seed), folder in wanted.items():
             group = next(group for group in groups if group.start == start)
@@ -142,8 +147,10 @@ class _Bench:
                 settings, {"run_folder": str(folder), "synthesis": {"folder": str(folder / "synthetic")}}
             )
             self._write(folder, settings)
-        for stage in ("generate", "pretrain"):
-            commands = {key: [stage, folder / FEDERATION] for key, folder in wanted.items()}
+        trained = {key: folder for key, folder in wanted.items() if self._synthetic(key[0])}
+        for stage, starts in (("generate", wanted), ("pretrain", trained)):
+            commands: dict[tuple[str, int], Sequence[str | Path]]
+            commands = {key: [stage, folder / FEDERATION] for key, folder in starts.items()}
             with progress(f"{self._file.name}: {stage}", len(commands), "starts") as bar:
                 ended = await run_all(commands, self._workers, bar.callback)
             for error in ended.values():

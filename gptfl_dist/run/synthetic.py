@@ -1,0 +1,62 @@
+"""The synthetic set as later stages use it: what is trained on, what is held out, and what of it silos are given.
+
+What is held out by pre-training is so throughout: no model is trained on it, at the coordinator or at a silo, so it can
+judge them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptfl_dist.config.federation import FederationFile
+from gptfl_dist.config.silo import Data
+from gptfl_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from gptfl_dist.learning.data import ImageSet
+    from gptfl_dist.synthesis.selection import Selection
+
+SAMPLES = "samples.safetensors"
+"""The synthetic samples that silos are given, in the run folder."""
+
+
+def pretraining_seed(file: FederationFile) -> int:
+    """The seed of the training on synthetic data, and of the choice of what it holds out."""
+    from gptfl_dist.learning.seeding import derive_seed
+
+    return derive_seed(file.seed, "pretrain")
+
+
+def synthetic_images(file: FederationFile, selection: Selection | None) -> ImageSet:
+    """The synthetic images that the filter kept, or all. Raises DataError."""
+    import numpy as np
+
+    from gptfl_dist.learning.data import load_images
+
+    folder = file.synthesis.folder
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no synthetic set", hint="make it with: gptfl generate FEDERATION_FILE")
+    data = load_images(Data(path=folder, format="parquet"), file.task, file.labels)
+    return data if selection is None else data.subset(np.flatnonzero(selection.keeps))
+
+
+def synthetic_parts(file: FederationFile, folder: Path) -> tuple[ImageSet, ImageSet]:
+    """What pre-training trains on and what it holds out; `folder` is where the federation file lies.
+
+    Raises DataError where the set is not there, or not filtered yet.
+    """
+    from gptfl_dist.learning.pretrain import split_synthetic
+    from gptfl_dist.run.filter import selected_images
+
+    data = synthetic_images(file, selected_images(file, folder))
+    return split_synthetic(data, file.pretraining, pretraining_seed(file))
+
+
+def samples_for_silos(file: FederationFile, folder: Path) -> ImageSet:
+    """What of the synthetic set silos are given, the same whenever it is drawn. Raises DataError."""
+    from gptfl_dist.learning.mixing import drawn
+    from gptfl_dist.learning.seeding import derive_seed
+
+    trained, _ = synthetic_parts(file, folder)
+    return drawn(trained, file.mixing.per_label, derive_seed(file.seed, "mixing"))
