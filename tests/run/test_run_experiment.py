@@ -98,6 +98,37 @@ def test_the_samples_of_a_key_stay_together(tmp_path: Path) -> None:
     assert {silo: part.tolist() for silo, part in parts.items()} == {"a": [1, 2], "b": [0, 3], "c": [4, 5]}
 
 
+def test_keys_are_left_out_by_name(tmp_path: Path) -> None:
+    def left(*without: str) -> list[str]:
+        split = Split(kind="key", key="speaker", without=list(without))
+        return list(parts_of(split, np.array(["no", "yes", "no"]), np.array(["b", "a", "c"]), 0))
+
+    assert left("a") == ["b", "c"]
+    for wrong in (("d",), ("a", "d"), ("a", "b", "c")):
+        with pytest.raises(DataError, match=f"without is {', '.join(wrong)}, expected some of the keys a, b, c"):
+            left(*wrong)
+
+
+def test_a_site_that_is_left_out_of_all_silos_is_tested_on(gptfl: Commands, tmp_path: Path) -> None:
+    split = {"kind": "key", "key": "site", "without": ["south"], "test_data": "south.npz"}
+    cells = [{"splits": ["north"], "starts": ["random"], "strategies": ["fedavg"], "silos": ["all", "pooled"]}]
+    path = experiment(tmp_path, splits={"north": split}, tuning={"grid": [{}]}, cells=cells)
+    with np.load(tmp_path / "train.npz") as arrays:
+        data = dict(arrays)
+    names = data["label_names"]
+    south = np.arange(len(data["labels"])) % 2 == 0
+    site = np.where(south, "south", np.where(np.arange(len(south)) % 4 == 1, "east", "west"))
+    np.savez(tmp_path / "train.npz", site=site, **data)
+    np.savez(tmp_path / "south.npz", **{name: data[name][south] for name in ("images", "labels")}, label_names=names)
+    (tmp_path / "test.npz").unlink()
+    results = json.loads(gptfl.run("experiment", path, "--format", "json").stdout)
+    assert [arm["silos"] for arm in results["splits"][0]["arms"]] == ["all", "pooled"]
+    shares = json.loads((tmp_path / "results" / "splits" / "north" / "seed-4" / "split.json").read_text())
+    assert {silo: sum(counts) for silo, counts in shares.items()} == {"east": 50, "west": 50}
+    pooled = (tmp_path / "results" / "splits" / "north" / "seed-4" / "pooled.txt").read_text().split()
+    assert [site[int(number)] for number in pooled] == ["east", "west"] * 50
+
+
 def test_a_key_is_an_array_or_stands_in_the_names_of_files(tmp_path: Path) -> None:
     np.savez(tmp_path / "clips.npz", speaker=np.array(["b", "a"]))
     assert keys_of(Data(path=tmp_path / "clips.npz"), "image", "speaker").tolist() == ["b", "a"]
