@@ -18,7 +18,7 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 from diffusers.training_utils import EMAModel
 from model import LATENT_CHANNELS, LATENT_SIZE, build_scheduler
 from torch.nn import functional
-from train import EMPTY_CAPTIONS, FULL, QUICK, Loop, encode, make_renders, noised, train_vae
+from train import EMPTY_CAPTIONS, FULL, QUICK, Loop, Plan, encode, make_renders, noised, train_vae
 
 # DiTPipeline takes class 1000 for "no class", as ImageNet's classes end before it.
 NO_CLASS = 1000
@@ -38,31 +38,38 @@ def main() -> None:
     renders = make_renders(args.work, plan, args.seed)
     vae = train_vae(args.work, renders.images, plan, args.seed)
     latents = encode(args.work, vae, renders.images)
+    transformer = train_transformer(args.work, latents, torch.from_numpy(renders.digits), plan, args.seed)
+    DiTPipeline(transformer, vae, build_scheduler()).save_pretrained(args.out)
+    print(f"the pipeline is in {args.out}", flush=True)
+
+
+def train_transformer(
+    work: Path, latents: torch.Tensor, labels: torch.Tensor, plan: Plan, seed: int
+) -> DiTTransformer2DModel:
+    """The DiT, trained on latents (N, C, H, W) and their labels (N,), with averaged weights."""
     # In evaluation mode, so that no class is dropped but by us, from the step's own generator.
     transformer = build_transformer().eval()
     parameters = list(transformer.parameters())
     average = EMAModel(parameters, decay=plan.ema_decay, use_ema_warmup=True, power=0.8, foreach=True)
     loop = Loop(
         "transformer",
-        args.work / "transformer-checkpoint.safetensors",
+        work / "transformer-checkpoint.safetensors",
         [transformer],
         plan.steps,
         peak_rate=1e-3,
-        seed=args.seed,
+        seed=seed,
         average=average,
     )
-    digits = torch.from_numpy(renders.digits)
     for generator in loop:
         chosen = torch.randint(len(latents), (plan.batch,), generator=generator)
         noisy, times, velocity = noised(latents[chosen], generator)
         unconditional = torch.rand(plan.batch, generator=generator) < EMPTY_CAPTIONS
-        classes = torch.where(unconditional, NO_CLASS, digits[chosen])
+        classes = torch.where(unconditional, NO_CLASS, labels[chosen])
         told = transformer(noisy, timestep=times, class_labels=classes).sample
         loop.descend(functional.mse_loss(told, velocity))
         average.step(parameters)
     average.copy_to(parameters)
-    DiTPipeline(transformer, vae, build_scheduler()).save_pretrained(args.out)
-    print(f"the pipeline is in {args.out}", flush=True)
+    return transformer
 
 
 def build_transformer() -> DiTTransformer2DModel:

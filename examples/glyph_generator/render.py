@@ -18,11 +18,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates
 
-try:
-    from skimage.morphology import skeletonize
-except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}: install what README.md of this folder lists, scikit-image among it") from None
-
 SIZE = 32
 BOX = 20.0
 OVERSAMPLING = 4
@@ -85,6 +80,10 @@ def trace(faces: Sequence[Face], work: Path) -> list[Glyph]:
 
 
 def _trace(file: Path, digit: int) -> Glyph:
+    try:  # here, for who trains on pictures that are not drawn needs it not
+        from skimage.morphology import skeletonize
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{error}: install what README.md of this folder lists, scikit-image among it") from None
     text = str(digit)
     probe = ImageFont.truetype(str(file), 200).getbbox(text)
     font = ImageFont.truetype(str(file), round(200 * _TRACED_HEIGHT / (probe[3] - probe[1])))

@@ -27,7 +27,10 @@ _OURS = ("name", "seed", "run_folder", "arms", "silos", "test_data", "tuning", "
 
 
 class Split(Section):
-    """How the training data are shared out over silos; drawn anew for each seed."""
+    """How the training data are shared out over silos; drawn anew for each seed.
+
+    `without` are keys whose samples no silo gets; `test_data` stands in place of the experiment's.
+    """
 
     kind: Literal["dirichlet", "shards", "quantity", "key"] = "dirichlet"
     silos: PositiveInt | None = None
@@ -35,6 +38,8 @@ class Split(Section):
     minimum: NonNegativeInt = 2
     shards: PositiveInt | None = None
     key: str | None = None
+    without: list[str] = Field(default=[])
+    test_data: Path | None = None
 
     @model_validator(mode="after")
     def _what_the_kind_needs(self) -> Self:
@@ -49,6 +54,8 @@ class Split(Section):
                 raise ValueError(f"kind is {self.kind}, which needs {name}")
             if name not in needs[self.kind] and getattr(self, name) is not None:
                 raise ValueError(f"kind is {self.kind}, which takes no {name}")
+        if self.without and self.kind != "key":
+            raise ValueError(f"kind is {self.kind}, which takes no without")
         return self
 
 

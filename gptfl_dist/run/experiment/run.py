@@ -104,7 +104,8 @@ class _Bench:
         shared, start = self._shared[cell.group.split, cell.seed], self._start(cell.group.start, cell.seed)
         for folder, silos in self._runs(cell):
             settings = settings_of(self._file, cell, point, shared.entries(*silos))
-            where = {"run_folder": str(folder), "test_data": str(self._file.test_data.absolute())}
+            test_data = self._file.splits[cell.group.split].test_data or self._file.test_data
+            where = {"run_folder": str(folder), "test_data": str(test_data.absolute())}
             settings = overlaid(settings, {**where, "synthesis": {"folder": str(start / "synthetic")}})
             if self._write(folder, settings).synthesises:
                 self._synthesising.add((cell.group.start, cell.seed))

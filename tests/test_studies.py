@@ -1,0 +1,41 @@
+"""The studies in benchmarks/ are valid experiments, and compare what they say they compare."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from gptfl_dist.config.load import federation_of, load_experiment
+from gptfl_dist.run.experiment.plan import cells_of, groups_of, settings_of, trials_of
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+STRATEGIES = {"fedavg", "fedprox", "scaffold", "moon", "fedadam"}
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("name", ["mnist", "fashion", "speech"])
+def test_a_study_is_a_valid_experiment_whose_strategies_are_tuned_alike(
+    name: str, quick: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    study = importlib.import_module(f"study_{name}").study(quick)
+    path = tmp_path / "experiment.yaml"
+    path.write_text(json.dumps(study.experiment(quick=quick)))
+    file = load_experiment(path)
+    groups = groups_of(file)
+    silos = [{"name": f"silo-{number}", "file": "silo.yaml", "max_samples": 10} for number in range(4)]
+    for group in groups:
+        for cell in [*trials_of(file, group), *cells_of(file, group)]:
+            federation_of(settings_of(file, cell, cell.trial or 0, silos), tmp_path, str(cell))
+    assert {len(trials_of(file, group)) for group in groups} == {0 if quick else 3}
+    if quick:
+        return
+    assert file.seeds == [0, 1, 2]
+    for split in study.splits:
+        whole = {(group.start, group.strategy) for group in groups if group.split == split and group.silos == "all"}
+        assert whole >= {(start, strategy) for start in ("random", "synthetic") for strategy in STRATEGIES}
+    fedavg = {group.silos for group in groups if group.strategy == "fedavg" and group.split == next(iter(study.splits))}
+    assert fedavg == {"all", 1, 3, "alone", "pooled"}
