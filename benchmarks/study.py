@@ -103,7 +103,7 @@ def main(
     prepare: Callable[[Path, argparse.Namespace], None],
     add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> None:
-    """The command of a study: `study(quick)` says what it is, `prepare` writes what it needs into its folder, once."""
+    """The command of a study: `study(quick)` is its matrix, `prepare` writes what it needs into its folder."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--quick", action="store_true", help="shows that all runs, and says nothing of the claims")
@@ -116,7 +116,9 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder, options)
     file = folder / "experiment.yaml"
-    file.write_text(json.dumps(found.experiment(quick=options.quick), indent=1) + "\n")
+    # What the study is stands in the file, and so on its page, which shows the file.
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in (about or "").splitlines())
+    file.write_text(comment + json.dumps(found.experiment(quick=options.quick), indent=1) + "\n")
     command = [sys.executable, "-m", "gptfl_dist", "experiment", str(file)]
     if options.workers is not None:
         command += ["--workers", str(options.workers)]
