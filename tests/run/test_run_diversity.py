@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federated import DEADLINE, STEPS, World, in_loop
+from federated import ARM, DEADLINE, STEPS, World, in_loop
 from safetensors.torch import load_file
 from support import RULES, Commands, Federation
 from trained import TrainedWorld
@@ -49,6 +49,7 @@ async def test_it_is_of_the_updates_that_counted(tmp_path: Path) -> None:
         await slow.reached.wait()
         await world.until(lambda: world.committed(2) == {"a", "b"})
         advance(DEADLINE)
+        await world.until(lambda: (ARM, 2) in world.notes.closed)
         slow.release()
         record = await run
     assert found(record) == [of("abc"), of("ab"), of("abc")]
