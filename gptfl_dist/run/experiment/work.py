@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
+import runpy
 import sys
 import tempfile
 import threading
@@ -102,9 +103,7 @@ def _command(words: list[str], answer: str) -> None:
         with Path(file).open("wb") as opened:
             os.dup2(opened.fileno(), stream.fileno())
     sys.argv = ["gptfl", *words]
-    from gptfl_dist.cli.main import main
-
-    main()
+    runpy.run_module("gptfl_dist", run_name="__main__")
 
 
 def _end_with_the_parent() -> None:
