@@ -156,34 +156,43 @@ async def test_a_silo_takes_no_more_than_its_policy_allows(tmp_path: Path) -> No
 Make = Callable[..., Federation]
 
 
+def handing_out(folder: Path, use: str = "all", **settings: Any) -> Federation:
+    """A federation from random weights that hands out digits which the embedded generator drew."""
+    return Federation(
+        folder, epochs=2, labels=["zero", "one"],
+        synthesis={"generator": {"steps": 2}, "images_per_label": 30, "shard_size": 20},
+        mixing={"samples": use, "per_label": 25}, **settings,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def mixing(tmp_path: Path) -> Make:
-    """A federation from random weights that hands out digits which the embedded generator drew."""
-
-    def make(name: str, use: str = "all", **settings: Any) -> Federation:
-        return Federation(
-            tmp_path / name, epochs=2, labels=["zero", "one"],
-            synthesis={"generator": {"steps": 2}, "images_per_label": 30, "shard_size": 20},
-            mixing={"samples": use, "per_label": 25}, **settings,
-        )  # fmt: skip
-
-    return make
+    return lambda name, use="all", **settings: handing_out(tmp_path / name, use, **settings)
 
 
-def test_every_wire_comes_to_the_same_weights(gptfl: Commands, mixing: Make) -> None:
-    ways = {"grpc": (), "memory": ("--exchange", "memory"), "mpi": ()}
-    found = {}
-    for way, options in ways.items():
-        each = mixing(way)
-        command = gptfl.start("run", each.path, *options) if way != "mpi" else gptfl.mpi(2, "run", each.path)
-        assert command.wait() == 0, command.stderr
-        found[way] = each.result()
-        with WeightsFile(each.run_folder / SAMPLES) as given:
-            assert given.layout.tensors[0].shape == (50,)
-    assert found["grpc"] == found["memory"] == found["mpi"]
+@pytest.fixture(scope="module")
+def in_memory(tmp_path_factory: pytest.TempPathFactory) -> Federation:
+    """One that was run in one process."""
+    folder = tmp_path_factory.mktemp("memory")
+    federation = handing_out(folder / "federation")
+    Commands(folder).run("run", federation.path, "--exchange", "memory")
+    return federation
+
+
+@pytest.mark.parametrize("way", ["grpc", "mpi"])
+def test_every_wire_comes_to_the_same_weights(gptfl: Commands, mixing: Make, in_memory: Federation, way: str) -> None:
+    each = mixing(way)
+    command = gptfl.start("run", each.path) if way == "grpc" else gptfl.mpi(2, "run", each.path)
+    assert command.wait() == 0, command.stderr
+    assert each.result() == in_memory.result()
+    with WeightsFile(each.run_folder / SAMPLES) as given:
+        assert given.layout.tensors[0].shape == (50,)
+
+
+def test_without_mixing_no_synthetic_set_is_made(gptfl: Commands, mixing: Make, in_memory: Federation) -> None:
     plain = mixing("plain", "none")
     gptfl.run("run", plain.path, "--exchange", "memory")
-    assert plain.result() != found["memory"]
+    assert plain.result() != in_memory.result()
     assert not (plain.folder / "synthetic").exists()
 
 
