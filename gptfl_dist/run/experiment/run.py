@@ -18,9 +18,10 @@ from pathlib import Path
 
 from gptfl_dist.config.experiment import ExperimentFile, Group, Settings
 from gptfl_dist.config.federation import FederationFile
-from gptfl_dist.config.load import federation_of, to_yaml
+from gptfl_dist.config.load import federation_of, load_federation, to_yaml
 from gptfl_dist.errors import GptflError, StageFailed
 from gptfl_dist.files import write_file
+from gptfl_dist.ledger.reader import read
 from gptfl_dist.observe.matrix import Outcome, outcome_of
 from gptfl_dist.observe.progress import progress
 from gptfl_dist.observe.summary import FILE_NAME, FederatedArm, Summary, read_summary
@@ -29,6 +30,7 @@ from gptfl_dist.run.experiment.data import POOLED, Shared, share_out
 from gptfl_dist.run.experiment.plan import Cell, cells_of, groups_of, overlaid, settings_of, trials_of
 from gptfl_dist.run.experiment.work import run_all
 from gptfl_dist.run.folder import make_folder
+from gptfl_dist.run.settings import request_of
 
 FEDERATION = "federation.yaml"
 
@@ -165,7 +167,7 @@ class _Bench:
             for folder, _ in self._runs(cell):
                 if self._synthetic(cell.group.start):
                     _link(self._start(cell.group.start, cell.seed), folder)
-                if not (folder / FILE_NAME).exists():
+                if not _finished(folder):
                     commands[cell, folder] = ["run", folder / FEDERATION, "--exchange", "memory"]
         if not commands:
             return {}
@@ -188,6 +190,14 @@ class _Bench:
         found = [_arm(read_summary(folder)).validation_curve[-1] for folder, _ in self._runs(cell)]
         known = [value for value in found if value is not None]
         return sum(known) / len(known) if len(known) == len(found) else None
+
+
+def _finished(folder: Path) -> bool:
+    """Whether the federation of a run's file came to its end; that another one did is for the run to complain of."""
+    if not (folder / FILE_NAME).exists():
+        return False
+    path = folder / FEDERATION
+    return read(folder, lambda ledger: ledger.fact("request")) == request_of(path, load_federation(path))
 
 
 def _arm(summary: Summary) -> FederatedArm:
