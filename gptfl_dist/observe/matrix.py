@@ -2,7 +2,8 @@
 
 Every accuracy is of the weights after the last round unless it is called `kept`, which is the round that the silos'
 validation data chose. The target of a split is what its best federated arm from random weights reaches after its last
-round, the mean over seeds; that arm is also the baseline, against which all others are compared seed by seed.
+round, the mean over seeds; that arm is also the baseline, against which all others are compared seed by seed. For the
+arms from other weights stands the one that is best on validation data.
 
 A cell that failed is missing: figures are over the seeds that are there, pairs over those that both arms have.
 """
@@ -43,6 +44,7 @@ class Outcome:
     """What one cell came to. A cell of silos that train alone has the means over them, and the worst of them.
 
     `measures` and `silo_accuracy` are from round 0, the start, on; nothing is in them of a cell of an earlier release.
+    `validation` is as `validation_of` has it.
     """
 
     start: float
@@ -53,25 +55,29 @@ class Outcome:
     cost: Cost
     measures: tuple[Known, ...] = ()
     silo_accuracy: tuple[Mapping[str, float], ...] = ()
+    validation: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """A group with its cells by seed; one without any failed in all.
 
-    `baseline` and `target` are those of the split, None where it has no federated arm from random weights.
-    `worst` is of silos that train alone, None elsewhere. `rounds_to_target` and `bytes_to_target` hold None for a seed
-    that did not reach it, the latter also where nothing travels. `pairs` are the differences to the baseline, None for
-    the baseline itself and where no seed is there for both.
+    `baseline` and `target` are those of the split, None where it has no federated arm from random weights; so is
+    `chosen`, the arm from other weights that is best on validation data. `validation` is over the seeds of which it is
+    known, `worst` is of silos that train alone, None elsewhere. `rounds_to_target` and `bytes_to_target` hold None for
+    a seed that did not reach it, the latter also where nothing travels. `pairs` are the differences to the baseline,
+    None for the baseline itself and where no seed is there for both.
     """
 
     group: Group
     outcomes: Mapping[int, Outcome]
     accuracy: Spread
     kept: Spread
+    validation: Spread
     worst: Spread | None
     start: Spread
     baseline: Group | None
+    chosen: Group | None
     target: float | None
     rounds_to_target: Mapping[int, int | None]
     bytes_to_target: Mapping[int, float | None]
@@ -106,7 +112,14 @@ def outcome_of(arms: Sequence[FederatedArm], server: Mapping[ServerStage, StageC
         cost=cost_of(arms, measures, server),
         measures=measures,
         silo_accuracy=silo_accuracies_of(arms),
+        validation=validation_of(arms),
     )
+
+
+def validation_of(arms: Sequence[FederatedArm]) -> float | None:
+    """Accuracy on the silos' validation data after the last round, the mean over a cell's runs, if all have it."""
+    known = [arm.validation_curve[-1] for arm in arms if arm.validation_curve and arm.validation_curve[-1] is not None]
+    return statistics.fmean(known) if len(known) == len(arms) else None
 
 
 def _known(values: Sequence[float | None]) -> list[float]:
@@ -119,10 +132,16 @@ def rows_of(found: Mapping[Group, Mapping[int, Outcome]], random_starts: frozens
     finals = {
         group: Spread({seed: one.curve[-1] for seed, one in outcomes.items()}) for group, outcomes in found.items()
     }
-    return [
-        _row(group, outcomes, finals, _baseline(group.split, finals, random_starts))
+    validations = {
+        group: Spread({seed: one.validation for seed, one in outcomes.items() if one.validation is not None})
         for group, outcomes in found.items()
-    ]
+    }
+    rows = []
+    for group, outcomes in found.items():
+        baseline = _baseline(group.split, finals, random_starts)
+        chosen = _chosen(group.split, validations, random_starts)
+        rows.append(_row(group, outcomes, finals, validations[group], baseline, chosen))
+    return rows
 
 
 def _baseline(split: str, finals: Mapping[Group, Spread], random_starts: frozenset[str]) -> Group | None:
@@ -138,11 +157,32 @@ def _baseline(split: str, finals: Mapping[Group, Spread], random_starts: frozens
     return max(places, key=lambda group: places[group], default=None)
 
 
+def _chosen(split: str, validations: Mapping[Group, Spread], random_starts: frozenset[str]) -> Group | None:
+    """Of the federated arms of all silos from other than random weights, the best on validation data.
+
+    Test data have no part in it. Those that most seeds came through with go first.
+    """
+    places = {
+        group: (len(validation.by_seed), validation.mean)
+        for group, validation in validations.items()
+        if group.split == split and group.start not in random_starts and group.silos == "all"
+        if validation.mean is not None
+    }
+    return max(places, key=lambda group: places[group], default=None)
+
+
 def _federated(group: Group) -> bool:
     return group.silos not in ("alone", "pooled")
 
 
-def _row(group: Group, outcomes: Mapping[int, Outcome], finals: Mapping[Group, Spread], baseline: Group | None) -> Row:
+def _row(
+    group: Group,
+    outcomes: Mapping[int, Outcome],
+    finals: Mapping[Group, Spread],
+    validation: Spread,
+    baseline: Group | None,
+    chosen: Group | None,
+) -> Row:
     target = None if baseline is None else finals[baseline].mean
     reached = {seed: None if target is None else rounds_to_target(one.curve, target) for seed, one in outcomes.items()}
     differences = {}
@@ -154,9 +194,11 @@ def _row(group: Group, outcomes: Mapping[int, Outcome], finals: Mapping[Group, S
         outcomes=outcomes,
         accuracy=finals[group],
         kept=Spread({seed: one.kept for seed, one in outcomes.items()}),
+        validation=validation,
         worst=Spread({seed: one.worst for seed, one in outcomes.items()}) if group.silos == "alone" else None,
         start=Spread({seed: one.start for seed, one in outcomes.items()}),
         baseline=baseline,
+        chosen=chosen,
         target=target,
         rounds_to_target=reached,
         bytes_to_target={

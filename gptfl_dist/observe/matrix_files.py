@@ -21,7 +21,7 @@ RowsBySplit = Mapping[str, Sequence[Row]]
 
 _GROUP = ("split", "start", "strategy", "silos")
 _RESULTS = (
-    *("seed", "start_accuracy", "final_accuracy", "kept_accuracy", "worst_silo_accuracy"),
+    *("seed", "start_accuracy", "final_accuracy", "kept_accuracy", "validation_accuracy", "worst_silo_accuracy"),
     *("rounds", "bytes_a_round", "rounds_to_target", "bytes_to_target", "difference_to_baseline"),
     *("generate_device_seconds", "pretrain_device_seconds", "silo_seconds", "bytes"),
 )
@@ -45,7 +45,7 @@ def results_csv(rows: RowsBySplit) -> str:
     for row in _all(rows):
         for seed, one in row.outcomes.items():
             worst = None if row.worst is None else one.worst
-            accuracies = (one.start, one.curve[-1], one.kept, worst)
+            accuracies = (one.start, one.curve[-1], one.kept, one.validation, worst)
             reached = (row.rounds_to_target[seed], row.bytes_to_target[seed])
             difference = None if row.pairs is None else row.pairs.by_seed.get(seed)
             rounds = (len(one.curve), one.bytes_a_round if row.federated else None)
@@ -96,12 +96,14 @@ def _csv(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
 
 
 def results_json(name: str, seeds: Sequence[int], rows: RowsBySplit, failures: Mapping[str, str]) -> str:
-    """Everything: for each split its target and baseline, for each arm figures over seeds and its cells by seed."""
+    """Everything: for each split its target and its baseline, and which arm from other weights is best on validation
+    data; for each arm figures over seeds, and its cells by seed."""
     splits = [
         {
             "split": split,
             "target": next((row.target for row in each), None),
             "baseline": next((_group(row.baseline) for row in each if row.baseline is not None), None),
+            "chosen": next((_group(row.chosen) for row in each if row.chosen is not None), None),
             "arms": [_arm(row) for row in each],
         }
         for split, each in rows.items()
@@ -115,6 +117,7 @@ def _arm(row: Row) -> dict[str, Any]:
         **_group(row.group),
         "final_accuracy": _spread(row.accuracy),
         "kept_accuracy": _spread(row.kept),
+        "validation_accuracy": _spread(row.validation),
         "worst_silo_accuracy": None if row.worst is None else _spread(row.worst),
         "start_accuracy": _spread(row.start),
         "median_rounds_to_target": median_reached(row.rounds_to_target),
@@ -128,6 +131,7 @@ def _arm(row: Row) -> dict[str, Any]:
                 "start_accuracy": one.start,
                 "curve": list(one.curve),
                 "kept_accuracy": one.kept,
+                "validation_accuracy": one.validation,
                 "worst_silo_accuracy": None if row.worst is None else one.worst,
                 "bytes_a_round": one.bytes_a_round if row.federated else None,
                 "rounds_to_target": row.rounds_to_target[seed],

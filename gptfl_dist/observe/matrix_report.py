@@ -21,6 +21,7 @@ from gptfl_dist.observe.matrix_wording import (
     costs_table,
     hardware_text,
     percent_text,
+    points_text,
     rounds_text,
     table_of,
     to_target_text,
@@ -115,7 +116,7 @@ def _counted(number: int, what: str) -> str:
 
 
 def _headline(matrix: Matrix) -> str:
-    """The result in one sentence, as it came out, good or bad."""
+    """The result in a few sentences, as it came out, good or bad."""
     compared = [
         row.pairs.mean
         for rows in matrix.rows.values()
@@ -129,8 +130,21 @@ def _headline(matrix: Matrix) -> str:
     end = "ends" if above == 1 else "end"
     return (
         f"Of {arms} from other than random weights, {above} {end} above the best from random weights, "
-        "in the mean over seeds."
-    )
+        "in the mean over seeds. "
+    ) + " ".join(_chosen(rows) for rows in matrix.rows.values())
+
+
+def _chosen(rows: Sequence[Row]) -> str:
+    """What the arm that validation data chose comes to, against the best from random weights; nothing without them."""
+    for row in rows:
+        if row.group == row.chosen and row.pairs is not None and row.baseline is not None:
+            rounds = max(len(one.curve) for one in row.outcomes.values())
+            return (
+                f"On {row.group.split} validation data choose {arm_text(row.group)}: {percent_text(row.accuracy)}, "
+                f"{points_text(row.pairs)} points to {arm_text(row.baseline)}, whose end it reaches in "
+                f"{to_target_text(row.rounds_to_target, rounds_text)} of {rounds} rounds."
+            )
+    return ""
 
 
 def _split(matrix: Matrix, split: str, rows: Sequence[Row], looks: Looks) -> str:
@@ -162,9 +176,9 @@ def _split(matrix: Matrix, split: str, rows: Sequence[Row], looks: Looks) -> str
 
 def _notes(rows: Sequence[Row]) -> str:
     notes = [
-        "Mean and standard deviation over seeds. Accuracy is that after the last round; the kept model is the best on "
-        "validation data; the start is the model before any silo trained it, which for synthetic starts is "
-        "the model of the synthetic data alone."
+        "Mean and standard deviation over seeds. Accuracy is that after the last round, and so is that on the silos' "
+        "validation data; the kept model is the best on these; the start is the model before any silo trained it, "
+        "which for synthetic starts is the model of the synthetic data alone."
     ]
     if rows[0].target is not None and rows[0].baseline is not None:
         notes.append(

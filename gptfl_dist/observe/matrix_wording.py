@@ -61,14 +61,14 @@ def rounds_text(rounds: float) -> str:
 def table_of(rows: Sequence[Row], seeds: int) -> tuple[list[str], list[list[str]]]:
     """The table of a split, its head and a line for each row; `seeds` is how many each row should have."""
     alone = any(row.worst is not None for row in rows)
-    head = ["Arm", "Accuracy", "Kept model", *(["Worst silo"] if alone else []), "Start"]
+    head = ["Arm", "Accuracy", "Kept model", "Validation", *(["Worst silo"] if alone else []), "Start"]
     head += ["Rounds to the target", "Traffic to the target", "Difference", "Seeds above"]
     return head, [_line(row, seeds, alone) for row in rows]
 
 
 def _line(row: Row, seeds: int, alone: bool) -> list[str]:
     missing = "" if len(row.outcomes) == seeds else f" ({len(row.outcomes)} of {seeds} seeds)"
-    cells = [arm_text(row.group) + missing, percent_text(row.accuracy), percent_text(row.kept)]
+    cells = [arm_text(row.group) + missing, *map(percent_text, (row.accuracy, row.kept, row.validation))]
     if alone:
         cells.append(UNKNOWN if row.worst is None else percent_text(row.worst))
     cells.append(percent_text(row.start))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from finished_run import arm
@@ -138,6 +139,27 @@ def test_a_lucky_seed_that_is_left_over_makes_no_baseline() -> None:
     assert rows[group()].baseline == group()
 
 
+def test_validation_data_choose_of_the_arms_from_other_weights_and_test_data_do_not() -> None:
+    def judged(validation: float | None, *curve: float) -> Outcome:
+        return replace(outcome(*curve), validation=validation)
+
+    found = {
+        group(): {0: judged(0.99, 0.6)},
+        group("synthetic"): {0: judged(0.8, 0.9)},
+        group("synthetic", "moon"): {0: judged(0.9, 0.7)},
+        group("synthetic", "fedprox"): {0: judged(None, 0.95)},
+        group("synthetic", silos=3): {0: judged(0.95, 0.9)},
+        group("synthetic", silos="pooled"): {0: judged(0.97, 0.9)},
+        group("synthetic", split="odd"): {0: judged(0.1, 0.9)},
+    }
+    rows = by_group(found)
+    assert rows[group()].chosen == rows[group("synthetic")].chosen == group("synthetic", "moon")
+    assert rows[group("synthetic", split="odd")].chosen == group("synthetic", split="odd")
+    assert rows[group("synthetic", "moon")].validation.mean == 0.9
+    assert rows[group("synthetic", "fedprox")].validation.by_seed == {}
+    assert by_group({group(): found[group()]})[group()].chosen is None
+
+
 def test_a_group_of_which_all_cells_failed_is_an_empty_row() -> None:
     failed = group(strategy="scaffold")
     rows = by_group({failed: {}, group(): {0: outcome(0.5)}})
@@ -157,6 +179,9 @@ def test_silos_that_train_alone_are_one_outcome() -> None:
     assert found.curve == pytest.approx((0.3, 0.7))
     assert found.worst == pytest.approx(0.6)
     assert found.kept == pytest.approx(0.85)
+    assert found.validation == pytest.approx((first.validation_curve[-1] + second.validation_curve[-1]) / 2)
+    unknown = second.model_copy(update={"validation_curve": [0.5, None]})
+    assert outcome_of([first, unknown]).validation is None
     assert found.start == pytest.approx(0.1)
     assert found.bytes_a_round == pytest.approx((10 + 3 * 190) / 3 + (10 + 2 * 190) / 2)
     assert len(found.measures) == 1 + 2, "the start, and the rounds that both have"
@@ -191,6 +216,7 @@ outcomes = st.builds(
     worst=accuracies,
     bytes_a_round=st.integers(1, 10**9),
     cost=st.just(Cost(0.0, 0.0, None, 0)),
+    validation=st.none() | accuracies,
 )
 groups = st.builds(
     Group,
@@ -207,6 +233,9 @@ def test_what_holds_of_every_table(found: dict[Group, dict[int, Outcome]]) -> No
     rows = rows_of(found, RANDOM)
     assert [row.group for row in rows] == list(found)
     for row in rows:
+        if row.chosen is not None:
+            assert (row.chosen.split, row.chosen.start, row.chosen.silos) == (row.group.split, "synthetic", "all")
+            assert any(one.validation is not None for one in found[row.chosen].values())
         if row.baseline is None:
             assert row.target is None
             assert row.pairs is None

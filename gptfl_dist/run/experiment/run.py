@@ -22,7 +22,7 @@ from gptfl_dist.config.load import federation_of, load_federation, to_yaml
 from gptfl_dist.errors import GptflError, StageFailed
 from gptfl_dist.files import write_file
 from gptfl_dist.ledger.reader import read
-from gptfl_dist.observe.matrix import Outcome, outcome_of
+from gptfl_dist.observe.matrix import Outcome, outcome_of, validation_of
 from gptfl_dist.observe.progress import progress
 from gptfl_dist.observe.summary import FILE_NAME, FederatedArm, Summary, read_summary
 from gptfl_dist.run.candidates import PRETRAINED_FACTS, PRETRAINED_WEIGHTS, PRETRAINING_COST
@@ -186,10 +186,7 @@ class _Bench:
         return outcome_of([_arm(summary) for summary in summaries], server)
 
     def validation(self, cell: Cell) -> float | None:
-        """Accuracy on validation data after the last round, the mean over the runs of a cell."""
-        found = [_arm(read_summary(folder)).validation_curve[-1] for folder, _ in self._runs(cell)]
-        known = [value for value in found if value is not None]
-        return sum(known) / len(known) if len(known) == len(found) else None
+        return validation_of([_arm(read_summary(folder)) for folder, _ in self._runs(cell)])
 
 
 def _finished(folder: Path) -> bool:
