@@ -195,6 +195,7 @@ def test_json_has_the_numbers_of_every_arm(tmp_path: Path, matrix: Matrix) -> No
     assert even["baseline"] == {"split": "even", "start": "random", "strategy": "fedavg", "silos": "all"}
     assert other["target"] is None
     assert other["baseline"] is None
+    assert even["chosen"] == {"split": "even", "start": "synthetic", "strategy": "fedavg", "silos": "all"}
     for arm, row in zip(even["arms"], matrix.rows["even"], strict=True):
         assert Group(arm["split"], arm["start"], arm["strategy"], arm["silos"]) == row.group
         assert arm["final_accuracy"] == {"mean": row.accuracy.mean, "sd": row.accuracy.sd}
