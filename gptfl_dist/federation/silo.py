@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gptfl_dist.config.silo import Policy
 from gptfl_dist.errors import PolicyError
@@ -16,11 +16,15 @@ class PolicyGuard:
 
     policy: Policy
     rounds: int = 0
-    _last: str = ""  # nonce of the order that was counted last: the same one may come again
+    _last: Order | None = None  # that was counted last: the same one may come again
 
     def check(self, order: Order) -> None:
-        """Raises PolicyError where the order asks for more than the policy allows."""
-        if order.kind != "train" or order.nonce == self._last:
+        """Raises PolicyError where the order asks for more than the policy allows, whether it comes again or not, or
+        for other work than an order of the same nonce did."""
+        again = self._last is not None and order.nonce == self._last.nonce
+        if again and _work_of(order) != self._last:
+            raise PolicyError("the coordinator asks for other work under the nonce of another order")
+        if order.kind != "train":
             return
         assert order.training is not None
         if order.training.epochs > self.policy.max_epochs_per_round:
@@ -33,10 +37,12 @@ class PolicyGuard:
                 "the coordinator asks for the sums of what the samples of each label look like to the model, "
                 "policy.class_means is false"
             )
+        if again:
+            return
         if self.rounds >= self.policy.max_rounds:
             raise PolicyError(f"policy.max_rounds allows {self.policy.max_rounds} rounds, and they are used up")
         self.rounds += 1
-        self._last = order.nonce
+        self._last = _work_of(order)
 
     def check_model(self, nbytes: int) -> None:
         """Raises PolicyError where the federation's model is larger than the policy allows."""
@@ -58,3 +64,8 @@ class PolicyGuard:
     def release(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The metrics that may leave."""
         return {name: value for name, value in metrics.items() if name in self.policy.metrics}
+
+
+def _work_of(order: Order) -> Order:
+    """The order without what a coordinator that was started again may change: how long it waits, and the epoch."""
+    return replace(order, seconds=0.0, epoch=0)

@@ -383,10 +383,10 @@ class Silo:
         Raises only what ends the silo or its connection.
         """
         try:
+            if self._result is None and self._fresh is not None:
+                await to_its_end(self._fresh.check, self._welcome, order)
+            self._guard.check(order)
             if self._result is None:
-                if self._fresh is not None:
-                    await to_its_end(self._fresh.check, self._welcome, order)
-                self._guard.check(order)
                 await self._fetch(order)
                 samples = await self._fetch_samples() if order.kind == "train" else None
                 files = OrderFiles(self._weights, self._update, self._kept_of(order), samples)

@@ -36,6 +36,35 @@ def test_rounds_are_counted_once_an_order_however_often_it_comes():
         guard.check(order("c"))
 
 
+MEANS = {"trained": "means"}
+
+
+@pytest.mark.parametrize("changed", [{"epochs": 3}, MEANS], ids=["epochs", "class means"])
+def test_what_the_policy_does_not_allow_is_refused_under_a_nonce_that_was_allowed_before(changed):
+    guard, first = PolicyGuard(Policy(max_epochs_per_round=2)), order("a")
+    guard.check(first)
+    with pytest.raises(PolicyError):
+        guard.check(dataclasses.replace(first, training=first.training.model_copy(update=changed)))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"kind": "evaluate", "training": None}, {"base": "11" * 32}, {"round": 2}], ids=str
+)
+def test_an_order_that_comes_again_changed_is_refused_though_the_policy_allows_it(changed):
+    guard, first = PolicyGuard(Policy()), order("a")
+    guard.check(first)
+    with pytest.raises(PolicyError, match="under the nonce of another"):
+        guard.check(dataclasses.replace(first, **changed))
+    guard.check(first)
+    assert guard.rounds == 1
+
+
+def test_a_coordinator_started_again_may_wait_longer_and_in_a_new_epoch():
+    guard = PolicyGuard(Policy(max_rounds=1))
+    guard.check(order("a"))
+    guard.check(dataclasses.replace(order("a"), seconds=120.0, epoch=2))
+
+
 def test_a_model_above_the_limit_is_refused():
     guard = PolicyGuard(Policy(max_model="1MiB"))
     guard.check_model(1 << 20)
