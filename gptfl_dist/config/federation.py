@@ -407,9 +407,13 @@ class FederationFile(Section):
                     f"{setting}, and synthesis.candidates leaves open of which set: choose a candidate first, and name "
                     "its settings under synthesis"
                 )
-        if self.mixing.samples != "none" and self.strategy.rule == "fednova":
+        unfit = {
+            "fednova": "which counts a silo's steps by its own samples",
+            "scaffold": "whose control variates tell how many steps a silo made, and so how much it was filled up",
+        }
+        if self.mixing.samples != "none" and self.strategy.rule in unfit:
             raise ValueError(
-                f"strategy.rule is fednova, which counts a silo's steps by its own samples, but mixing.samples is "
+                f"strategy.rule is {self.strategy.rule}, {unfit[self.strategy.rule]}, but mixing.samples is "
                 f"{self.mixing.samples}: leave it out, or take another rule"
             )
         return self

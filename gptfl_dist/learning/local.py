@@ -98,9 +98,10 @@ def train(
                 value = share.mean(loss)
                 if not math.isfinite(value):
                     raise TrainerError(
-                        f"the training loss became {value} in batch {done + 1}",
-                        hint=f"training.learning_rate is {settings.learning_rate:g}: lower it; "
-                        "if the loss is not finite in the first batch, the received weights are at fault",
+                        f"the training loss became {value}",
+                        # The hint stays at the silo: by the batch one could tell how much synthetic data it mixed in.
+                        hint=f"it did in batch {done + 1}, and training.learning_rate is {settings.learning_rate:g}: "
+                        "lower it; if it was the first batch, the received weights are at fault",
                     )
                 optimiser.zero_grad()
                 loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]  # torch leaves it out

@@ -58,6 +58,7 @@ def test_names_that_are_unsafe_in_a_path_are_refused(name: str) -> None:
             r"first_round is means, .* tuning\.rounds is 1",
         ),
         ({"mixing": {"samples": "all"}, "strategy": {"rule": "fednova"}}, r"fednova, which .* mixing\.samples is all"),
+        ({"mixing": {"samples": "all"}, "strategy": {"rule": "scaffold"}}, r"scaffold, .* mixing\.samples is all"),
         ({"mixing": {"samples": "missing"}, "collective": {"reduction": "fast"}}, r"but mixing\.samples is missing"),
         ({"mixing": {"samples": "all"}, "synthesis": TWO}, r"mixing\.samples is all, and synthesis\.candidates"),
         ({"federation": {"choose_by": "synthetic"}, "synthesis": TWO}, r"choose_by is synthetic, and .*candidates"),

@@ -170,7 +170,7 @@ def test_each_epoch_sees_every_sample_once_in_a_new_order(
 
 def test_a_loss_that_is_not_finite_is_told(digits: ImageSet, task: Task, settings: LocalTraining) -> None:
     model = build_model(Model(), task, 10, seed=0)
-    with pytest.raises(TrainerError, match=r"learning_rate is 1e\+20"):
+    with pytest.raises(TrainerError, match=r"learning_rate is 1e\+20") as failure:
         train(
             model,
             digits,
@@ -180,6 +180,8 @@ def test_a_loss_that_is_not_finite_is_told(digits: ImageSet, task: Task, setting
             device="cpu",
             progress=quiet,
         )
+    assert "batch" in failure.value.hint
+    assert not any(letter.isdigit() for letter in failure.value.message)  # which alone travels: no batch is counted
 
 
 def test_batch_norm_survives_a_single_leftover(digits: ImageSet, settings: LocalTraining, tmp_path: Path) -> None:
