@@ -229,7 +229,8 @@ class Trainer:
         if self._mixture is None:
             return progress
         own = settings.epochs * batch_count(self.samples, settings.batch_size)
-        return lambda done, total: progress(done * own // total, own)
+        # 0 of 0 is said where it is not known how much there is to do.
+        return lambda done, total: progress(done * own // total, own) if total else progress(0, 0)
 
     def _require_terms(self) -> None:
         """Raises PolicyError where the silo's own training function leaves out what the strategy asks for."""

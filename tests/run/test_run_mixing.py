@@ -101,6 +101,9 @@ async def test_progress_is_told_in_batches_of_its_own_samples(tmp_path: Path) ->
     assert {total for _, total in seen} == {batches}
     assert seen == sorted(seen)
     assert (seen[-1], len(seen)) == ((batches, batches), 4 * (380 // 16 + 1))
+    told = trainer._as_of_own(lambda done, total: seen.append((done, total)), order.training)
+    told(0, 0)  # as a training function says that does not know how much there is to do
+    assert seen[-1] == (0, 0)
 
 
 @in_loop
