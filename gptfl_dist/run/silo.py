@@ -49,6 +49,7 @@ FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 30.0
 _T = TypeVar("_T")
 _R = TypeVar("_R")
+_Mark = tuple[int, int, int]
 _PROGRESS_EVERY = 1.0  # seconds between two reports of a training's progress
 
 
@@ -256,7 +257,7 @@ class Silo:
         self._kept = KeptFolder(folder / "kept")
         self._up = self._down = Codec("none")
         self._held = ""  # digest of what lies in `_weights`
-        self._held_samples = ""  # and in `_samples`
+        self._held_samples: tuple[str, _Mark | None] | None = None  # and in `_samples`, with the mark of that file
         self._layout: Layout | None = None
         self._welcome: Welcome | None = None
         self._work: asyncio.Task[bool] | None = None
@@ -304,7 +305,7 @@ class Silo:
             return
         _log.info("connected to the run %s of the federation %s", welcome.run, welcome.plan.federation)
         await self._drop_work()
-        self._order = self._result = None
+        self._order = self._result = self._held_samples = None
         self._guard.check_model(welcome.layout.nbytes)
         if welcome.plan.samples is None:
             self._samples.unlink(missing_ok=True)
@@ -419,17 +420,18 @@ class Silo:
             self._held = order.base
 
     async def _fetch_samples(self) -> Path | None:
-        """Where the synthetic samples lie that the federation hands out, if it does: fetched once, and checked."""
+        """Where the synthetic samples lie that the federation hands out, if it does: fetched once, and checked, and
+        again where the file was touched since."""
         assert self._welcome is not None
         plan = self._welcome.plan
         if plan.samples is None:
             return None
-        if self._held_samples != plan.samples.digest:
+        mark = _mark_of(self._samples)
+        if mark is None or self._held_samples != (plan.samples.digest, mark):
             layout = samples_layout(plan.task.shape, plan.samples.count)
             if not await to_its_end(_holds, self._samples, layout, plan.samples.digest):
-                self._held_samples = ""
                 await self._exchange.download(plan.samples.digest, layout, self._samples)
-            self._held_samples = plan.samples.digest
+            self._held_samples = (plan.samples.digest, _mark_of(self._samples))
         return self._samples
 
     def _kept_of(self, order: Order) -> KeptFiles:
@@ -498,6 +500,15 @@ class Silo:
                 task.add_done_callback(reports.discard)
 
         return report
+
+
+def _mark_of(path: Path) -> _Mark | None:
+    """By which one sees that a file is as it was: its inode, size, and time of the last change; None without a file."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _holds(path: Path, layout: Layout, digest: str) -> bool:

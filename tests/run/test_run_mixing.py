@@ -140,6 +140,23 @@ async def test_what_was_changed_on_the_disk_is_fetched_again(tmp_path: Path) -> 
             assert here.digest() == there.digest()
 
 
+@pytest.mark.parametrize("how", ["deleted", "changed"])
+@in_loop
+async def test_what_is_lost_while_the_silo_runs_is_fetched_again(tmp_path: Path, how: str) -> None:
+    async with MixedWorld(tmp_path, federation={"rounds": 2}) as world:
+        held = world.network.hold("low", "upload", round=1)
+        run = asyncio.create_task(world.federate())
+        await held.reached.wait()
+        if how == "deleted":
+            world.given("low").unlink()
+        else:
+            world.given("low").write_bytes(world.given("low").read_bytes()[:-1] + b"?")
+        held.release()
+        await run
+        with WeightsFile(world.given("low")) as here, WeightsFile(world.file.run_folder / SAMPLES) as there:
+            assert here.digest() == there.digest()
+
+
 @in_loop
 async def test_a_silo_takes_no_more_than_its_policy_allows(tmp_path: Path) -> None:
     async with MixedWorld(tmp_path) as world:
