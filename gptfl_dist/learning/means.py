@@ -10,12 +10,14 @@ biases become 0: w_c = mu_c / |mu_c|. A label that no silo has gets a row of zer
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from gptfl_dist.config.federation import Task
-from gptfl_dist.errors import DataError, ModelError
+from gptfl_dist.errors import DataError, ModelError, first_line
 from gptfl_dist.learning.data import ImageSet
 from gptfl_dist.learning.evaluate import scores
 from gptfl_dist.learning.models import head_of
@@ -33,14 +35,16 @@ def add_sums(model: nn.Module, data: ImageSet, task: Task, *, device: str, threa
     started = time.monotonic()
     deterministic(0, threads)
     layer = _last_layer(model, len(data.label_names))
-    seen: list[torch.Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().cpu()))
-    try:
-        scores(model, data.images, task, device=device)
-    finally:
-        hook.remove()
     sums = torch.zeros(layer.weight.shape, dtype=torch.float64)
-    sums.index_add_(0, data.labels, torch.cat(seen).double())
+    done = 0
+
+    def add(seen: torch.Tensor) -> None:
+        nonlocal done
+        sums.index_add_(0, data.labels[done : done + len(seen)], seen.cpu().double())
+        done += len(seen)
+
+    with _inputs_of(layer, add):
+        scores(model, data.images, task, device=device)
     with torch.no_grad():
         layer.weight += (sums / len(data)).to(layer.weight)
     return {"samples": float(len(data)), "seconds": time.monotonic() - started}
@@ -60,6 +64,37 @@ def head_from_sums(model: nn.Module, summed: torch.Tensor, labels: int) -> None:
 def last_weight(model: nn.Module, labels: int) -> torch.Tensor:
     """A copy of the last layer's weight, (labels, D). Raises ModelError where class means cannot make it."""
     return _last_layer(model, labels).weight.detach().clone()
+
+
+def require_means(model: nn.Module, task: Task, labels: int) -> None:
+    """Raises ModelError where class means cannot make the last layer: found out by two blank samples."""
+    layer = _last_layer(model, labels)
+    seen: list[tuple[int, ...]] = []
+    trouble = ""
+    with _inputs_of(layer, lambda given: seen.append(tuple(given.shape))):
+        try:
+            scores(model, torch.zeros((2, *task.shape), dtype=torch.uint8), task, device="cpu")
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            trouble = f" and fails: {first_line(error)}"
+    expected = (2, layer.in_features)
+    if trouble or seen != [expected]:
+        found = " and ".join(map(str, seen)) or "nothing"
+        raise ModelError(
+            f"training.first_round is means, and the model gives its last layer {found} for 2 samples{trouble}, "
+            f"expected {expected}, once",
+            hint="give each sample one row of features and call the last layer once with them, or set "
+            "training.first_round to train",
+        )
+
+
+@contextmanager
+def _inputs_of(layer: nn.Linear, take: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Passes on what the layer is given, batch by batch, for as long as the block lasts."""
+    hook = layer.register_forward_pre_hook(lambda _, given: take(given[0].detach()))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _last_layer(model: nn.Module, labels: int) -> nn.Linear:

@@ -17,7 +17,7 @@ from gptfl_dist.errors import GptflError
 from gptfl_dist.launch.channel import TrainerEnd, error_to_message
 from gptfl_dist.learning.data import ImageSet, load_images
 from gptfl_dist.learning.evaluate import Evaluation, evaluate
-from gptfl_dist.learning.means import head_from_sums, last_weight
+from gptfl_dist.learning.means import head_from_sums, last_weight, require_means
 from gptfl_dist.learning.mixing import write_samples
 from gptfl_dist.learning.models import build_model
 from gptfl_dist.learning.seeding import deterministic
@@ -41,7 +41,7 @@ class Tester:
         self.notes: list[str] = []  # on the start weights, for the operator
         self._flat = FlatModel(build_model(file.model, file.task, len(file.labels), file.seed, self.notes.append))
         if file.training.first_round == "means":
-            last_weight(self._flat.model, len(file.labels))  # or it would be found out in the round
+            require_means(self._flat.model, file.task, len(file.labels))  # or it would be found out in the round
         self._held_out: ImageSet | None = None  # read when it is asked for
         self._test: ImageSet | None = None
         if file.test_data is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from gptfl_dist.config.plan import LocalTraining
 from gptfl_dist.config.silo import Data, SiloFile
 from gptfl_dist.errors import FederationError, ModelError, PolicyError
 from gptfl_dist.federation.orders import Order
-from gptfl_dist.learning.data import load_images, split
-from gptfl_dist.learning.means import head_from_sums, last_weight
+from gptfl_dist.learning.data import ImageSet, load_images, split
+from gptfl_dist.learning.means import add_sums, head_from_sums, last_weight, require_means
 from gptfl_dist.learning.models import build_model
 from gptfl_dist.learning.preprocess import normalise
 from gptfl_dist.learning.seeding import derive_seed
@@ -129,6 +130,49 @@ def test_a_last_layer_that_means_cannot_make_is_refused() -> None:
     network = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 8), torch.nn.Flatten())
     with pytest.raises(ModelError, match="last layer is Conv2d"):
         head_from_sums(network, torch.zeros(3), 3)
+
+
+class Sequence(torch.nn.Module):
+    """Reads an image line by line, and gives its last layer all lines at once, or each by itself."""
+
+    def __init__(self, at_once: bool) -> None:
+        super().__init__()
+        self._at_once = at_once
+        self.head = torch.nn.Linear(8, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        lines = images[:, 0]
+        if self._at_once:
+            return self.head(lines).mean(dim=1)
+        return self.head(lines[:, 0]) + self.head(lines[:, 1])
+
+
+@pytest.mark.parametrize(("at_once", "found"), [(True, r"\(2, 8, 8\) for"), (False, r"\(2, 8\) and \(2, 8\) for")])
+def test_a_last_layer_that_is_given_more_than_one_row_a_sample_is_refused_before_the_round(
+    at_once: bool, found: str
+) -> None:
+    task = Task(size=8, channels=1)
+    with pytest.raises(ModelError, match=rf"last layer {found} 2 samples, expected \(2, 8\), once"):
+        require_means(Sequence(at_once), task, 4)
+    for name in ("cnn", "convnet"):
+        require_means(build_model(Model(name=name), task, 4, 0), task, 4)
+
+
+def test_no_more_features_than_a_batch_has_are_kept(tmp_path: Path) -> None:
+    """By the weak references of what the last layer was given."""
+    task, alive = Task(size=8, channels=1), []
+    model = build_model(Model(), task, 2, 0)
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def watch(_: torch.nn.Module, given: tuple[torch.Tensor]) -> None:
+        alive.append(sum(ref() is not None for ref in seen))
+        seen.append(weakref.ref(given[0].untyped_storage()))
+
+    model[-1].register_forward_pre_hook(watch)
+    images = torch.randint(0, 256, (1000, 1, 8, 8), dtype=torch.uint8)
+    add_sums(model, ImageSet(images, torch.arange(1000) % 2, ("a", "b")), task, device="cpu", threads=1)
+    assert len(seen) == 8
+    assert max(alive) <= 1
 
 
 def test_a_script_of_ones_own_makes_no_means() -> None:
