@@ -123,13 +123,24 @@ class Federator:
         self._requests = asyncio.create_task(self._look_for_requests())
 
     def _open_samples(self) -> HandedOut | None:
-        """Opens the synthetic samples that silos are given; what the plan tells of them. Raises ModelError."""
+        """Opens the synthetic samples that silos are given; what the plan tells of them.
+
+        Raises ModelError, and StorageError where they are not those that the run began with.
+        """
         mixing = self.file.mixing
         if mixing.samples == "none":
             return None
         file = WeightsFile(self.ledger.folder / SAMPLES)
         digest, count = file.digest(), count_of(file.layout)
         self._samples[digest] = file
+        if digest != (known := self.ledger.fact("samples") or digest):
+            raise StorageError(
+                f"{self.ledger.folder / SAMPLES} does not hold the synthetic samples that the run began with: their "
+                f"BLAKE3 is {digest}, expected {known}",
+                hint="delete it, and it is drawn again from the synthetic set; where that was made anew since, put the "
+                "old set back, or begin anew with --fresh",
+            )
+        self.ledger.set_fact("samples", digest)
         return HandedOut(digest=digest, count=count, use=mixing.samples, per_label=mixing.per_label)
 
     async def stop(self, goodbye: Goodbye) -> None:

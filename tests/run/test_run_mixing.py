@@ -22,7 +22,7 @@ from trained import TrainedWorld
 from gptfl_dist.config.document import dump_yaml
 from gptfl_dist.config.load import load_federation
 from gptfl_dist.config.silo import Data
-from gptfl_dist.errors import PolicyError
+from gptfl_dist.errors import PolicyError, StorageError
 from gptfl_dist.learning.data import load_images
 from gptfl_dist.learning.evaluate import evaluate
 from gptfl_dist.learning.mixing import drawn, write_samples
@@ -155,6 +155,23 @@ async def test_what_is_lost_while_the_silo_runs_is_fetched_again(tmp_path: Path,
         await run
         with WeightsFile(world.given("low")) as here, WeightsFile(world.file.run_folder / SAMPLES) as there:
             assert here.digest() == there.digest()
+
+
+@in_loop
+async def test_a_run_hands_out_the_samples_that_it_began_with_or_none(tmp_path: Path) -> None:
+    async with MixedWorld(tmp_path) as world:
+        async with world.coordinator():
+            pass
+        samples = world.file.run_folder / SAMPLES
+        whole = samples.read_bytes()
+        samples.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(StorageError, match=r"samples\.safetensors .* began with") as refusal:
+            async with world.coordinator():
+                pass
+        assert "delete it" in refusal.value.hint
+        samples.write_bytes(whole)
+        async with world.coordinator():
+            pass
 
 
 @in_loop
