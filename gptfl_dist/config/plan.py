@@ -31,6 +31,7 @@ class Plan(Section):
     compression: Compression = Compression()
     kept: list[Kept] = Field(default=[])
     samples: HandedOut | None = None
+    class_means: bool = False
 
     @classmethod
     def of(cls, file: FederationFile, samples: HandedOut | None = None) -> Plan:
@@ -49,6 +50,7 @@ class Plan(Section):
             compression=file.compression,
             kept=[name for name, wanted in kept.items() if wanted],
             samples=samples,
+            class_means=file.training.first_round == "means",
         )
 
 

@@ -32,11 +32,8 @@ class PolicyGuard:
                 f"the coordinator asks for {order.training.epochs} epochs a round, "
                 f"policy.max_epochs_per_round allows {self.policy.max_epochs_per_round}"
             )
-        if order.training.trained == "means" and not self.policy.class_means:
-            raise PolicyError(
-                "the coordinator asks for the sums of what the samples of each label look like to the model, "
-                "policy.class_means is false"
-            )
+        if order.training.trained == "means":
+            self.check_class_means()
         if again:
             return
         if self.rounds >= self.policy.max_rounds:
@@ -59,6 +56,15 @@ class PolicyGuard:
                 f"the federation hands out {nbytes} bytes of synthetic samples, policy.max_synthetic allows "
                 f"{self.policy.max_synthetic}",
                 hint="raise policy.max_synthetic in the silo file if the silo is to train on them",
+            )
+
+    def check_class_means(self) -> None:
+        """Raises PolicyError where class means may not leave."""
+        if not self.policy.class_means:
+            raise PolicyError(
+                "the coordinator asks for the sums of what the samples of each label look like to the model, "
+                "policy.class_means is false",
+                hint="set policy.class_means to true in the silo file if they may leave",
             )
 
     def release(self, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -111,6 +111,11 @@ def require_built_in(silo: SiloFile, plan: Plan) -> None:
             "the federation hands out synthetic samples to train on, and code.script loads its own data",
             hint="leave code.script out, or ask the coordinator for mixing.samples none",
         )
+    if silo.code is not None and silo.code.script is not None and plan.class_means:
+        raise PolicyError(
+            "the coordinator asks for class means, and this silo's code.script trains by itself",
+            hint="leave code.script out, or ask the coordinator for training.first_round train",
+        )
 
 
 def require_training(silo: SiloFile, order: Order) -> None:
@@ -307,6 +312,8 @@ class Silo:
         await self._drop_work()
         self._order = self._result = self._held_samples = None
         self._guard.check_model(welcome.layout.nbytes)
+        if welcome.plan.class_means:
+            self._guard.check_class_means()
         if welcome.plan.samples is None:
             self._samples.unlink(missing_ok=True)
         else:

@@ -18,7 +18,7 @@ from trained import TrainedWorld
 
 from gptfl_dist.config.document import dump_yaml
 from gptfl_dist.config.federation import Model, Task
-from gptfl_dist.config.plan import LocalTraining
+from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.config.silo import Data, SiloFile
 from gptfl_dist.errors import FederationError, ModelError, PolicyError
 from gptfl_dist.federation.orders import Order
@@ -28,7 +28,7 @@ from gptfl_dist.learning.models import build_model
 from gptfl_dist.learning.preprocess import normalise
 from gptfl_dist.learning.seeding import derive_seed
 from gptfl_dist.run import evaluator
-from gptfl_dist.run.silo import require_training
+from gptfl_dist.run.silo import require_built_in, require_training
 
 HEAD = "9"  # the last layer of the model cnn
 ALLOWED = {"policy": {"class_means": True}}
@@ -102,7 +102,19 @@ async def test_the_first_rounds_head_is_the_class_means_of_all_samples_and_the_r
 
 
 @in_loop
-async def test_a_silo_that_does_not_allow_it_sends_nothing_and_says_so(tmp_path: Path) -> None:
+async def test_a_silo_that_does_not_allow_it_says_so_before_the_first_round(tmp_path: Path) -> None:
+    async with MeansWorld(tmp_path, allowed=False) as world, world.coordinator():
+        world.join("silo-2")
+        with pytest.raises(PolicyError, match=r"policy\.class_means is false"):
+            await world._running["silo-2"]
+
+
+@in_loop
+async def test_a_silo_that_does_not_allow_it_sends_nothing_though_the_plan_said_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = Plan.of
+    monkeypatch.setattr(Plan, "of", lambda *given: of(*given).model_copy(update={"class_means": False}))
     async with MeansWorld(tmp_path, allowed=False, federation={"rounds": 1}) as world:
         with pytest.raises(FederationError, match=r"silo-2: PolicyError: .* policy\.class_means is false"):
             await world.federate()
@@ -185,6 +197,10 @@ def test_a_script_of_ones_own_makes_no_means() -> None:
     with pytest.raises(PolicyError, match="asks for class means"):
         require_training(silo, orders[0])
     require_training(silo, orders[1])
+    plan = Plan(federation="f", seed=0, labels=["a", "b"], task=Task(), model=Model(), class_means=True)
+    with pytest.raises(PolicyError, match="asks for class means"):  # before the first round
+        require_built_in(silo, plan)
+    require_built_in(silo, plan.model_copy(update={"class_means": False}))
     require_training(silo.model_copy(update={"code": None, "data": Data(path=Path("x"))}), orders[0])
 
 
