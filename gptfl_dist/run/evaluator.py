@@ -55,8 +55,14 @@ class Tester:
         return self._flat.parameters
 
     def save(self, random_weights: Path) -> None:
-        """Writes the weights that the model was built with."""
-        self._flat.save(random_weights)
+        """Writes the weights that the model was built with, unless some were written before: arms began with those.
+
+        Another release of torch might draw others. Raises ModelError where those are of another model.
+        """
+        if random_weights.exists():
+            self._flat.load(random_weights)
+        else:
+            self._flat.save(random_weights)
 
     def save_samples(self, path: Path) -> None:
         """Writes the synthetic samples that silos are given. Raises DataError where there is no synthetic set."""

@@ -259,7 +259,7 @@ class Federator:
         if not plan.tested or self.file.test_data is None:
             return
         if record.start_tested is None:
-            self._test(plan, 0, plan.start, None)
+            self._test(plan, 0, record.start, None)
         for closed in record.rounds:
             if closed.weights is not None and closed.tested is None:
                 self._test(plan, closed.round, closed.weights, closed)

@@ -20,18 +20,22 @@ from federated import (
     World,
     answered,
     failing,
+    flat,
     in_loop,
     mean_step,
 )
 
+from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.errors import StorageError, TrainerError
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.exchange.memory import Fault
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.ledger.store import Ledger
+from gptfl_dist.run import evaluator
 from gptfl_dist.run.arms import run_arms
+from gptfl_dist.run.evaluation import RANDOM_WEIGHTS
 from gptfl_dist.testing.exchange import MemoryCoordinatorExchange
-from gptfl_dist.weights import WeightsFile
+from gptfl_dist.weights import WeightsFile, write_weights
 
 
 class Killed(StorageError):
@@ -142,6 +146,33 @@ def disturbed(folder: Path) -> World:
 
 
 DISTURBED = START + mean_step("ac") + (0.5 * mean_step("ac") + mean_step("abc"))
+
+
+@in_loop
+async def test_the_start_that_is_tested_is_that_of_the_arm(tmp_path: Path) -> None:
+    async with World(tmp_path, rounds=1, accuracy=lambda value: value) as world:
+        world.join(*world.trainers)
+        assert (await live(world, [], "after begin_arm", 1)).over
+        write_weights(world.file.run_folder / RANDOM_WEIGHTS, LAYOUT, [flat(0.75)])
+        assert not (await live(world, [])).over
+        record = world.record()
+    assert record.start_tested is not None
+    assert record.start_tested.accuracy == START
+
+
+def test_random_start_weights_that_are_there_stay(tmp_path: Path) -> None:
+    written = tmp_path / RANDOM_WEIGHTS
+    content = []
+    for seed in (0, 1):  # as another release of torch might draw others from one seed
+        file = FederationFile.model_validate(
+            {
+                "name": "fed", "run_folder": tmp_path, "labels": ["a", "b"], "seed": seed, "arms": ["fedavg_random"],
+                "silos": [{"name": "s"}], "task": {"size": 8},
+            }
+        )  # fmt: skip
+        evaluator.Tester(file, tmp_path).save(written)
+        content.append(written.read_bytes())
+    assert content[0] == content[1]
 
 
 @in_loop
