@@ -7,12 +7,14 @@ approve. The port is open only while there are invitations that can be used or w
 after the last was used: its answer may have been lost.
 
 Whoever can reach the port can talk to it, so a connection gets little: a few seconds, a few kilobytes, one of a few
-places; and an address that guessed wrong several times gets nothing for a while.
+places; and an address that guessed wrong several times gets nothing for a while. All of a network's /64 count as one
+IPv6 address, for one host can take any of them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import logging
 import socket
@@ -146,13 +148,14 @@ class _Server(ThreadingHTTPServer):
 
     def get_request(self) -> tuple[Any, Any]:
         request, (host, *more) = super().get_request()
-        return request, (host.removeprefix("::ffff:"), *more)  # an IPv4 address by its own name
+        return request, (_as_ipv4(host), *more)
 
     def process_request(self, request: Any, client_address: Any) -> None:
+        who = counted_as(client_address[0])
         with self._lock:
-            full = self._places.total() >= _PLACES or self._places[client_address[0]] >= _PLACES_OF_ONE
+            full = self._places.total() >= _PLACES or self._places[who] >= _PLACES_OF_ONE
             if not full:
-                self._places[client_address[0]] += 1
+                self._places[who] += 1
         if full:
             self.shutdown_request(request)
         else:
@@ -174,7 +177,7 @@ class _Server(ThreadingHTTPServer):
             end.cancel()
             self.shutdown_request(secured)
             with self._lock:
-                self._places[client_address[0]] -= 1
+                self._places[counted_as(client_address[0])] -= 1
                 self._places += Counter()  # drops those that have none any more
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -201,16 +204,17 @@ class _Request(BaseHTTPRequestHandler):
         if self.path != ENROL:
             self._answer(404, {"error": "there is nothing here"})
             return
-        who = str(self.client_address[0])
+        where = str(self.client_address[0])
+        who = counted_as(where)
         if not self.server.guesses.allowed(who):
-            _log.warning("enrolment: %s guessed wrong too often and is not heard", who)
+            _log.warning("enrolment: %s guessed wrong too often and is not heard", where)
             self._answer(429, {"error": "too many wrong tries from this address", "hint": "wait a minute"})
             return
         try:
             answer = self.server.desk.enrol(*self._asked())
         except IdentityError as error:
             self.server.guesses.wrong(who)
-            _log.warning("enrolment: %s is refused: %s", who, error.message)
+            _log.warning("enrolment: %s is refused: %s", where, error.message)
             self._answer(403, {"error": error.message, "hint": error.hint})
         else:
             self._answer(202 if answer is None else 200, answer or {})
@@ -244,6 +248,21 @@ def asked_in(body: bytes) -> tuple[Identity, str, bytes]:
     if not isinstance(uri, str) or not isinstance(token, str):
         raise IdentityError("the request cannot be read")
     return Identity.from_uri(uri), token, request
+
+
+def counted_as(host: str) -> str:
+    """What the connections and the guesses of an address count for: itself, or of IPv6 its network of 64 bits."""
+    address = ipaddress.ip_address(_as_ipv4(host))
+    if address.version == 4:
+        return str(address)
+    return str(ipaddress.IPv6Network((address.packed[:8] + bytes(8), 64)))
+
+
+def _as_ipv4(host: str) -> str:
+    """An IPv4 address that came over an IPv6 socket by its own name; any other as it is."""
+    address = ipaddress.ip_address(host)
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return host if mapped is None else str(mapped)
 
 
 class _Guesses:

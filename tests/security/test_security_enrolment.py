@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import socket
 import sqlite3
@@ -16,13 +17,15 @@ from typing import get_args
 import pytest
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from support import free_port, listens, wait_for
 
 from gptfl_dist.errors import ConfigError, ConnectionFailed, IdentityError
 from gptfl_dist.security import enrolment as enrolment_module
 from gptfl_dist.security import registry as registry_module
 from gptfl_dist.security.authority import Authority, new_key
-from gptfl_dist.security.enrolment import Desk, Enrolment
+from gptfl_dist.security.enrolment import Desk, Enrolment, counted_as
 from gptfl_dist.security.identity import Identity, Invited
 from gptfl_dist.security.invitation import InvitationLine, root_fingerprint
 from gptfl_dist.security.join import enrol, own_key
@@ -372,6 +375,21 @@ def test_who_dawdles_or_comes_in_masses_keeps_nobody_else_out(office, monkeypatc
         thread.join()
         for line in (dawdling, *masses):
             line.close()
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.integers(1, 2**64 - 1))
+def test_all_addresses_that_one_ipv6_host_can_take_count_as_one(network, host, other):
+    address = [
+        str(ipaddress.IPv6Address(number)) for number in ((network << 64) + host, (network << 64) + (host ^ other))
+    ]
+    elsewhere = str(ipaddress.IPv6Address(((network ^ other) << 64) + host))
+    assume(not any(one.startswith("::ffff:") for one in (*address, elsewhere)))
+    assert counted_as(address[0]) == counted_as(address[1]) != counted_as(elsewhere)
+
+
+def test_addresses_of_ipv4_count_each_for_itself_over_an_ipv6_socket_too():
+    assert counted_as("192.0.2.1") == counted_as("::ffff:192.0.2.1") == "192.0.2.1" != counted_as("192.0.2.2")
+    assert counted_as("fe80::1%1") == counted_as("fe80::2%1")
 
 
 def test_a_key_is_made_once_and_is_its_owners_alone(tmp_path):
