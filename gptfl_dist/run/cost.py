@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,20 +20,32 @@ if TYPE_CHECKING:
 COST = "cost.json"
 """What making a synthetic set took, in its folder."""
 
-_EVERY = 1.0  # seconds from one note to the next: so much a killed stage forgets at most
+_EVERY = 1.0  # seconds from one note to the next at least: a killed stage forgets so much and a batch at most
+
+_AND = "; "  # between the names of devices
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """`seconds` of all devices together, and what such a device is called."""
+    """`seconds` of all devices together, and what such devices are called: several where it went on on others."""
 
     seconds: float
     hardware: str
+
+    @property
+    def names(self) -> set[str]:
+        return set(self.hardware.split(_AND))
 
 
 def read_cost(path: Path) -> Cost | None:
     """None where nothing was noted, as by an earlier release."""
     return Cost(**json.loads(path.read_text())) if path.exists() else None
+
+
+def together(costs: Sequence[Cost]) -> Cost:
+    """The sum, on all hardware."""
+    names = sorted(set[str]().union(*(cost.names for cost in costs)))
+    return Cost(sum(cost.seconds for cost in costs), _AND.join(names))
 
 
 class Meter:
@@ -43,7 +55,7 @@ class Meter:
         """`hardware` names such a device, once there is work for it; `goes_on`: with what was begun before, whose cost
         stands there."""
         known = read_cost(path) if goes_on else None
-        self._before = 0.0 if known is None else known.seconds
+        self._before = [] if known is None else [known]
         self._path, self._devices, self._hardware = path, devices, hardware
         self._started = self._noted = time.monotonic()
         self.begun = False
@@ -63,7 +75,7 @@ class Meter:
     def note(self) -> None:
         """Notes what it took so far. Raises StorageError."""
         self._noted = time.monotonic()
-        cost = Cost(self._before + (self._noted - self._started) * self._devices, self._hardware())
+        cost = together([Cost((self._noted - self._started) * self._devices, self._hardware()), *self._before])
         write_file(self._path, json.dumps(asdict(cost)))
 
 

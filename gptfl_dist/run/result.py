@@ -40,7 +40,7 @@ from gptfl_dist.run.candidates import (
     PRETRAINING_COST,
     candidate_files,
 )
-from gptfl_dist.run.cost import COST, Cost, read_cost
+from gptfl_dist.run.cost import COST, Cost, read_cost, together
 from gptfl_dist.weights import Layout
 
 SPLIT = "split.json"
@@ -145,8 +145,8 @@ def _server(file: FederationFile) -> dict[ServerStage, StageCost]:
     for stage, costs in noted.items():
         known = [cost for cost in costs if cost is not None]
         if len(known) == len(files):
-            names = "; ".join(sorted({cost.hardware for cost in known}))
-            found[stage] = StageCost(device_seconds=sum(cost.seconds for cost in known), hardware=names)
+            whole = together(known)
+            found[stage] = StageCost(device_seconds=whole.seconds, hardware=whole.hardware)
     return found
 
 

@@ -178,13 +178,13 @@ def _pretrain(file: FederationFile, folder: Path, title: str, group: Group) -> d
     data = synthetic_images(file, selection)
     sys.path.insert(0, str(folder.absolute()))
     model = build_model(file.model, file.task, len(file.labels), file.seed)
-    state, settings = file.run_folder / PRETRAINING_STATE, file.pretraining
-    checkpoint = Checkpoint(state, json.dumps(request))
+    settings = file.pretraining
+    checkpoint = Checkpoint(file.run_folder / PRETRAINING_STATE, json.dumps(request))
     meter = Meter(
         file.run_folder / PRETRAINING_COST,
         devices=group.size,
         hardware=lambda: hardware_of(resolve_device(group.device(settings.device)), group.threads(settings.threads)),
-        goes_on=state.exists(),
+        goes_on=group.leader and bool(checkpoint.read()),  # one of another request is not gone on from
     )
     with _shown(group, title, 0, "batches") as report:
         result = train(

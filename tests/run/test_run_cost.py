@@ -44,7 +44,16 @@ def test_what_is_finished_costs_nothing_more(tmp_path: Path) -> None:
     assert seen == [(5, 5), (4, 5)]
 
 
-def test_a_killed_stage_has_noted_all_but_its_last_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_goes_on_on_another_device_names_both(tmp_path: Path) -> None:
+    path = tmp_path / "cost.json"
+    for name in ("a CPU", "a GPU", "a CPU"):
+        Meter(path, devices=1, hardware=lambda name=name: name, goes_on=True).note()
+    assert (read_cost(path) or Cost(0, "")).hardware == "a CPU; a GPU"
+
+
+def test_a_killed_stage_forgets_a_second_and_what_it_did_since_its_last_report_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, now = tmp_path / "cost.json", [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     report = meter(path).beside(lambda done, total: None)
@@ -52,6 +61,10 @@ def test_a_killed_stage_has_noted_all_but_its_last_second(tmp_path: Path, monkey
         now[0] += 0.6
         report(done, 9)
     assert (read_cost(path) or Cost(0, "")).seconds == pytest.approx(2.4)
+    now[0] += 60  # a batch that takes so long is noted once it is done
+    assert (read_cost(path) or Cost(0, "")).seconds == pytest.approx(2.4)
+    report(6, 9)
+    assert (read_cost(path) or Cost(0, "")).seconds == pytest.approx(63)
 
 
 def test_a_device_has_a_name() -> None:

@@ -9,6 +9,9 @@ from shapes import SHAPES, SIZE, shape_set
 
 from gptfl_dist.config.load import load_federation
 from gptfl_dist.errors import DataError, GeneratorError
+from gptfl_dist.learning.checkpoint import Checkpoint
+from gptfl_dist.run.candidates import PRETRAINED_WEIGHTS, PRETRAINING_COST
+from gptfl_dist.run.cost import read_cost
 from gptfl_dist.run.filter import filter_images
 from gptfl_dist.run.stages import pretrain
 from gptfl_dist.testing.federations import tiny_federation
@@ -81,3 +84,28 @@ def test_a_label_that_the_filter_leaves_empty_is_not_trained_on(tmp_path: Path) 
     filter_images(file, tmp_path)  # by models that had one epoch
     with pytest.raises(GeneratorError, match="0 of 8 of disc"):
         pretrain(file, tmp_path)
+
+
+@pytest.mark.parametrize("request_", ["this", "another"])
+def test_what_a_stopped_training_took_counts_where_it_is_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_: str
+) -> None:
+    shape_set(tmp_path / "synthetic", per_label=8)
+    file = load_federation(shape_federation(tmp_path, 8))
+
+    def power_cut(checkpoint: Checkpoint) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "remove", power_cut)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(file, tmp_path)
+    (file.run_folder / PRETRAINED_WEIGHTS).unlink()
+    (file.run_folder / PRETRAINING_COST).write_text('{"seconds": 1000, "hardware": "an abacus"}')
+    if request_ == "another":
+        file = file.model_copy(update={"seed": 99})
+    pretrain(file, tmp_path)
+    cost = read_cost(file.run_folder / PRETRAINING_COST)
+    assert cost is not None
+    assert (cost.seconds > 1000) == (request_ == "this")
+    assert ("an abacus" in cost.hardware) == (request_ == "this")
