@@ -1,7 +1,8 @@
 """The synthetic set as later stages use it: what is trained on, what is held out, and what of it silos are given.
 
 What is held out by pre-training is so throughout: no model is trained on it, at the coordinator or at a silo, so it can
-judge them.
+judge them. It is not untouched, though: pre-training keeps the epoch that is best on it, which favours the start of the
+arm `gptfl` a little.
 """
 
 from __future__ import annotations
