@@ -57,6 +57,17 @@ class Outcome:
     silo_accuracy: tuple[Mapping[str, float], ...] = ()
     validation: float | None = None
 
+    @property
+    def final(self) -> float:
+        """After the last round; an arm that was good enough before its first one ends at its start."""
+        return (self.start, *self.curve)[-1]
+
+    def rounds_to(self, target: float) -> int | None:
+        """How many rounds it took; 0 where it needed none and so trained in none."""
+        if not self.curve and self.start >= target:
+            return 0
+        return rounds_to_target(self.curve, target)
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -99,12 +110,12 @@ def outcome_of(arms: Sequence[FederatedArm], server: Mapping[ServerStage, StageC
 
     `server` is what the stages before the federation took, None where its start needs none.
     """
-    curves = [_known(arm.curve) for arm in arms]
+    starts, curves = _known([arm.start_accuracy for arm in arms]), [_known(arm.curve) for arm in arms]
     rounds = min(map(len, curves))
-    last = [curve[rounds - 1] for curve in curves]
+    last = [(start, *curve)[rounds] for start, curve in zip(starts, curves, strict=True)]
     measures = measures_of(arms)
     return Outcome(
-        start=statistics.fmean(_known([arm.start_accuracy for arm in arms])),
+        start=statistics.fmean(starts),
         curve=tuple(statistics.fmean(curve[round_] for curve in curves) for round_ in range(rounds)),
         kept=statistics.fmean(_known([arm.accuracy for arm in arms])),
         worst=min(last),
@@ -118,7 +129,8 @@ def outcome_of(arms: Sequence[FederatedArm], server: Mapping[ServerStage, StageC
 
 def validation_of(arms: Sequence[FederatedArm]) -> float | None:
     """Accuracy on the silos' validation data after the last round, the mean over a cell's runs, if all have it."""
-    known = [arm.validation_curve[-1] for arm in arms if arm.validation_curve and arm.validation_curve[-1] is not None]
+    # Without a round the start was kept, of which validation_accuracy tells.
+    known = [last for arm in arms if (last := (arm.validation_accuracy, *arm.validation_curve)[-1]) is not None]
     return statistics.fmean(known) if len(known) == len(arms) else None
 
 
@@ -129,9 +141,7 @@ def _known(values: Sequence[float | None]) -> list[float]:
 
 def rows_of(found: Mapping[Group, Mapping[int, Outcome]], random_starts: frozenset[str]) -> list[Row]:
     """The table, in the order of `found`. `random_starts` are the starts whose arms are to be beaten."""
-    finals = {
-        group: Spread({seed: one.curve[-1] for seed, one in outcomes.items()}) for group, outcomes in found.items()
-    }
+    finals = {group: Spread({seed: one.final for seed, one in outcomes.items()}) for group, outcomes in found.items()}
     validations = {
         group: Spread({seed: one.validation for seed, one in outcomes.items() if one.validation is not None})
         for group, outcomes in found.items()
@@ -184,7 +194,7 @@ def _row(
     chosen: Group | None,
 ) -> Row:
     target = None if baseline is None else finals[baseline].mean
-    reached = {seed: None if target is None else rounds_to_target(one.curve, target) for seed, one in outcomes.items()}
+    reached = {seed: None if target is None else one.rounds_to(target) for seed, one in outcomes.items()}
     differences = {}
     if baseline is not None and baseline != group:
         against = finals[baseline].by_seed

@@ -45,7 +45,7 @@ def results_csv(rows: RowsBySplit) -> str:
     for row in _all(rows):
         for seed, one in row.outcomes.items():
             worst = None if row.worst is None else one.worst
-            accuracies = (one.start, one.curve[-1], one.kept, one.validation, worst)
+            accuracies = (one.start, one.final, one.kept, one.validation, worst)
             reached = (row.rounds_to_target[seed], row.bytes_to_target[seed])
             difference = None if row.pairs is None else row.pairs.by_seed.get(seed)
             rounds = (len(one.curve), one.bytes_a_round if row.federated else None)

@@ -192,6 +192,19 @@ def test_silos_that_train_alone_are_one_outcome() -> None:
     assert found.silo_accuracy[2] == pytest.approx({"north": 0.9, "south": 0.7})
 
 
+def test_an_arm_that_was_good_enough_before_its_first_round_ends_at_its_start() -> None:
+    met = arm([]).model_copy(update={"accuracy": 0.7, "start_accuracy": 0.7, "validation_accuracy": 0.6})
+    found = outcome_of([met, arm([0.4, 0.8])])
+    assert (found.curve, found.worst) == ((), pytest.approx(0.1))
+    assert found.final == found.start == pytest.approx(0.4)
+    assert outcome_of([met]).validation == 0.6, "of the start, which is kept"
+    rows = by_group({group(): {0: outcome(0.5)}, group("synthetic"): {0: outcome_of([met])}})
+    ours = rows[group("synthetic")]
+    assert ours.accuracy.mean == 0.7
+    assert ours.rounds_to_target == {0: 0}
+    assert ours.bytes_to_target == {0: 0}
+
+
 def test_what_a_cell_cost() -> None:
     ours = arm([0.2, 0.6])
     cpu = StageCost(device_seconds=7, hardware="CPU, 2 threads")
@@ -211,7 +224,7 @@ accuracies = st.integers(0, 1000).map(lambda thousandths: thousandths / 1000)
 outcomes = st.builds(
     Outcome,
     start=accuracies,
-    curve=st.lists(accuracies, min_size=1, max_size=5).map(tuple),
+    curve=st.lists(accuracies, max_size=5).map(tuple),
     kept=accuracies,
     worst=accuracies,
     bytes_a_round=st.integers(1, 10**9),
@@ -242,12 +255,14 @@ def test_what_holds_of_every_table(found: dict[Group, dict[int, Outcome]]) -> No
             continue
         assert row.baseline.split == row.group.split
         assert row.baseline.start == "random"
-        assert row.target == statistics.fmean(one.curve[-1] for one in found[row.baseline].values())
+        assert row.target == statistics.fmean((one.start, *one.curve)[-1] for one in found[row.baseline].values())
         for seed, one in row.outcomes.items():
             rounds = row.rounds_to_target[seed]
-            assert all(accuracy < row.target for accuracy in one.curve[: None if rounds is None else rounds - 1])
+            assert all(
+                accuracy < row.target for accuracy in one.curve[: None if rounds is None else max(rounds - 1, 0)]
+            )
             if rounds is not None:
-                assert one.curve[rounds - 1] >= row.target
+                assert (one.start, *one.curve)[rounds] >= row.target
         if row.pairs is not None:
             assert row.pairs.by_seed.keys() == found[row.group].keys() & found[row.baseline].keys()
             if found[row.group].keys() == found[row.baseline].keys():

@@ -10,8 +10,9 @@ import pytest
 
 from gptfl_dist.config import load_experiment
 from gptfl_dist.config.experiment import ExperimentFile, Group
-from gptfl_dist.errors import ConfigError
+from gptfl_dist.errors import ConfigError, DataError, StageFailed
 from gptfl_dist.run.experiment.plan import cells_of, groups_of, overlaid, settings_of, trials_of
+from gptfl_dist.run.experiment.run import best_point
 
 BLOCK = {"splits": ["a"], "starts": ["random"], "strategies": ["fedavg", "prox"]}
 CONTENT: dict[str, Any] = {
@@ -66,6 +67,19 @@ def test_every_strategy_is_tried_alike_on_the_first_seed_in_short(tmp_path: Path
         assert not settings_of(file, trials[1], 1, [])["federation"]["diversity"]
     alone = loaded(tmp_path, tuning={"grid": [{}]})
     assert [trials_of(alone, group) for group in groups_of(alone)] == [[], []]
+
+
+def test_the_first_of_the_best_points_is_taken_and_where_none_is_known_it_is_said_why(tmp_path: Path) -> None:
+    file = loaded(tmp_path)
+    group = groups_of(file)[0]
+    trial = trials_of(file, group)[0]
+    assert best_point(group, [], {}) == 0
+    assert best_point(group, [None, 0.4, 0.7, 0.7], {trial: DataError("no data")}) == 2
+    with pytest.raises(StageFailed, match="no point of the grid could be trained with in .*: no data"):
+        best_point(group, [None, None], {trial: DataError("no data")})
+    with pytest.raises(StageFailed, match="no silo told how the weights do on its validation data") as found:
+        best_point(group, [None, None], {})
+    assert "data.validation_share" in str(found.value.hint)
 
 
 @pytest.mark.parametrize(

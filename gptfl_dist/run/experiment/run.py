@@ -64,7 +64,7 @@ async def run_experiment(file: ExperimentFile, beside: Path, workers: int, say: 
     points, scores = {}, {}
     for group in groups:
         scores[group] = [None if cell in failures else bench.validation(cell) for cell in trials[group]]
-        points[group] = _best(group, scores[group], failures)
+        points[group] = best_point(group, scores[group], failures)
     cells = [cell for group in groups for cell in cells_of(file, group)]
     for cell in cells:
         bench.write(cell, points[cell.group])
@@ -76,13 +76,20 @@ async def run_experiment(file: ExperimentFile, beside: Path, workers: int, say: 
     return Experiment(file, outcomes, points, scores, failures)
 
 
-def _best(group: Group, scores: Sequence[float | None], failures: Mapping[Cell, GptflError]) -> int:
+def best_point(group: Group, scores: Sequence[float | None], failures: Mapping[Cell, GptflError]) -> int:
     """The first of the best points of the grid."""
     if not scores:
         return 0
     known = {point: score for point, score in enumerate(scores) if score is not None}
     if not known:
-        first = next(error for cell, error in failures.items() if cell.group == group)
+        first = next((error for cell, error in failures.items() if cell.group == group), None)
+        if first is None:
+            raise StageFailed(
+                f"no point of the grid is known to be better than another in {group}: no silo told how the weights do "
+                "on its validation data",
+                hint="raise data.validation_share, so that silos hold some of their samples back, or leave one point "
+                "in the grid, which needs no choice",
+            )
         raise StageFailed(f"no point of the grid could be trained with in {group}: {first.message}", hint=first.hint)
     return max(known, key=lambda point: known[point])
 
