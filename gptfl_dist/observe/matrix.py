@@ -43,7 +43,7 @@ class Spread:
 class Outcome:
     """What one cell came to. A cell of silos that train alone has the means over them, and the worst of them.
 
-    `measures` and `silo_accuracy` are from round 0, the start, on; nothing is in them of a cell of an earlier release.
+    `measures` and `silo_accuracy` are from round 0, the start, on.
     `validation` is as `validation_of` has it.
     """
 
@@ -53,8 +53,8 @@ class Outcome:
     worst: float
     bytes_a_round: float
     cost: Cost
-    measures: tuple[Known, ...] = ()
-    silo_accuracy: tuple[Mapping[str, float], ...] = ()
+    measures: tuple[Known, ...]
+    silo_accuracy: tuple[Mapping[str, float], ...]
     validation: float | None = None
 
     @property

@@ -66,10 +66,8 @@ def rounds_csv(rows: RowsBySplit) -> str:
 
 
 def _rounds(one: Outcome) -> Iterable[tuple[float, Known]]:
-    """Accuracy and the other measures, from round 0 on; those of an earlier release are not known."""
-    accuracies = (one.start, *one.curve)
-    unknown: Known = dict.fromkeys(MEASURES)
-    return zip(accuracies, one.measures or [unknown] * len(accuracies), strict=True)
+    """Accuracy and the other measures, from round 0 on."""
+    return zip((one.start, *one.curve), one.measures, strict=True)
 
 
 def _cost(row: Row, one: Outcome) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def group(start: str = "random", strategy: str = "fedavg", silos: Silos = "all",
 
 
 def outcome(*curve: float, start: float = 0.1, bytes_a_round: float = 100) -> Outcome:
-    return Outcome(start, curve, max(curve), curve[-1] - 0.1, bytes_a_round, Cost(0.0, 0.0, None, 0))
+    return Outcome(start, curve, max(curve), curve[-1] - 0.1, bytes_a_round, Cost(0.0, 0.0, None, 0), (), ())
 
 
 def by_group(found: Mapping[Group, Mapping[int, Outcome]]) -> dict[Group, Row]:
@@ -215,11 +215,6 @@ def test_what_a_cell_cost() -> None:
     assert outcome_of([ours]).cost.pretrain == 0, "from random weights nothing is pre-trained"
 
 
-def test_a_cell_of_an_earlier_release_has_no_measures() -> None:
-    found = outcome_of([arm([0.2, 0.6]).model_copy(update={"measures": []})])
-    assert (found.curve, found.measures, found.cost.silos) == ((0.2, 0.6), (), None)
-
-
 accuracies = st.integers(0, 1000).map(lambda thousandths: thousandths / 1000)
 outcomes = st.builds(
     Outcome,
@@ -229,6 +224,8 @@ outcomes = st.builds(
     worst=accuracies,
     bytes_a_round=st.integers(1, 10**9),
     cost=st.just(Cost(0.0, 0.0, None, 0)),
+    measures=st.just(()),
+    silo_accuracy=st.just(()),
     validation=st.none() | accuracies,
 )
 groups = st.builds(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,22 @@ def test_no_cell_outlives_an_experiment_that_is_killed_and_the_next_call_goes_on
     path.write_text(text)
     arms = json.loads(gptfl.run("experiment", path, "--format", "json").stdout)["splits"][0]["arms"]
     assert [len(cell["curve"]) for cell in arms[0]["cells"]] == [2]
+
+
+def test_a_cell_of_another_release_fails_alone_and_says_what_to_remove(gptfl: Commands, tmp_path: Path) -> None:
+    cells = [{"splits": ["uneven"], "starts": ["random"], "strategies": ["fedavg"], "silos": ["all", "pooled"]}]
+    path = experiment(tmp_path, tuning={"grid": [{}]}, cells=cells)
+    gptfl.run("experiment", path)
+    folder = tmp_path / "results/cells/uneven/random/fedavg/pooled/seed-4"
+    with contextlib.closing(sqlite3.connect(folder / "ledger.sqlite")) as ledger:
+        ledger.execute("PRAGMA user_version = 1")
+    results = json.loads(gptfl.run("experiment", path, "--format", "json").stdout)
+    assert [len(arm["cells"]) for arm in results["splits"][0]["arms"]] == [1, 0]
+    (told,) = results["failures"].values()
+    assert "the record was made by another release" in told
+    assert f"to have it run anew, remove {folder}" in told
+    shutil.rmtree(folder)
+    assert json.loads(gptfl.run("experiment", path, "--format", "json").stdout)["failures"] == {}
 
 
 def test_the_samples_of_a_key_stay_together(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_the_first_of_the_best_points_is_taken_and_where_none_is_known_it_is_sai
     trial = trials_of(file, group)[0]
     assert best_point(group, [], {}) == 0
     assert best_point(group, [None, 0.4, 0.7, 0.7], {trial: DataError("no data")}) == 2
-    with pytest.raises(StageFailed, match="no point of the grid could be trained with in .*: no data"):
+    with pytest.raises(StageFailed, match=r"no point of the grid could be trained with in .*: no data"):
         best_point(group, [None, None], {trial: DataError("no data")})
     with pytest.raises(StageFailed, match="no silo told how the weights do on its validation data") as found:
         best_point(group, [None, None], {})

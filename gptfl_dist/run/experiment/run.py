@@ -19,7 +19,7 @@ from pathlib import Path
 from gptfl_dist.config.experiment import ExperimentFile, Group, Settings
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import federation_of, load_federation, to_yaml
-from gptfl_dist.errors import GptflError, StageFailed
+from gptfl_dist.errors import GptflError, StageFailed, StorageError
 from gptfl_dist.files import write_file
 from gptfl_dist.ledger.reader import read
 from gptfl_dist.observe.matrix import Outcome, outcome_of, validation_of
@@ -169,22 +169,27 @@ class _Bench:
 
     async def run(self, what: str, cells: Sequence[Cell]) -> dict[Cell, GptflError]:
         """Runs cells that are not finished; returns what stopped some of them."""
+        failures: dict[Cell, GptflError] = {}
         commands: dict[tuple[Cell, Path], Sequence[str | Path]] = {}
         for cell in cells:
             for folder, _ in self._runs(cell):
                 if self._synthetic(cell.group.start):
                     _link(self._start(cell.group.start, cell.seed), folder)
-                if not _finished(folder):
+                try:
+                    finished = _finished(folder)
+                except StorageError as error:  # of another release, or no record that can be read
+                    failures.setdefault(cell, _to_be_run_anew(error, folder))
+                    continue
+                if not finished:
                     commands[cell, folder] = ["run", folder / FEDERATION, "--exchange", "memory"]
-        if not commands:
-            return {}
-        with progress(f"{self._file.name}: {what}", len(commands), "federations") as bar:
-            ended = await run_all(commands, self._workers, bar.callback)
-        failures = {}
-        for (cell, _), error in ended.items():
-            if error is not None and cell not in failures:
-                failures[cell] = error
-                self._say(f"{cell}: {error.message}")
+        if commands:
+            with progress(f"{self._file.name}: {what}", len(commands), "federations") as bar:
+                ended = await run_all(commands, self._workers, bar.callback)
+            for (cell, _), stopped in ended.items():
+                if stopped is not None:
+                    failures.setdefault(cell, stopped)
+        for cell, error in failures.items():
+            self._say(f"{cell}: {error.message}")
         return failures
 
     def outcome(self, cell: Cell) -> Outcome:
@@ -202,6 +207,11 @@ def _finished(folder: Path) -> bool:
         return False
     path = folder / FEDERATION
     return read(folder, lambda ledger: ledger.fact("request")) == request_of(path, load_federation(path))
+
+
+def _to_be_run_anew(error: StorageError, folder: Path) -> StorageError:
+    """What a run folder that cannot be gone on with says to the reader of an experiment's page."""
+    return StorageError(f"{error.message}; to have it run anew, remove {folder}", hint=f"Remove {folder}.")
 
 
 def _arm(summary: Summary) -> FederatedArm:
