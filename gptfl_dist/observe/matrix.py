@@ -11,8 +11,9 @@ A cell that failed is missing: figures are over the seeds that are there, pairs 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from gptfl_dist.config.experiment import Group
 from gptfl_dist.observe.matrix_cost import Cost, cost_of
@@ -105,10 +106,14 @@ class Row:
         return None if self.pairs is None else sum(value > 0 for value in self.pairs.values)
 
 
-def outcome_of(arms: Sequence[FederatedArm], server: Mapping[ServerStage, StageCost] | None = None) -> Outcome:
+def outcome_of(
+    arms: Sequence[FederatedArm],
+    server: Mapping[ServerStage, StageCost] = MappingProxyType({}),
+    needed: Collection[ServerStage] = (),
+) -> Outcome:
     """The outcome of a cell from the arms of its runs: one, or of each silo its own.
 
-    `server` is what the stages before the federation took, None where its start needs none.
+    `server` is what the stages before the federation took, of those `needed` that noted it.
     """
     starts, curves = _known([arm.start_accuracy for arm in arms]), [_known(arm.curve) for arm in arms]
     rounds = min(map(len, curves))
@@ -120,7 +125,7 @@ def outcome_of(arms: Sequence[FederatedArm], server: Mapping[ServerStage, StageC
         kept=statistics.fmean(_known([arm.accuracy for arm in arms])),
         worst=min(last),
         bytes_a_round=sum((arm.bytes_down + arm.bytes_up) / max(1, arm.rounds) for arm in arms),
-        cost=cost_of(arms, measures, server),
+        cost=cost_of(arms, measures, server, needed),
         measures=measures,
         silo_accuracy=silo_accuracies_of(arms),
         validation=validation_of(arms),

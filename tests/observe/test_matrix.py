@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gptfl_dist.config.experiment import Group, Silos
 from gptfl_dist.observe.matrix import Outcome, Row, Spread, outcome_of, rows_of
 from gptfl_dist.observe.matrix_cost import Cost
-from gptfl_dist.observe.summary import StageCost
+from gptfl_dist.observe.summary import ServerStage, StageCost
 
 RANDOM = frozenset({"random"})
 
@@ -195,7 +195,8 @@ def test_silos_that_train_alone_are_one_outcome() -> None:
 def test_an_arm_that_was_good_enough_before_its_first_round_ends_at_its_start() -> None:
     met = arm([]).model_copy(update={"accuracy": 0.7, "start_accuracy": 0.7, "validation_accuracy": 0.6})
     found = outcome_of([met, arm([0.4, 0.8])])
-    assert (found.curve, found.worst) == ((), pytest.approx(0.1))
+    assert found.curve == ()
+    assert found.worst == pytest.approx(0.1)
     assert found.final == found.start == pytest.approx(0.4)
     assert outcome_of([met]).validation == 0.6, "of the start, which is kept"
     rows = by_group({group(): {0: outcome(0.5)}, group("synthetic"): {0: outcome_of([met])}})
@@ -208,10 +209,15 @@ def test_an_arm_that_was_good_enough_before_its_first_round_ends_at_its_start() 
 def test_what_a_cell_cost() -> None:
     ours = arm([0.2, 0.6])
     cpu = StageCost(device_seconds=7, hardware="CPU, 2 threads")
-    cost = outcome_of([ours], {"generate": cpu, "pretrain": cpu}).cost
+    both: tuple[ServerStage, ...] = ("generate", "pretrain")
+    cost = outcome_of([ours], {"generate": cpu, "pretrain": cpu}, both).cost
     assert (cost.generate, cost.pretrain, cost.silos, cost.bytes) == (7, 7, 4.0, 10 + 2 * 190)
     assert cost.hardware == ("generate: CPU, 2 threads", "pretrain: CPU, 2 threads")
-    assert outcome_of([ours], {}).cost.pretrain is None, "it was not noted"
+    assert outcome_of([ours], {}, both).cost.pretrain is None, "it was not noted"
+    mixing = outcome_of([ours], {"generate": cpu}, ["generate"]).cost
+    assert (mixing.generate, mixing.pretrain) == (7, 0), (
+        "it hands out synthetic samples, and starts from random weights"
+    )
     assert outcome_of([ours]).cost.pretrain == 0, "from random weights nothing is pre-trained"
 
 

@@ -118,7 +118,12 @@ def test_strategies_that_use_synthetic_samples_or_class_means_are_cells_as_other
         tuning={"rounds": 1, "grid": [{"training": {"learning_rate": 0.2}}]},
         cells=[{"splits": ["uneven"], "starts": ["random"], "strategies": ["filled", "means"]}],
     )
-    gptfl.run("experiment", path)
+    results = json.loads(gptfl.run("experiment", path, "--format", "json").stdout)
+    costs = {arm["strategy"]: arm["cells"][0]["cost"] for arm in results["splits"][0]["arms"]}
+    assert costs["filled"]["generate_device_seconds"] > 0
+    assert [name.partition(":")[0] for name in costs["filled"]["hardware"]] == ["generate"]
+    assert [cost["pretrain_device_seconds"] for cost in costs.values()] == [0, 0]
+    assert costs["means"]["generate_device_seconds"] == 0
     start = tmp_path / "results" / "starts" / "random" / "seed-4"
     assert (start / "synthetic" / "manifest.json").exists()
     assert not (start / "pretrained.safetensors").exists()

@@ -31,6 +31,7 @@ from gptfl_dist.run.experiment.plan import Cell, cells_of, groups_of, overlaid, 
 from gptfl_dist.run.experiment.work import run_all
 from gptfl_dist.run.folder import make_folder
 from gptfl_dist.run.settings import request_of
+from gptfl_dist.run.stages import stages_of
 
 FEDERATION = "federation.yaml"
 
@@ -188,14 +189,15 @@ class _Bench:
             for (cell, _), stopped in ended.items():
                 if stopped is not None:
                     failures.setdefault(cell, stopped)
-        for cell, error in failures.items():
-            self._say(f"{cell}: {error.message}")
+        for cell, why in failures.items():
+            self._say(f"{cell}: {why.message}")
         return failures
 
     def outcome(self, cell: Cell) -> Outcome:
-        summaries = [read_summary(folder) for folder, _ in self._runs(cell)]
-        server = summaries[0].server if self._synthetic(cell.group.start) else None
-        return outcome_of([_arm(summary) for summary in summaries], server)
+        folders = [folder for folder, _ in self._runs(cell)]
+        summaries = [read_summary(folder) for folder in folders]
+        file = load_federation(folders[0] / FEDERATION)
+        return outcome_of([_arm(summary) for summary in summaries], summaries[0].server, stages_of(file))
 
     def validation(self, cell: Cell) -> float | None:
         return validation_of([_arm(read_summary(folder)) for folder, _ in self._runs(cell)])
