@@ -69,6 +69,10 @@ class Outcome:
             return 0
         return rounds_to_target(self.curve, target)
 
+    def bytes_of(self, rounds: int) -> float:
+        """What travelled in so many first rounds, of which one may take more than another."""
+        return sum(one[way] or 0 for one in self.measures[1 : rounds + 1] for way in ("bytes_down", "bytes_up"))
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -217,7 +221,7 @@ def _row(
         target=target,
         rounds_to_target=reached,
         bytes_to_target={
-            seed: rounds * outcomes[seed].bytes_a_round if rounds is not None and _federated(group) else None
+            seed: outcomes[seed].bytes_of(rounds) if rounds is not None and _federated(group) else None
             for seed, rounds in reached.items()
         },
         pairs=Spread(differences) if differences else None,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from gptfl_dist.config.experiment import Group, Silos
 from gptfl_dist.observe.matrix import Outcome, Row, Spread, outcome_of, rows_of
 from gptfl_dist.observe.matrix_cost import Cost
+from gptfl_dist.observe.matrix_measures import Known
 from gptfl_dist.observe.summary import ServerStage, StageCost
 
 RANDOM = frozenset({"random"})
@@ -24,7 +25,12 @@ def group(start: str = "random", strategy: str = "fedavg", silos: Silos = "all",
 
 
 def outcome(*curve: float, start: float = 0.1, bytes_a_round: float = 100) -> Outcome:
-    return Outcome(start, curve, max(curve), curve[-1] - 0.1, bytes_a_round, Cost(0.0, 0.0, None, 0), (), ())
+    rounds: list[Known] = [
+        {"bytes_down": 0, "bytes_up": 0},
+        *[{"bytes_down": bytes_a_round - 40, "bytes_up": 40}] * len(curve),
+    ]
+    cost = Cost(0.0, 0.0, None, 0)
+    return Outcome(start, curve, max(curve), curve[-1] - 0.1, bytes_a_round, cost, tuple(rounds), ())
 
 
 def by_group(found: Mapping[Group, Mapping[int, Outcome]]) -> dict[Group, Row]:
@@ -57,6 +63,14 @@ def test_a_small_matrix_by_hand() -> None:
     assert pairs is not None
     assert pairs.by_seed == pytest.approx({0: 0.2, 1: 0.1, 2: -0.25})
     assert pairs.mean == pytest.approx(0.05 / 3)
+
+
+def test_bytes_to_the_target_are_those_of_the_rounds_up_to_it() -> None:
+    cell = outcome(0.2, 0.6, 0.7)
+    samples_first = ({"bytes_down": 0.0, "bytes_up": 0.0}, {"bytes_down": 900.0, "bytes_up": 40.0}, *cell.measures[2:])
+    rows = by_group({group(): {0: outcome(0.6)}, group("synthetic"): {0: replace(cell, measures=samples_first)}})
+    assert rows[group("synthetic")].rounds_to_target == {0: 2}
+    assert rows[group("synthetic")].bytes_to_target == {0: 940 + 100}
 
 
 def test_one_seed_has_no_spread_and_none_has_no_mean() -> None:
@@ -230,7 +244,7 @@ outcomes = st.builds(
     worst=accuracies,
     bytes_a_round=st.integers(1, 10**9),
     cost=st.just(Cost(0.0, 0.0, None, 0)),
-    measures=st.just(()),
+    measures=st.just(({"bytes_down": 0.0, "bytes_up": 0.0},) * 6),
     silo_accuracy=st.just(()),
     validation=st.none() | accuracies,
 )

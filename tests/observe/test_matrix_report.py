@@ -32,7 +32,8 @@ SPLIT = 'St. "Mary" ' + EVIL
 
 def outcome(*curve: float, start: float = 0.1) -> Outcome:
     cost = Cost(3600.0, 90.0, 12.0, 10**6 * len(curve), ("generate: one GPU", "pretrain: CPU, 2 threads"))
-    rounds: list[Known] = [dict.fromkeys(MEASURES), *(dict.fromkeys(MEASURES, value) for value in curve)]
+    sent: Known = {"bytes_down": 9e5, "bytes_up": 1e5}
+    rounds: list[Known] = [dict.fromkeys(MEASURES), *({**dict.fromkeys(MEASURES, value), **sent} for value in curve)]
     silos: list[dict[str, float]] = [{}, *({"north": value, "south": value - 0.1} for value in curve)]
     return Outcome(start, curve, max(curve), curve[-1] - 0.1, 1e6, cost, tuple(rounds), tuple(silos), curve[-1] / 2)
 
