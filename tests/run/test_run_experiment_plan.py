@@ -88,6 +88,14 @@ def test_the_first_of_the_best_points_is_taken_and_where_none_is_known_it_is_sai
         ({"cells": [{**BLOCK, "strategies": ["moon"]}]}, "cells name moon, expected one of strategies: fedavg, prox"),
         ({"strategies": {"fedavg": {}, "prox": {"grid": [{}]}}}, "the grid of prox has 1 points, expected 2"),
         ({"federation": {"seed": 1}}, "federation sets seed, which the experiment sets itself"),
+        (
+            {"federation": {"model": {"name": "transformers", "source": "m", "pretrained": True}}},
+            "federation sets model.pretrained, .* set it in the settings of a start",
+        ),
+        (
+            {"tuning": {"grid": [{"model": {"pretrained": False}}]}, "strategies": {"fedavg": {}, "prox": {}}},
+            "tuning.grid sets model.pretrained",
+        ),
         ({"splits": {"a": {"kind": "shards", "silos": 2}}}, "kind is shards, which needs shards"),
         ({"splits": {"a": {"kind": "key", "key": "k", "silos": 2}}}, "kind is key, which takes no silos"),
         ({"splits": {"a": {"silos": 2, "alpha": 1.0, "without": ["b"]}}}, "kind is dirichlet, which takes no without"),
@@ -96,6 +104,13 @@ def test_the_first_of_the_best_points_is_taken_and_where_none_is_known_it_is_sai
 def test_what_makes_no_matrix_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         loaded(tmp_path, **changes)
+
+
+def test_a_start_from_a_public_checkpoint_is_not_random(tmp_path: Path) -> None:
+    model = {"name": "transformers", "source": "m", "pretrained": True}
+    starts = {"random": {"arm": "random"}, "public": {"arm": "random", "settings": {"model": model}}}
+    found = loaded(tmp_path, starts=starts).starts
+    assert {name: start.random for name, start in found.items()} == {"random": True, "public": False}
 
 
 def test_overlaid() -> None:
