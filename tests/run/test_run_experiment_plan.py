@@ -10,6 +10,7 @@ import pytest
 
 from gptfl_dist.config import load_experiment
 from gptfl_dist.config.experiment import ExperimentFile, Group
+from gptfl_dist.config.load import federation_of
 from gptfl_dist.errors import ConfigError, DataError, StageFailed
 from gptfl_dist.run.experiment.plan import cells_of, groups_of, overlaid, settings_of, trials_of
 from gptfl_dist.run.experiment.run import best_point
@@ -80,6 +81,29 @@ def test_the_first_of_the_best_points_is_taken_and_where_none_is_known_it_is_sai
     with pytest.raises(StageFailed, match="no silo told how the weights do on its validation data") as found:
         best_point(group, [None, None], {})
     assert "data.validation_share" in str(found.value.hint)
+
+
+def test_no_criterion_ends_a_trial_before_another(tmp_path: Path) -> None:
+    stops = {"federation": {"patience": 1, "target_accuracy": 0.5, "max_time": "1m"}}
+    file = loaded(tmp_path, strategies={"fedavg": {}, "prox": {"settings": stops}})
+    group = Group("a", "random", "prox", "all")
+    silos = [{"name": "silo-1", "file": "silo-1.yaml"}]
+    trial, cell = (
+        federation_of(settings_of(file, one, 0, silos), tmp_path, str(one)).federation
+        for one in (trials_of(file, group)[0], cells_of(file, group)[0])
+    )
+    assert (trial.rounds, trial.patience, trial.target_accuracy, trial.max_time) == (2, None, None, None)
+    assert (cell.rounds, cell.patience, cell.target_accuracy, cell.max_time) == (9, 1, 0.5, 60)
+
+
+def test_trials_in_which_nobody_trains_are_refused(tmp_path: Path) -> None:
+    means = {"fedavg": {"settings": {"training": {"first_round": "means"}}}}
+    cells = [{**BLOCK, "strategies": ["fedavg"]}]
+    file = loaded(tmp_path, strategies=means, tuning={**CONTENT["tuning"], "rounds": 1}, cells=cells)
+    (group,) = groups_of(file)
+    with pytest.raises(ConfigError, match=r"a/random/fedavg/all/trial-1: trials are of 1 round, in which .* trains"):
+        settings_of(file, trials_of(file, group)[0], 0, [])
+    settings_of(file, cells_of(file, group)[0], 0, [])
 
 
 @pytest.mark.parametrize(
