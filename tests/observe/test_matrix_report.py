@@ -70,10 +70,9 @@ def matrix() -> Matrix:
         labels=["yes", EVIL, "$x_{"],
         counts={"even": {f"silo-{number}": [number, 4, 0] for number in range(10)}},
         tuning={
-            Group("even", "random", "fedavg", "all"): Tuned(points, (0.31, 0.42), 1),
-            Group("even", "synthetic", "fedavg", "all"): Tuned(points, (0.66, None), 0),
+            Group("even", "random", "fedavg", "all"): Tuned(points, (5, 5), (0.31, 0.42), 1),
+            Group("even", "synthetic", "fedavg", "all"): Tuned(points, (1, 3), (0.66, None), 0),
         },
-        trial_rounds=5,
         failures={"even/synthetic/moon/all/seed-0": f"the loss is not a number {EVIL}"},
         settings_text=f"name: digits # {EVIL} & more\n",
     )
@@ -101,7 +100,9 @@ def test_the_page_has_every_part(tmp_path: Path, matrix: Matrix) -> None:
     assert "The coordinator's devices were generate: one GPU; pretrain: CPU, 2 threads." in page.text
     assert "How far the silos' updates agree" in page.text
     assert "moon from synthetic (0 of 3 seeds)" in page.text
-    assert "same budget: 2 points, each a federation of 5 rounds on seed 0" in page.text
+    assert "same budget: 2 points, each a federation on seed 0, of so many rounds" in page.text
+    assert "even: fedavg from random531.0 %" in page.text
+    assert "even: fedavg from synthetic1 to 366.0 %" in page.text, "of a strategy with fewer rounds than trials have"
     assert "42.0 % ✓" in page.text
     assert "66.0 % ✓" in page.text
     assert "31.0 % ✓" not in page.text
@@ -138,8 +139,7 @@ def test_no_text_from_outside_becomes_markup(tmp_path_factory: pytest.TempPathFa
         seeds=[0],
         labels=[text],
         counts={text: {text: [3]}},
-        tuning={group: Tuned((text,), (0.5,), 0)},
-        trial_rounds=1,
+        tuning={group: Tuned((text,), (1,), (0.5,), 0)},
         failures={text: text},
         settings_text=text,
     )
@@ -256,7 +256,7 @@ def test_an_experiment_in_which_all_failed_still_has_a_report(tmp_path: Path, ma
 
 
 def test_a_grid_of_other_size_is_not_called_equal(tmp_path: Path, matrix: Matrix) -> None:
-    other = Tuned(("a", "b", "c"), (0.1, 0.2, 0.3), 2)
+    other = Tuned(("a", "b", "c"), (5, 5, 5), (0.1, 0.2, 0.3), 2)
     uneven = replace(matrix, tuning={**matrix.tuning, Group("even", "random", "fed_prox", "all"): other})
     page = Page(write_matrix_report(tmp_path, uneven))
     assert "different budgets: 2 and 3 points" in page.text
