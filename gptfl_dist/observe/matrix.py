@@ -1,9 +1,10 @@
 """From the summaries of cells to what a table says: mean and spread over seeds, rounds and bytes to a target, pairs.
 
 Every accuracy is of the weights after the last round unless it is called `kept`, which is the round that the silos'
-validation data chose. The target of a split is what its best federated arm from random weights reaches after its last
-round, the mean over seeds; that arm is also the baseline, against which all others are compared seed by seed. For the
-arms from other weights stands the one that is best on validation data.
+validation data chose, or held-out synthetic data where a cell chooses by these. The target of a split is what its best
+federated arm from random weights reaches after its last round, the mean over seeds; that arm is also the baseline,
+against which all others are compared seed by seed. For the arms from other weights stands the one that is best on
+validation data.
 
 A cell that failed is missing: figures are over the seeds that are there, pairs over those that both arms have.
 """
@@ -14,6 +15,7 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 from gptfl_dist.config.experiment import Group
 from gptfl_dist.observe.matrix_cost import Cost, cost_of
@@ -45,7 +47,7 @@ class Outcome:
     """What one cell came to. A cell of silos that train alone has the means over them, and the worst of them.
 
     `measures` and `silo_accuracy` are from round 0, the start, on.
-    `validation` is as `validation_of` has it.
+    `validation` is as `validation_of` has it, and `kept_by` says whose data chose the kept model.
     """
 
     start: float
@@ -57,6 +59,7 @@ class Outcome:
     measures: tuple[Known, ...]
     silo_accuracy: tuple[Mapping[str, float], ...]
     validation: float | None = None
+    kept_by: Literal["silos", "synthetic"] = "silos"
 
     @property
     def final(self) -> float:
@@ -114,10 +117,12 @@ def outcome_of(
     arms: Sequence[FederatedArm],
     server: Mapping[ServerStage, StageCost] = MappingProxyType({}),
     needed: Collection[ServerStage] = (),
+    kept_by: Literal["silos", "synthetic"] = "silos",
 ) -> Outcome:
     """The outcome of a cell from the arms of its runs: one, or of each silo its own.
 
-    `server` is what the stages before the federation took, of those `needed` that noted it.
+    `server` is what the stages before the federation took, of those `needed` that noted it; `kept_by` is as in an
+    outcome.
     """
     starts, curves = _known([arm.start_accuracy for arm in arms]), [_known(arm.curve) for arm in arms]
     rounds = min(map(len, curves))
@@ -133,6 +138,7 @@ def outcome_of(
         measures=measures,
         silo_accuracy=silo_accuracies_of(arms),
         validation=validation_of(arms),
+        kept_by=kept_by,
     )
 
 

@@ -177,7 +177,7 @@ def _split(matrix: Matrix, split: str, rows: Sequence[Row], looks: Looks) -> str
 def _notes(rows: Sequence[Row]) -> str:
     notes = [
         "Mean and standard deviation over seeds. Accuracy is that after the last round, and so is that on the silos' "
-        "validation data; the kept model is the best on these; the start is the model before any silo trained it, "
+        f"validation data; the kept model is {_kept(rows)}; the start is the model before any silo trained it, "
         "which for synthetic starts is the model of the synthetic data alone."
     ]
     if rows[0].target is not None and rows[0].baseline is not None:
@@ -187,6 +187,16 @@ def _notes(rows: Sequence[Row]) -> str:
             "reach it. The difference to this baseline is by seed, in percentage points."
         )
     return " ".join(notes)
+
+
+def _kept(rows: Sequence[Row]) -> str:
+    """What the kept model is the best on: the silos' validation data, of which the note has just spoken, or others."""
+    arms = {row.group: {one.kept_by for one in row.outcomes.values()} for row in rows if row.outcomes}
+    judged = [escape(arm_text(group)) for group, by in arms.items() if by == {"synthetic"}]
+    if not judged:
+        return "the best on these"
+    synthetic = "the best on held-out synthetic data"
+    return synthetic if len(judged) == len(arms) else f"the best on these, but of {', '.join(judged)} {synthetic}"
 
 
 def _curves(rows: Sequence[Row], looks: Looks) -> str:

@@ -109,6 +109,26 @@ def test_the_page_has_every_part(tmp_path: Path, matrix: Matrix) -> None:
     assert "the loss is not a number" in page.text
 
 
+def test_the_page_says_what_chose_the_kept_model(tmp_path: Path, matrix: Matrix) -> None:
+    silos = "the kept model is the best on these"
+    assert silos in Page(write_matrix_report(tmp_path / "silos", matrix)).text
+    ours = Group("even", "synthetic", "fedavg", "all")
+
+    def judged(*groups: Group) -> str:
+        found = {
+            group: {seed: replace(one, kept_by="synthetic") if group in groups else one for seed, one in cells.items()}
+            for group, cells in FOUND.items()
+            if group.split == "even"
+        }
+        return Page(write_matrix_report(tmp_path / str(len(groups)), replace(matrix, rows=split_rows(found)))).text
+
+    held_out = "the best on held-out synthetic data"
+    assert f"{silos}, but of fedavg from synthetic {held_out};" in judged(ours)
+    every = judged(*FOUND)
+    assert f"the kept model is {held_out};" in every
+    assert silos not in every
+
+
 def test_the_page_needs_nothing_but_itself(tmp_path: Path, matrix: Matrix) -> None:
     page = Page(write_matrix_report(tmp_path, matrix))
     assert len(page.images) == 6, "curves of two splits, bars, agreement and quality where there are rounds, the sweep"

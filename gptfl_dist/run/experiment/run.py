@@ -197,7 +197,8 @@ class _Bench:
         folders = [folder for folder, _ in self._runs(cell)]
         summaries = [read_summary(folder) for folder in folders]
         file = load_federation(folders[0] / FEDERATION)
-        return outcome_of([_arm(summary) for summary in summaries], summaries[0].server, stages_of(file))
+        first = summaries[0]
+        return outcome_of([_arm(summary) for summary in summaries], first.server, stages_of(file), first.chosen_by)
 
     def validation(self, cell: Cell) -> float | None:
         return validation_of([_arm(read_summary(folder)) for folder, _ in self._runs(cell)])
