@@ -47,7 +47,8 @@ class Outcome:
     """What one cell came to. A cell of silos that train alone has the means over them, and the worst of them.
 
     `measures` and `silo_accuracy` are from round 0, the start, on.
-    `validation` is as `validation_of` has it, and `kept_by` says whose data chose the kept model.
+    `validation` is as `validation_of` has it; where `personal` is true it is of the silos' personal models, not of the
+    model that is tested. `kept_by` says whose data chose the kept model.
     """
 
     start: float
@@ -60,6 +61,7 @@ class Outcome:
     silo_accuracy: tuple[Mapping[str, float], ...]
     validation: float | None = None
     kept_by: Literal["silos", "synthetic"] = "silos"
+    personal: bool = False
 
     @property
     def final(self) -> float:
@@ -118,11 +120,12 @@ def outcome_of(
     server: Mapping[ServerStage, StageCost] = MappingProxyType({}),
     needed: Collection[ServerStage] = (),
     kept_by: Literal["silos", "synthetic"] = "silos",
+    personal: bool = False,
 ) -> Outcome:
     """The outcome of a cell from the arms of its runs: one, or of each silo its own.
 
-    `server` is what the stages before the federation took, of those `needed` that noted it; `kept_by` is as in an
-    outcome.
+    `server` is what the stages before the federation took, of those `needed` that noted it; `kept_by` and
+    `personal` are as in an outcome.
     """
     starts, curves = _known([arm.start_accuracy for arm in arms]), [_known(arm.curve) for arm in arms]
     rounds = min(map(len, curves))
@@ -139,6 +142,7 @@ def outcome_of(
         silo_accuracy=silo_accuracies_of(arms),
         validation=validation_of(arms),
         kept_by=kept_by,
+        personal=personal,
     )
 
 
@@ -161,10 +165,15 @@ def rows_of(found: Mapping[Group, Mapping[int, Outcome]], random_starts: frozens
         group: Spread({seed: one.validation for seed, one in outcomes.items() if one.validation is not None})
         for group, outcomes in found.items()
     }
+    comparable = {
+        group: validation
+        for group, validation in validations.items()
+        if not any(one.personal for one in found[group].values())
+    }
     rows = []
     for group, outcomes in found.items():
         baseline = _baseline(group.split, finals, random_starts)
-        chosen = _chosen(group.split, validations, random_starts)
+        chosen = _chosen(group.split, comparable, random_starts)
         rows.append(_row(group, outcomes, finals, validations[group], baseline, chosen))
     return rows
 
@@ -185,7 +194,8 @@ def _baseline(split: str, finals: Mapping[Group, Spread], random_starts: frozens
 def _chosen(split: str, validations: Mapping[Group, Spread], random_starts: frozenset[str]) -> Group | None:
     """Of the federated arms of all silos from other than random weights, the best on validation data.
 
-    Test data have no part in it. Those that most seeds came through with go first.
+    Test data have no part in it, nor have arms whose validation accuracy is of other models than the one that is
+    tested. Those that most seeds came through with go first.
     """
     places = {
         group: (len(validation.by_seed), validation.mean)

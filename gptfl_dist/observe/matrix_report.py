@@ -180,6 +180,12 @@ def _notes(rows: Sequence[Row]) -> str:
         f"validation data; the kept model is {_kept(rows)}; the start is the model before any silo trained it, "
         "which for synthetic starts is the model of the synthetic data alone."
     ]
+    personal = [row.group for row in rows if any(one.personal for one in row.outcomes.values())]
+    notes += [
+        f"The validation accuracy of {escape(arm_text(group))} is that of the silos' personal models, so that it is "
+        "not among those that validation data choose from."
+        for group in personal
+    ]
     if rows[0].target is not None and rows[0].baseline is not None:
         notes.append(
             f"The target, {percent(rows[0].target)}, is what {escape(arm_text(rows[0].baseline))} ends at in the mean, "

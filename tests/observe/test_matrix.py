@@ -172,6 +172,9 @@ def test_validation_data_choose_of_the_arms_from_other_weights_and_test_data_do_
     assert rows[group("synthetic", "moon")].validation.mean == 0.9
     assert rows[group("synthetic", "fedprox")].validation.by_seed == {}
     assert by_group({group(): found[group()]})[group()].chosen is None
+    private = {group("synthetic", "private"): {0: replace(judged(0.99, 0.5), personal=True)}}
+    assert by_group({**found, **private})[group()].chosen == group("synthetic", "moon"), "not the model that is tested"
+    assert by_group(private)[group("synthetic", "private")].chosen is None
 
 
 def test_a_group_of_which_all_cells_failed_is_an_empty_row() -> None:

@@ -129,6 +129,15 @@ def test_the_page_says_what_chose_the_kept_model(tmp_path: Path, matrix: Matrix)
     assert silos not in every
 
 
+def test_the_page_says_whose_validation_accuracy_is_of_personal_models(tmp_path: Path, matrix: Matrix) -> None:
+    said = "is that of the silos' personal models, so that it is not among those that validation data choose from"
+    assert said not in Page(write_matrix_report(tmp_path / "none", matrix)).text
+    group = Group("even", "synthetic", "fedavg", "all")
+    found = {**FOUND, group: {seed: replace(one, personal=True) for seed, one in FOUND[group].items()}}
+    text = Page(write_matrix_report(tmp_path / "one", replace(matrix, rows=split_rows(found)))).text
+    assert f"The validation accuracy of fedavg from synthetic {said}" in text
+
+
 def test_the_page_needs_nothing_but_itself(tmp_path: Path, matrix: Matrix) -> None:
     page = Page(write_matrix_report(tmp_path, matrix))
     assert len(page.images) == 6, "curves of two splits, bars, agreement and quality where there are rounds, the sweep"

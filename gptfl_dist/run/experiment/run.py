@@ -198,7 +198,13 @@ class _Bench:
         summaries = [read_summary(folder) for folder in folders]
         file = load_federation(folders[0] / FEDERATION)
         first = summaries[0]
-        return outcome_of([_arm(summary) for summary in summaries], first.server, stages_of(file), first.chosen_by)
+        return outcome_of(
+            [_arm(summary) for summary in summaries],
+            server=first.server,
+            needed=stages_of(file),
+            kept_by=first.chosen_by,
+            personal=file.training.private_norms,
+        )
 
     def validation(self, cell: Cell) -> float | None:
         return validation_of([_arm(read_summary(folder)) for folder, _ in self._runs(cell)])
