@@ -21,7 +21,7 @@ RowsBySplit = Mapping[str, Sequence[Row]]
 
 _GROUP = ("split", "start", "strategy", "silos")
 _RESULTS = (
-    *("seed", "start_accuracy", "final_accuracy", "kept_accuracy", "validation_accuracy", "worst_silo_accuracy"),
+    *("seed", "start_accuracy", "final_accuracy", "kept_accuracy", "validation_accuracy", "worst_alone_accuracy"),
     *("rounds", "bytes_a_round", "rounds_to_target", "bytes_to_target", "difference_to_baseline"),
     *("generate_device_seconds", "pretrain_device_seconds", "silo_seconds", "bytes"),
 )
@@ -116,7 +116,7 @@ def _arm(row: Row) -> dict[str, Any]:
         "final_accuracy": _spread(row.accuracy),
         "kept_accuracy": _spread(row.kept),
         "validation_accuracy": _spread(row.validation),
-        "worst_silo_accuracy": None if row.worst is None else _spread(row.worst),
+        "worst_alone_accuracy": None if row.worst is None else _spread(row.worst),
         "start_accuracy": _spread(row.start),
         "median_rounds_to_target": median_reached(row.rounds_to_target),
         "median_bytes_to_target": median_reached(row.bytes_to_target),
@@ -130,7 +130,7 @@ def _arm(row: Row) -> dict[str, Any]:
                 "curve": list(one.curve),
                 "kept_accuracy": one.kept,
                 "validation_accuracy": one.validation,
-                "worst_silo_accuracy": None if row.worst is None else one.worst,
+                "worst_alone_accuracy": None if row.worst is None else one.worst,
                 "bytes_a_round": one.bytes_a_round if row.federated else None,
                 "rounds_to_target": row.rounds_to_target[seed],
                 "bytes_to_target": row.bytes_to_target[seed],

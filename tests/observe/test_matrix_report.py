@@ -195,7 +195,7 @@ def test_csv_has_the_numbers_of_every_seed_and_round(tmp_path: Path, matrix: Mat
         assert float(line["final_accuracy"]) == one.curve[-1]
         assert float(line["kept_accuracy"]) == one.kept
         assert float(line["validation_accuracy"]) == one.validation
-        assert line["worst_silo_accuracy"] == (str(one.worst) if row.group.silos == "alone" else "")
+        assert line["worst_alone_accuracy"] == (str(one.worst) if row.group.silos == "alone" else "")
         assert line["bytes_a_round"] == (str(one.bytes_a_round) if row.federated else "")
         reached = row.rounds_to_target[seed]
         assert line["rounds_to_target"] == ("" if reached is None else str(reached))
@@ -229,6 +229,8 @@ def test_json_has_the_numbers_of_every_arm(tmp_path: Path, matrix: Matrix) -> No
     for arm, row in zip(even["arms"], matrix.rows["even"], strict=True):
         assert Group(arm["split"], arm["start"], arm["strategy"], arm["silos"]) == row.group
         assert arm["final_accuracy"] == {"mean": row.accuracy.mean, "sd": row.accuracy.sd}
+        assert (arm["worst_alone_accuracy"] is None) == (row.group.silos != "alone")
+        assert "worst_silo_accuracy" not in arm, "that is of rounds, on validation data"
         assert [cell["seed"] for cell in arm["cells"]] == list(row.outcomes)
         for cell in arm["cells"]:
             assert tuple(cell["curve"]) == row.outcomes[cell["seed"]].curve
