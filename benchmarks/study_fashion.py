@@ -31,6 +31,11 @@ POOL, PUBLIC, TEST = 10_000, 10_000, 2_000
 TRAINER = Path(__file__).with_name("fashion_generator.py")
 
 
+def generator(quick: bool) -> str:
+    """The folder of the generator: a poor one is not taken for the other, also where both studies have one folder."""
+    return "generator-quick" if quick else "generator"
+
+
 def study(quick: bool) -> Study:
     """What is run."""
     return Study(
@@ -42,7 +47,7 @@ def study(quick: bool) -> Study:
             "task": {"kind": "image", "size": 32, "channels": 1, "mean": [0.5], "std": [0.5]},
             "model": {"name": "cnn"},
             "synthesis": {
-                "generator": {"source": "./generator", "guidance": 1.5, "steps": 12, "batch_size": 50},
+                "generator": {"source": f"./{generator(quick)}", "guidance": 1.5, "steps": 12, "batch_size": 50},
                 "images_per_label": 10 if quick else 300,
                 "shard_size": 100,
                 "threads": 1,
@@ -70,8 +75,9 @@ def prepare(folder: Path, options: argparse.Namespace) -> None:
     images, labels = read(options.data, "t10k")
     test = np.random.default_rng(0).permutation(len(labels))[:TEST]
     write_images(folder / "test.npz", images[test], labels[test], LABELS)
-    if not (folder / "generator").exists():
-        command = [TRAINER, "--images", folder / "public.npz", "--out", folder / "generator"]
+    trained = folder / generator(options.quick)
+    if not trained.exists():
+        command = [TRAINER, "--images", folder / "public.npz", "--out", trained]
         if options.quick:
             command.append("--quick")
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # else threads that wait take a core from others

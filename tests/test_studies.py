@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import gzip
 import importlib
 import json
+import struct
+import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gptfl_dist.config.load import federation_of, load_experiment
@@ -39,3 +44,25 @@ def test_a_study_is_a_valid_experiment_whose_strategies_are_tuned_alike(
         assert whole >= {(start, strategy) for start in ("random", "synthetic") for strategy in STRATEGIES}
     fedavg = {group.silos for group in groups if group.strategy == "fedavg" and group.split == next(iter(study.splits))}
     assert fedavg == {"all", 1, 3, "alone", "pooled"}
+
+
+def test_a_quick_generator_never_stands_for_that_of_the_whole_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    study = importlib.import_module("study_fashion")
+    for part in ("train", "t10k"):
+        for name, head, shape in (("images-idx3", 16, (20, 28, 28)), ("labels-idx1", 8, (20,))):
+            content = struct.pack(f"{head}x") + np.zeros(shape, np.uint8).tobytes()
+            (tmp_path / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
+
+    def trained(command: list[str], **_: object) -> None:  # what the trainer leaves, without half an hour of training
+        out = Path(command[command.index("--out") + 1])
+        out.mkdir()
+        (out / "how").write_text("quick" if "--quick" in command else "whole")
+
+    monkeypatch.setattr(subprocess, "run", trained)
+    for quick in (True, False):
+        study.prepare(tmp_path, argparse.Namespace(data=tmp_path, quick=quick))
+        source = study.study(quick).settings["synthesis"]["generator"]["source"]
+        assert (tmp_path / source / "how").read_text() == ("quick" if quick else "whole")

@@ -89,7 +89,7 @@ class Start(Section):
 
     @property
     def random(self) -> bool:
-        """Whether nothing was learnt before: no synthetic data, no public checkpoint."""
+        """Whether nothing was learnt before: no synthetic data, no public checkpoint. Nothing but a start names one."""
         return self.arm == "random" and not self.settings.get("model", {}).get("pretrained", False)
 
     @property
@@ -168,6 +168,12 @@ class ExperimentFile(Section):
             taken = [key for one in settings for key in one if key in _OURS]
             if taken:
                 raise ValueError(f"{where} sets {', '.join(sorted(set(taken)))}, which the experiment sets itself")
+            models = [model for one in settings if isinstance(model := one.get("model"), dict)]
+            if not where.startswith("starts.") and any("pretrained" in model for model in models):
+                raise ValueError(
+                    f"{where} sets model.pretrained, which says whether a start is random: set it in the settings of a "
+                    "start, or name the checkpoint of one"
+                )
         return self
 
 

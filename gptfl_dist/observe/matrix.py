@@ -1,9 +1,10 @@
 """From the summaries of cells to what a table says: mean and spread over seeds, rounds and bytes to a target, pairs.
 
 Every accuracy is of the weights after the last round unless it is called `kept`, which is the round that the silos'
-validation data chose. The target of a split is what its best federated arm from random weights reaches after its last
-round, the mean over seeds; that arm is also the baseline, against which all others are compared seed by seed. For the
-arms from other weights stands the one that is best on validation data.
+validation data chose, or held-out synthetic data where a cell chooses by these. The target of a split is what its best
+federated arm from random weights reaches after its last round, the mean over seeds; that arm is also the baseline,
+against which all others are compared seed by seed. For the arms from other weights stands the one that is best on
+validation data.
 
 A cell that failed is missing: figures are over the seeds that are there, pairs over those that both arms have.
 """
@@ -11,8 +12,10 @@ A cell that failed is missing: figures are over the seeds that are there, pairs 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
 
 from gptfl_dist.config.experiment import Group
 from gptfl_dist.observe.matrix_cost import Cost, cost_of
@@ -43,8 +46,9 @@ class Spread:
 class Outcome:
     """What one cell came to. A cell of silos that train alone has the means over them, and the worst of them.
 
-    `measures` and `silo_accuracy` are from round 0, the start, on; nothing is in them of a cell of an earlier release.
-    `validation` is as `validation_of` has it.
+    `measures` and `silo_accuracy` are from round 0, the start, on.
+    `validation` is as `validation_of` has it; where `personal` is true it is of the silos' personal models, not of the
+    model that is tested. `kept_by` says whose data chose the kept model.
     """
 
     start: float
@@ -53,9 +57,26 @@ class Outcome:
     worst: float
     bytes_a_round: float
     cost: Cost
-    measures: tuple[Known, ...] = ()
-    silo_accuracy: tuple[Mapping[str, float], ...] = ()
+    measures: tuple[Known, ...]
+    silo_accuracy: tuple[Mapping[str, float], ...]
     validation: float | None = None
+    kept_by: Literal["silos", "synthetic"] = "silos"
+    personal: bool = False
+
+    @property
+    def final(self) -> float:
+        """After the last round; an arm that was good enough before its first one ends at its start."""
+        return (self.start, *self.curve)[-1]
+
+    def rounds_to(self, target: float) -> int | None:
+        """How many rounds it took; 0 where it needed none and so trained in none."""
+        if not self.curve and self.start >= target:
+            return 0
+        return rounds_to_target(self.curve, target)
+
+    def bytes_of(self, rounds: int) -> float:
+        """What travelled in so many first rounds, of which one may take more than another."""
+        return sum(one[way] or 0 for one in self.measures[1 : rounds + 1] for way in ("bytes_down", "bytes_up"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,31 +115,41 @@ class Row:
         return None if self.pairs is None else sum(value > 0 for value in self.pairs.values)
 
 
-def outcome_of(arms: Sequence[FederatedArm], server: Mapping[ServerStage, StageCost] | None = None) -> Outcome:
+def outcome_of(
+    arms: Sequence[FederatedArm],
+    server: Mapping[ServerStage, StageCost] = MappingProxyType({}),
+    needed: Collection[ServerStage] = (),
+    kept_by: Literal["silos", "synthetic"] = "silos",
+    personal: bool = False,
+) -> Outcome:
     """The outcome of a cell from the arms of its runs: one, or of each silo its own.
 
-    `server` is what the stages before the federation took, None where its start needs none.
+    `server` is what the stages before the federation took, of those `needed` that noted it; `kept_by` and
+    `personal` are as in an outcome.
     """
-    curves = [_known(arm.curve) for arm in arms]
+    starts, curves = _known([arm.start_accuracy for arm in arms]), [_known(arm.curve) for arm in arms]
     rounds = min(map(len, curves))
-    last = [curve[rounds - 1] for curve in curves]
+    last = [(start, *curve)[rounds] for start, curve in zip(starts, curves, strict=True)]
     measures = measures_of(arms)
     return Outcome(
-        start=statistics.fmean(_known([arm.start_accuracy for arm in arms])),
+        start=statistics.fmean(starts),
         curve=tuple(statistics.fmean(curve[round_] for curve in curves) for round_ in range(rounds)),
         kept=statistics.fmean(_known([arm.accuracy for arm in arms])),
         worst=min(last),
         bytes_a_round=sum((arm.bytes_down + arm.bytes_up) / max(1, arm.rounds) for arm in arms),
-        cost=cost_of(arms, measures, server),
+        cost=cost_of(arms, measures, server, needed),
         measures=measures,
         silo_accuracy=silo_accuracies_of(arms),
         validation=validation_of(arms),
+        kept_by=kept_by,
+        personal=personal,
     )
 
 
 def validation_of(arms: Sequence[FederatedArm]) -> float | None:
     """Accuracy on the silos' validation data after the last round, the mean over a cell's runs, if all have it."""
-    known = [arm.validation_curve[-1] for arm in arms if arm.validation_curve and arm.validation_curve[-1] is not None]
+    # Without a round the start was kept, of which validation_accuracy tells.
+    known = [last for arm in arms if (last := (arm.validation_accuracy, *arm.validation_curve)[-1]) is not None]
     return statistics.fmean(known) if len(known) == len(arms) else None
 
 
@@ -129,17 +160,20 @@ def _known(values: Sequence[float | None]) -> list[float]:
 
 def rows_of(found: Mapping[Group, Mapping[int, Outcome]], random_starts: frozenset[str]) -> list[Row]:
     """The table, in the order of `found`. `random_starts` are the starts whose arms are to be beaten."""
-    finals = {
-        group: Spread({seed: one.curve[-1] for seed, one in outcomes.items()}) for group, outcomes in found.items()
-    }
+    finals = {group: Spread({seed: one.final for seed, one in outcomes.items()}) for group, outcomes in found.items()}
     validations = {
         group: Spread({seed: one.validation for seed, one in outcomes.items() if one.validation is not None})
         for group, outcomes in found.items()
     }
+    comparable = {
+        group: validation
+        for group, validation in validations.items()
+        if not any(one.personal for one in found[group].values())
+    }
     rows = []
     for group, outcomes in found.items():
         baseline = _baseline(group.split, finals, random_starts)
-        chosen = _chosen(group.split, validations, random_starts)
+        chosen = _chosen(group.split, comparable, random_starts)
         rows.append(_row(group, outcomes, finals, validations[group], baseline, chosen))
     return rows
 
@@ -160,7 +194,8 @@ def _baseline(split: str, finals: Mapping[Group, Spread], random_starts: frozens
 def _chosen(split: str, validations: Mapping[Group, Spread], random_starts: frozenset[str]) -> Group | None:
     """Of the federated arms of all silos from other than random weights, the best on validation data.
 
-    Test data have no part in it. Those that most seeds came through with go first.
+    Test data have no part in it, nor have arms whose validation accuracy is of other models than the one that is
+    tested. Those that most seeds came through with go first.
     """
     places = {
         group: (len(validation.by_seed), validation.mean)
@@ -184,7 +219,7 @@ def _row(
     chosen: Group | None,
 ) -> Row:
     target = None if baseline is None else finals[baseline].mean
-    reached = {seed: None if target is None else rounds_to_target(one.curve, target) for seed, one in outcomes.items()}
+    reached = {seed: None if target is None else one.rounds_to(target) for seed, one in outcomes.items()}
     differences = {}
     if baseline is not None and baseline != group:
         against = finals[baseline].by_seed
@@ -202,7 +237,7 @@ def _row(
         target=target,
         rounds_to_target=reached,
         bytes_to_target={
-            seed: rounds * outcomes[seed].bytes_a_round if rounds is not None and _federated(group) else None
+            seed: outcomes[seed].bytes_of(rounds) if rounds is not None and _federated(group) else None
             for seed, rounds in reached.items()
         },
         pairs=Spread(differences) if differences else None,

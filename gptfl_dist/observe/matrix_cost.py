@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from gptfl_dist.observe.matrix_measures import Known
@@ -11,8 +11,9 @@ from gptfl_dist.observe.summary import FederatedArm, ServerStage, StageCost
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Seconds of all the coordinator's devices together (0 where the start needs none), of the training of all silos,
-    and bytes over all rounds; None where that is not known. `hardware` names the coordinator's devices."""
+    """Seconds of all the coordinator's devices together (0 for a stage that the cell needs nothing of), of the training
+    of all silos, and bytes over all rounds; None where that is not known. `hardware` names the coordinator's devices.
+    """
 
     generate: float | None
     pretrain: float | None
@@ -22,20 +23,24 @@ class Cost:
 
 
 def cost_of(
-    arms: Sequence[FederatedArm], measures: Sequence[Known], server: Mapping[ServerStage, StageCost] | None
+    arms: Sequence[FederatedArm],
+    measures: Sequence[Known],
+    server: Mapping[ServerStage, StageCost],
+    needed: Collection[ServerStage],
 ) -> Cost:
-    """Of a cell. `server` is what the stages noted; None where its start needs none of them."""
+    """Of a cell that needs these stages. `server` is what they noted."""
     seconds = [one["silo_seconds"] for one in measures[1:]]
     known = [value for value in seconds if value is not None]
-    stages = server or {}
 
     def taken(stage: ServerStage) -> float | None:
-        return stages[stage].device_seconds if stage in stages else 0.0 if server is None else None
+        if stage not in needed:
+            return 0.0
+        return server[stage].device_seconds if stage in server else None
 
     return Cost(
         generate=taken("generate"),
         pretrain=taken("pretrain"),
         silos=sum(known) if known and len(known) == len(seconds) else None,
         bytes=sum(arm.bytes_down + arm.bytes_up for arm in arms),
-        hardware=tuple(f"{stage}: {cost.hardware}" for stage, cost in stages.items()),
+        hardware=tuple(f"{stage}: {cost.hardware}" for stage, cost in server.items()),
     )

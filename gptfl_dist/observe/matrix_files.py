@@ -21,7 +21,7 @@ RowsBySplit = Mapping[str, Sequence[Row]]
 
 _GROUP = ("split", "start", "strategy", "silos")
 _RESULTS = (
-    *("seed", "start_accuracy", "final_accuracy", "kept_accuracy", "validation_accuracy", "worst_silo_accuracy"),
+    *("seed", "start_accuracy", "final_accuracy", "kept_accuracy", "validation_accuracy", "worst_alone_accuracy"),
     *("rounds", "bytes_a_round", "rounds_to_target", "bytes_to_target", "difference_to_baseline"),
     *("generate_device_seconds", "pretrain_device_seconds", "silo_seconds", "bytes"),
 )
@@ -45,7 +45,7 @@ def results_csv(rows: RowsBySplit) -> str:
     for row in _all(rows):
         for seed, one in row.outcomes.items():
             worst = None if row.worst is None else one.worst
-            accuracies = (one.start, one.curve[-1], one.kept, one.validation, worst)
+            accuracies = (one.start, one.final, one.kept, one.validation, worst)
             reached = (row.rounds_to_target[seed], row.bytes_to_target[seed])
             difference = None if row.pairs is None else row.pairs.by_seed.get(seed)
             rounds = (len(one.curve), one.bytes_a_round if row.federated else None)
@@ -66,10 +66,8 @@ def rounds_csv(rows: RowsBySplit) -> str:
 
 
 def _rounds(one: Outcome) -> Iterable[tuple[float, Known]]:
-    """Accuracy and the other measures, from round 0 on; those of an earlier release are not known."""
-    accuracies = (one.start, *one.curve)
-    unknown: Known = dict.fromkeys(MEASURES)
-    return zip(accuracies, one.measures or [unknown] * len(accuracies), strict=True)
+    """Accuracy and the other measures, from round 0 on."""
+    return zip((one.start, *one.curve), one.measures, strict=True)
 
 
 def _cost(row: Row, one: Outcome) -> dict[str, Any]:
@@ -118,7 +116,7 @@ def _arm(row: Row) -> dict[str, Any]:
         "final_accuracy": _spread(row.accuracy),
         "kept_accuracy": _spread(row.kept),
         "validation_accuracy": _spread(row.validation),
-        "worst_silo_accuracy": None if row.worst is None else _spread(row.worst),
+        "worst_alone_accuracy": None if row.worst is None else _spread(row.worst),
         "start_accuracy": _spread(row.start),
         "median_rounds_to_target": median_reached(row.rounds_to_target),
         "median_bytes_to_target": median_reached(row.bytes_to_target),
@@ -132,7 +130,7 @@ def _arm(row: Row) -> dict[str, Any]:
                 "curve": list(one.curve),
                 "kept_accuracy": one.kept,
                 "validation_accuracy": one.validation,
-                "worst_silo_accuracy": None if row.worst is None else one.worst,
+                "worst_alone_accuracy": None if row.worst is None else one.worst,
                 "bytes_a_round": one.bytes_a_round if row.federated else None,
                 "rounds_to_target": row.rounds_to_target[seed],
                 "bytes_to_target": row.bytes_to_target[seed],

@@ -30,7 +30,7 @@ _OVER_RUNS: dict[str, Callable[[Sequence[RoundMeasures]], float | None]] = {
 
 
 def measures_of(arms: Sequence[FederatedArm]) -> tuple[Known, ...]:
-    """From round 0, the start, as far as all arms of a cell went; nothing where an earlier release ran it."""
+    """From round 0, the start, as far as all arms of a cell went."""
     return tuple(_of(runs) for runs in zip(*(arm.measures for arm in arms), strict=False))
 
 

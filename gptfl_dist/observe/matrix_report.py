@@ -48,11 +48,12 @@ _QUALITY_NOTE = (
 class Tuned:
     """How a group's point of the grid was chosen.
 
-    `points` say what each sets, `scores` are their accuracies on validation data, None where a point could not be
-    tried, and `chosen` is the place of the one that was taken.
+    `points` say what each sets, `rounds` how long the trial of each is, `scores` are their accuracies on validation
+    data, None where a point could not be tried, and `chosen` is the place of the one that was taken.
     """
 
     points: Sequence[str]
+    rounds: Sequence[int]
     scores: Sequence[float | None]
     chosen: int
 
@@ -63,8 +64,8 @@ class Matrix:
 
     `rows` are those of each split, as `rows_of` makes them, and `random_starts` the starts that it was told of; `seeds`
     those that each row should have. `counts[split][silo][i]` are the samples of label i at a silo for the first seed,
-    training and validation together. `tuning` has the groups that had a choice, each of which was tried for
-    `trial_rounds` rounds a point. `failures` say by cell what stopped it; `settings_text` is the experiment file.
+    training and validation together. `tuning` has the groups that had a choice. `failures` say by cell what stopped it;
+    `settings_text` is the experiment file.
     """
 
     name: str
@@ -74,7 +75,6 @@ class Matrix:
     labels: Sequence[str]
     counts: Mapping[str, Mapping[str, Sequence[int]]]
     tuning: Mapping[Group, Tuned]
-    trial_rounds: int
     failures: Mapping[str, str]
     settings_text: str
 
@@ -177,8 +177,14 @@ def _split(matrix: Matrix, split: str, rows: Sequence[Row], looks: Looks) -> str
 def _notes(rows: Sequence[Row]) -> str:
     notes = [
         "Mean and standard deviation over seeds. Accuracy is that after the last round, and so is that on the silos' "
-        "validation data; the kept model is the best on these; the start is the model before any silo trained it, "
+        f"validation data; the kept model is {_kept(rows)}; the start is the model before any silo trained it, "
         "which for synthetic starts is the model of the synthetic data alone."
+    ]
+    personal = [row.group for row in rows if any(one.personal for one in row.outcomes.values())]
+    notes += [
+        f"The validation accuracy of {escape(arm_text(group))} is that of the silos' personal models, so that it is "
+        "not among those that validation data choose from."
+        for group in personal
     ]
     if rows[0].target is not None and rows[0].baseline is not None:
         notes.append(
@@ -187,6 +193,16 @@ def _notes(rows: Sequence[Row]) -> str:
             "reach it. The difference to this baseline is by seed, in percentage points."
         )
     return " ".join(notes)
+
+
+def _kept(rows: Sequence[Row]) -> str:
+    """What the kept model is the best on: the silos' validation data, of which the note has just spoken, or others."""
+    arms = {row.group: {one.kept_by for one in row.outcomes.values()} for row in rows if row.outcomes}
+    judged = [escape(arm_text(group)) for group, by in arms.items() if by == {"synthetic"}]
+    if not judged:
+        return "the best on these"
+    synthetic = "the best on held-out synthetic data"
+    return synthetic if len(judged) == len(arms) else f"the best on these, but of {', '.join(judged)} {synthetic}"
 
 
 def _curves(rows: Sequence[Row], looks: Looks) -> str:
@@ -250,17 +266,23 @@ def _tuning(matrix: Matrix) -> str:
                 f'<b class="chosen">{percent(score)} ✓</b>' if place == tuned.chosen else percent(score)
                 for place, score in enumerate(tuned.scores)
             ]
-            rows.append([f"{escape(group.split)}: {escape(arm_text(group))}", *scores])
-        tables.append(table(["Arm", *map(escape, points)], rows, "numbers"))
+            rows.append([f"{escape(group.split)}: {escape(arm_text(group))}", _rounds(tuned), *scores])
+        tables.append(table(["Arm", "Rounds", *map(escape, points)], rows, "numbers"))
     budgets = sorted({len(points) for points in grids})
     note = (
-        f"Every arm was tuned with the same budget: {budgets[0]} points, each a federation of "
-        f"{_counted(matrix.trial_rounds, 'round')} on seed {matrix.seeds[0]}."
+        f"Every arm was tuned with the same budget: {budgets[0]} points, each a federation on seed "
+        f"{matrix.seeds[0]}, of so many rounds as the table says."
         if len(budgets) == 1
         else f"The arms were tuned with different budgets: {' and '.join(map(str, budgets))} points."
     )
     note += " Accuracy on validation data after its last round; ✓ marks the point that was chosen."
     return section("tuning", "How each arm was tuned", *tables, f'<p class="note">{note}</p>')
+
+
+def _rounds(tuned: Tuned) -> str:
+    """How long the trials of a group are, of which a point may set another number."""
+    least, most = min(tuned.rounds), max(tuned.rounds)
+    return str(most) if least == most else f"{least} to {most}"
 
 
 def _failures(failures: Mapping[str, str]) -> str:

@@ -22,7 +22,7 @@ from gptfl_dist.run.evaluation import Evaluator, InProcessEvaluator
 from gptfl_dist.run.folder import PRIVATE, make_folder
 from gptfl_dist.run.in_process import InProcessRunner
 from gptfl_dist.run.silo import Silo
-from gptfl_dist.run.stages import Stage, is_pretrained, run_stage
+from gptfl_dist.run.stages import Stage, is_generated, is_pretrained, run_stage
 from gptfl_dist.run.threads import to_its_end
 
 
@@ -43,7 +43,11 @@ async def run_in_memory(path: Path, say: Callable[[str], None]) -> Summary:
         return InProcessEvaluator(file, path.absolute().parent, turn)
 
     async def only_if_needed(stage: Stage, path: Path) -> dict[str, Any]:
-        if file.pretrains and await to_its_end(is_pretrained, file, path.absolute().parent):
+        # Cells of an experiment share what these stages made; a stage that was begun would wait for its lock.
+        folder = path.absolute().parent
+        if file.pretrains and await to_its_end(is_pretrained, file, folder):
+            return {}
+        if stage == "generate" and await to_its_end(is_generated, file, folder):
             return {}
         return await run_stage(stage, path)
 

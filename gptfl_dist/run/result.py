@@ -41,6 +41,7 @@ from gptfl_dist.run.candidates import (
     candidate_files,
 )
 from gptfl_dist.run.cost import COST, Cost, read_cost, together
+from gptfl_dist.run.stages import stages_of
 from gptfl_dist.weights import Layout
 
 SPLIT = "split.json"
@@ -133,17 +134,16 @@ def write_results(
 
 
 def _server(file: FederationFile) -> dict[ServerStage, StageCost]:
-    """What the stages before the federation took, of all candidates together, where that was noted."""
-    if not {"synthetic_only", "gptfl"} & set(file.arms):
-        return {}
+    """What the stages before the federation took, of those that the file needs, of all candidates together, where that
+    was noted."""
     files = list(candidate_files(file).values()) or [file]
     noted: dict[ServerStage, list[Cost | None]] = {
         "generate": [read_cost(one.synthesis.folder / COST) for one in files],
         "pretrain": [read_cost(one.run_folder / PRETRAINING_COST) for one in files],
     }
     found: dict[ServerStage, StageCost] = {}
-    for stage, costs in noted.items():
-        known = [cost for cost in costs if cost is not None]
+    for stage in stages_of(file):
+        known = [cost for cost in noted[stage] if cost is not None]
         if len(known) == len(files):
             whole = together(known)
             found[stage] = StageCost(device_seconds=whole.seconds, hardware=whole.hardware)

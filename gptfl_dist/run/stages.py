@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from gptfl_dist.config.federation import FederationFile
-from gptfl_dist.errors import DataError, ModelError, StageFailed, StorageError
+from gptfl_dist.errors import DataError, GeneratorError, ModelError, StageFailed, StorageError
 from gptfl_dist.files import storage_error, write_file
 from gptfl_dist.launch.channel import error_from_message
 from gptfl_dist.launch.lifeline import Child
@@ -204,6 +204,25 @@ def _pretrain(file: FederationFile, folder: Path, title: str, group: Group) -> d
     write_file(facts, json.dumps(known, indent=1))
     checkpoint.remove()
     return known
+
+
+def is_generated(file: FederationFile, folder: Path) -> bool:
+    """Whether `generate` has nothing left to do for a file without candidates, without beginning it."""
+    from gptfl_dist.run.filter import selected_images
+    from gptfl_dist.synthesis.synthesize import is_synthesized
+
+    settings = file.synthesis
+    if settings.candidates:
+        return False
+    try:
+        if not is_synthesized(settings, file.task, file.labels, file.seed, settings.folder):
+            return False
+        selection = selected_images(file, folder)
+        if selection is not None:
+            selection.require_every_label(file.run_folder / DROPPED_SHEET)
+    except (DataError, GeneratorError, StorageError):  # it is for `generate` to make it anew, or to say what is wrong
+        return False
+    return True
 
 
 def is_pretrained(file: FederationFile, folder: Path) -> bool:

@@ -118,6 +118,18 @@ def synthesize(
         return SyntheticSet(folder, manifest)
 
 
+def is_synthesized(settings: Synthesis, task: Task, labels: Sequence[str], seed: int, folder: Path) -> bool:
+    """Whether `synthesize` has nothing left to make in `folder`. Waits for nobody who holds it, and writes nothing.
+
+    Raises GeneratorError, StorageError.
+    """
+    manifest = store.read_manifest(folder)
+    if manifest is None or not manifest.complete:
+        return False
+    request = _request(settings, task, labels, seed, find_generator(settings.generator))
+    return manifest.request == request and all(store.intact(folder, shard) for shard in manifest.shards)
+
+
 def _fill(
     settings: Synthesis,
     folder: Path,

@@ -45,9 +45,9 @@ def measures(accuracy: float) -> RoundMeasures:
 
 
 def arm(curve: list[float], rate: float = 0.1, *, test: bool = True) -> FederatedArm:
-    """A federated arm that starts at 10 % and keeps its best round."""
+    """A federated arm that starts at 10 % and keeps its best round; without rounds, its start."""
     start = RoundRecord(0, 0.0, 10, 0, 0.1 if test else None, 0.1)
-    best_round = curve.index(max(curve)) + 1
+    best_round = curve.index(max(curve)) + 1 if curve else 0
     return federated_arm(
         records(curve, test=test),
         best_round=best_round,

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from gptfl_dist.config.experiment import Group, Silos
 from gptfl_dist.observe.matrix import Outcome, Row, Spread, outcome_of, rows_of
 from gptfl_dist.observe.matrix_cost import Cost
-from gptfl_dist.observe.summary import StageCost
+from gptfl_dist.observe.matrix_measures import Known
+from gptfl_dist.observe.summary import ServerStage, StageCost
 
 RANDOM = frozenset({"random"})
 
@@ -24,7 +25,12 @@ def group(start: str = "random", strategy: str = "fedavg", silos: Silos = "all",
 
 
 def outcome(*curve: float, start: float = 0.1, bytes_a_round: float = 100) -> Outcome:
-    return Outcome(start, curve, max(curve), curve[-1] - 0.1, bytes_a_round, Cost(0.0, 0.0, None, 0))
+    rounds: list[Known] = [
+        {"bytes_down": 0, "bytes_up": 0},
+        *[{"bytes_down": bytes_a_round - 40, "bytes_up": 40}] * len(curve),
+    ]
+    cost = Cost(0.0, 0.0, None, 0)
+    return Outcome(start, curve, max(curve), curve[-1] - 0.1, bytes_a_round, cost, tuple(rounds), ())
 
 
 def by_group(found: Mapping[Group, Mapping[int, Outcome]]) -> dict[Group, Row]:
@@ -57,6 +63,14 @@ def test_a_small_matrix_by_hand() -> None:
     assert pairs is not None
     assert pairs.by_seed == pytest.approx({0: 0.2, 1: 0.1, 2: -0.25})
     assert pairs.mean == pytest.approx(0.05 / 3)
+
+
+def test_bytes_to_the_target_are_those_of_the_rounds_up_to_it() -> None:
+    cell = outcome(0.2, 0.6, 0.7)
+    samples_first = ({"bytes_down": 0.0, "bytes_up": 0.0}, {"bytes_down": 900.0, "bytes_up": 40.0}, *cell.measures[2:])
+    rows = by_group({group(): {0: outcome(0.6)}, group("synthetic"): {0: replace(cell, measures=samples_first)}})
+    assert rows[group("synthetic")].rounds_to_target == {0: 2}
+    assert rows[group("synthetic")].bytes_to_target == {0: 940 + 100}
 
 
 def test_one_seed_has_no_spread_and_none_has_no_mean() -> None:
@@ -158,6 +172,9 @@ def test_validation_data_choose_of_the_arms_from_other_weights_and_test_data_do_
     assert rows[group("synthetic", "moon")].validation.mean == 0.9
     assert rows[group("synthetic", "fedprox")].validation.by_seed == {}
     assert by_group({group(): found[group()]})[group()].chosen is None
+    private = {group("synthetic", "private"): {0: replace(judged(0.99, 0.5), personal=True)}}
+    assert by_group({**found, **private})[group()].chosen == group("synthetic", "moon"), "not the model that is tested"
+    assert by_group(private)[group("synthetic", "private")].chosen is None
 
 
 def test_a_group_of_which_all_cells_failed_is_an_empty_row() -> None:
@@ -192,30 +209,46 @@ def test_silos_that_train_alone_are_one_outcome() -> None:
     assert found.silo_accuracy[2] == pytest.approx({"north": 0.9, "south": 0.7})
 
 
+def test_an_arm_that_was_good_enough_before_its_first_round_ends_at_its_start() -> None:
+    met = arm([]).model_copy(update={"accuracy": 0.7, "start_accuracy": 0.7, "validation_accuracy": 0.6})
+    found = outcome_of([met, arm([0.4, 0.8])])
+    assert found.curve == ()
+    assert found.worst == pytest.approx(0.1)
+    assert found.final == found.start == pytest.approx(0.4)
+    assert outcome_of([met]).validation == 0.6, "of the start, which is kept"
+    rows = by_group({group(): {0: outcome(0.5)}, group("synthetic"): {0: outcome_of([met])}})
+    ours = rows[group("synthetic")]
+    assert ours.accuracy.mean == 0.7
+    assert ours.rounds_to_target == {0: 0}
+    assert ours.bytes_to_target == {0: 0}
+
+
 def test_what_a_cell_cost() -> None:
     ours = arm([0.2, 0.6])
     cpu = StageCost(device_seconds=7, hardware="CPU, 2 threads")
-    cost = outcome_of([ours], {"generate": cpu, "pretrain": cpu}).cost
+    both: tuple[ServerStage, ...] = ("generate", "pretrain")
+    cost = outcome_of([ours], {"generate": cpu, "pretrain": cpu}, both).cost
     assert (cost.generate, cost.pretrain, cost.silos, cost.bytes) == (7, 7, 4.0, 10 + 2 * 190)
     assert cost.hardware == ("generate: CPU, 2 threads", "pretrain: CPU, 2 threads")
-    assert outcome_of([ours], {}).cost.pretrain is None, "it was not noted"
+    assert outcome_of([ours], {}, both).cost.pretrain is None, "it was not noted"
+    mixing = outcome_of([ours], {"generate": cpu}, ["generate"]).cost
+    assert (mixing.generate, mixing.pretrain) == (7, 0), (
+        "it hands out synthetic samples, and starts from random weights"
+    )
     assert outcome_of([ours]).cost.pretrain == 0, "from random weights nothing is pre-trained"
-
-
-def test_a_cell_of_an_earlier_release_has_no_measures() -> None:
-    found = outcome_of([arm([0.2, 0.6]).model_copy(update={"measures": []})])
-    assert (found.curve, found.measures, found.cost.silos) == ((0.2, 0.6), (), None)
 
 
 accuracies = st.integers(0, 1000).map(lambda thousandths: thousandths / 1000)
 outcomes = st.builds(
     Outcome,
     start=accuracies,
-    curve=st.lists(accuracies, min_size=1, max_size=5).map(tuple),
+    curve=st.lists(accuracies, max_size=5).map(tuple),
     kept=accuracies,
     worst=accuracies,
     bytes_a_round=st.integers(1, 10**9),
     cost=st.just(Cost(0.0, 0.0, None, 0)),
+    measures=st.just(({"bytes_down": 0.0, "bytes_up": 0.0},) * 6),
+    silo_accuracy=st.just(()),
     validation=st.none() | accuracies,
 )
 groups = st.builds(
@@ -242,12 +275,14 @@ def test_what_holds_of_every_table(found: dict[Group, dict[int, Outcome]]) -> No
             continue
         assert row.baseline.split == row.group.split
         assert row.baseline.start == "random"
-        assert row.target == statistics.fmean(one.curve[-1] for one in found[row.baseline].values())
+        assert row.target == statistics.fmean((one.start, *one.curve)[-1] for one in found[row.baseline].values())
         for seed, one in row.outcomes.items():
             rounds = row.rounds_to_target[seed]
-            assert all(accuracy < row.target for accuracy in one.curve[: None if rounds is None else rounds - 1])
+            assert all(
+                accuracy < row.target for accuracy in one.curve[: None if rounds is None else max(rounds - 1, 0)]
+            )
             if rounds is not None:
-                assert one.curve[rounds - 1] >= row.target
+                assert (one.start, *one.curve)[rounds] >= row.target
         if row.pairs is not None:
             assert row.pairs.by_seed.keys() == found[row.group].keys() & found[row.baseline].keys()
             if found[row.group].keys() == found[row.baseline].keys():

@@ -32,7 +32,8 @@ SPLIT = 'St. "Mary" ' + EVIL
 
 def outcome(*curve: float, start: float = 0.1) -> Outcome:
     cost = Cost(3600.0, 90.0, 12.0, 10**6 * len(curve), ("generate: one GPU", "pretrain: CPU, 2 threads"))
-    rounds: list[Known] = [dict.fromkeys(MEASURES), *(dict.fromkeys(MEASURES, value) for value in curve)]
+    sent: Known = {"bytes_down": 9e5, "bytes_up": 1e5}
+    rounds: list[Known] = [dict.fromkeys(MEASURES), *({**dict.fromkeys(MEASURES, value), **sent} for value in curve)]
     silos: list[dict[str, float]] = [{}, *({"north": value, "south": value - 0.1} for value in curve)]
     return Outcome(start, curve, max(curve), curve[-1] - 0.1, 1e6, cost, tuple(rounds), tuple(silos), curve[-1] / 2)
 
@@ -69,10 +70,9 @@ def matrix() -> Matrix:
         labels=["yes", EVIL, "$x_{"],
         counts={"even": {f"silo-{number}": [number, 4, 0] for number in range(10)}},
         tuning={
-            Group("even", "random", "fedavg", "all"): Tuned(points, (0.31, 0.42), 1),
-            Group("even", "synthetic", "fedavg", "all"): Tuned(points, (0.66, None), 0),
+            Group("even", "random", "fedavg", "all"): Tuned(points, (5, 5), (0.31, 0.42), 1),
+            Group("even", "synthetic", "fedavg", "all"): Tuned(points, (1, 3), (0.66, None), 0),
         },
-        trial_rounds=5,
         failures={"even/synthetic/moon/all/seed-0": f"the loss is not a number {EVIL}"},
         settings_text=f"name: digits # {EVIL} & more\n",
     )
@@ -100,11 +100,42 @@ def test_the_page_has_every_part(tmp_path: Path, matrix: Matrix) -> None:
     assert "The coordinator's devices were generate: one GPU; pretrain: CPU, 2 threads." in page.text
     assert "How far the silos' updates agree" in page.text
     assert "moon from synthetic (0 of 3 seeds)" in page.text
-    assert "same budget: 2 points, each a federation of 5 rounds on seed 0" in page.text
+    assert "same budget: 2 points, each a federation on seed 0, of so many rounds" in page.text
+    assert "even: fedavg from random531.0 %" in page.text
+    assert "even: fedavg from synthetic1 to 366.0 %" in page.text, "of a strategy with fewer rounds than trials have"
     assert "42.0 % ✓" in page.text
     assert "66.0 % ✓" in page.text
     assert "31.0 % ✓" not in page.text
     assert "the loss is not a number" in page.text
+
+
+def test_the_page_says_what_chose_the_kept_model(tmp_path: Path, matrix: Matrix) -> None:
+    silos = "the kept model is the best on these"
+    assert silos in Page(write_matrix_report(tmp_path / "silos", matrix)).text
+    ours = Group("even", "synthetic", "fedavg", "all")
+
+    def judged(*groups: Group) -> str:
+        found = {
+            group: {seed: replace(one, kept_by="synthetic") if group in groups else one for seed, one in cells.items()}
+            for group, cells in FOUND.items()
+            if group.split == "even"
+        }
+        return Page(write_matrix_report(tmp_path / str(len(groups)), replace(matrix, rows=split_rows(found)))).text
+
+    held_out = "the best on held-out synthetic data"
+    assert f"{silos}, but of fedavg from synthetic {held_out};" in judged(ours)
+    every = judged(*FOUND)
+    assert f"the kept model is {held_out};" in every
+    assert silos not in every
+
+
+def test_the_page_says_whose_validation_accuracy_is_of_personal_models(tmp_path: Path, matrix: Matrix) -> None:
+    said = "is that of the silos' personal models, so that it is not among those that validation data choose from"
+    assert said not in Page(write_matrix_report(tmp_path / "none", matrix)).text
+    group = Group("even", "synthetic", "fedavg", "all")
+    found = {**FOUND, group: {seed: replace(one, personal=True) for seed, one in FOUND[group].items()}}
+    text = Page(write_matrix_report(tmp_path / "one", replace(matrix, rows=split_rows(found)))).text
+    assert f"The validation accuracy of fedavg from synthetic {said}" in text
 
 
 def test_the_page_needs_nothing_but_itself(tmp_path: Path, matrix: Matrix) -> None:
@@ -137,8 +168,7 @@ def test_no_text_from_outside_becomes_markup(tmp_path_factory: pytest.TempPathFa
         seeds=[0],
         labels=[text],
         counts={text: {text: [3]}},
-        tuning={group: Tuned((text,), (0.5,), 0)},
-        trial_rounds=1,
+        tuning={group: Tuned((text,), (1,), (0.5,), 0)},
         failures={text: text},
         settings_text=text,
     )
@@ -165,7 +195,7 @@ def test_csv_has_the_numbers_of_every_seed_and_round(tmp_path: Path, matrix: Mat
         assert float(line["final_accuracy"]) == one.curve[-1]
         assert float(line["kept_accuracy"]) == one.kept
         assert float(line["validation_accuracy"]) == one.validation
-        assert line["worst_silo_accuracy"] == (str(one.worst) if row.group.silos == "alone" else "")
+        assert line["worst_alone_accuracy"] == (str(one.worst) if row.group.silos == "alone" else "")
         assert line["bytes_a_round"] == (str(one.bytes_a_round) if row.federated else "")
         reached = row.rounds_to_target[seed]
         assert line["rounds_to_target"] == ("" if reached is None else str(reached))
@@ -199,6 +229,8 @@ def test_json_has_the_numbers_of_every_arm(tmp_path: Path, matrix: Matrix) -> No
     for arm, row in zip(even["arms"], matrix.rows["even"], strict=True):
         assert Group(arm["split"], arm["start"], arm["strategy"], arm["silos"]) == row.group
         assert arm["final_accuracy"] == {"mean": row.accuracy.mean, "sd": row.accuracy.sd}
+        assert (arm["worst_alone_accuracy"] is None) == (row.group.silos != "alone")
+        assert "worst_silo_accuracy" not in arm, "that is of rounds, on validation data"
         assert [cell["seed"] for cell in arm["cells"]] == list(row.outcomes)
         for cell in arm["cells"]:
             assert tuple(cell["curve"]) == row.outcomes[cell["seed"]].curve
@@ -255,7 +287,7 @@ def test_an_experiment_in_which_all_failed_still_has_a_report(tmp_path: Path, ma
 
 
 def test_a_grid_of_other_size_is_not_called_equal(tmp_path: Path, matrix: Matrix) -> None:
-    other = Tuned(("a", "b", "c"), (0.1, 0.2, 0.3), 2)
+    other = Tuned(("a", "b", "c"), (5, 5, 5), (0.1, 0.2, 0.3), 2)
     uneven = replace(matrix, tuning={**matrix.tuning, Group("even", "random", "fed_prox", "all"): other})
     page = Page(write_matrix_report(tmp_path, uneven))
     assert "different budgets: 2 and 3 points" in page.text

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +81,10 @@ def test_a_matrix_is_run_cell_by_cell_and_what_is_finished_is_not_run_again(gptf
     # What one silo alone, or one with all data, trains on is what the silos of the federation have.
     pooled = json.loads((cells / "random/fedavg/pooled/seed-4/summary.json").read_text())
     assert pooled["silos"] == 1
+    page = (tmp_path / "results" / "report.html").read_text()
+    assert len(re.findall(r"<td>uneven: fedavg from [^<]*</td><td>1</td>", page)) == 4, (
+        "rounds of the trials of each arm"
+    )
     # What was measured of every round, and what it cost.
     (of_split,) = results["splits"]
     whole = {(arm["start"], arm["silos"]): arm["cells"][0] for arm in of_split["arms"]}
@@ -116,7 +123,12 @@ def test_strategies_that_use_synthetic_samples_or_class_means_are_cells_as_other
         tuning={"rounds": 1, "grid": [{"training": {"learning_rate": 0.2}}]},
         cells=[{"splits": ["uneven"], "starts": ["random"], "strategies": ["filled", "means"]}],
     )
-    gptfl.run("experiment", path)
+    results = json.loads(gptfl.run("experiment", path, "--format", "json").stdout)
+    costs = {arm["strategy"]: arm["cells"][0]["cost"] for arm in results["splits"][0]["arms"]}
+    assert costs["filled"]["generate_device_seconds"] > 0
+    assert [name.partition(":")[0] for name in costs["filled"]["hardware"]] == ["generate"]
+    assert [cost["pretrain_device_seconds"] for cost in costs.values()] == [0, 0]
+    assert costs["means"]["generate_device_seconds"] == 0
     start = tmp_path / "results" / "starts" / "random" / "seed-4"
     assert (start / "synthetic" / "manifest.json").exists()
     assert not (start / "pretrained.safetensors").exists()
@@ -152,6 +164,22 @@ def test_no_cell_outlives_an_experiment_that_is_killed_and_the_next_call_goes_on
     path.write_text(text)
     arms = json.loads(gptfl.run("experiment", path, "--format", "json").stdout)["splits"][0]["arms"]
     assert [len(cell["curve"]) for cell in arms[0]["cells"]] == [2]
+
+
+def test_a_cell_of_another_release_fails_alone_and_says_what_to_remove(gptfl: Commands, tmp_path: Path) -> None:
+    cells = [{"splits": ["uneven"], "starts": ["random"], "strategies": ["fedavg"], "silos": ["all", "pooled"]}]
+    path = experiment(tmp_path, tuning={"grid": [{}]}, cells=cells)
+    gptfl.run("experiment", path)
+    folder = tmp_path / "results/cells/uneven/random/fedavg/pooled/seed-4"
+    with contextlib.closing(sqlite3.connect(folder / "ledger.sqlite")) as ledger:
+        ledger.execute("PRAGMA user_version = 1")
+    results = json.loads(gptfl.run("experiment", path, "--format", "json").stdout)
+    assert [len(arm["cells"]) for arm in results["splits"][0]["arms"]] == [1, 0]
+    (told,) = results["failures"].values()
+    assert "the record was made by another release" in told
+    assert f"to have it run anew, remove {folder}" in told
+    shutil.rmtree(folder)
+    assert json.loads(gptfl.run("experiment", path, "--format", "json").stdout)["failures"] == {}
 
 
 def test_the_samples_of_a_key_stay_together(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import pytest
 
 from gptfl_dist.config import load_experiment
 from gptfl_dist.config.experiment import ExperimentFile, Group
-from gptfl_dist.errors import ConfigError
+from gptfl_dist.config.load import federation_of
+from gptfl_dist.errors import ConfigError, DataError, StageFailed
 from gptfl_dist.run.experiment.plan import cells_of, groups_of, overlaid, settings_of, trials_of
+from gptfl_dist.run.experiment.run import best_point
 
 BLOCK = {"splits": ["a"], "starts": ["random"], "strategies": ["fedavg", "prox"]}
 CONTENT: dict[str, Any] = {
@@ -68,12 +70,56 @@ def test_every_strategy_is_tried_alike_on_the_first_seed_in_short(tmp_path: Path
     assert [trials_of(alone, group) for group in groups_of(alone)] == [[], []]
 
 
+def test_the_first_of_the_best_points_is_taken_and_where_none_is_known_it_is_said_why(tmp_path: Path) -> None:
+    file = loaded(tmp_path)
+    group = groups_of(file)[0]
+    trial = trials_of(file, group)[0]
+    assert best_point(group, [], {}) == 0
+    assert best_point(group, [None, 0.4, 0.7, 0.7], {trial: DataError("no data")}) == 2
+    with pytest.raises(StageFailed, match=r"no point of the grid could be trained with in .*: no data"):
+        best_point(group, [None, None], {trial: DataError("no data")})
+    with pytest.raises(StageFailed, match="no silo told how the weights do on its validation data") as found:
+        best_point(group, [None, None], {})
+    assert "data.validation_share" in str(found.value.hint)
+
+
+def test_no_criterion_ends_a_trial_before_another(tmp_path: Path) -> None:
+    stops = {"federation": {"patience": 1, "target_accuracy": 0.5, "max_time": "1m"}}
+    file = loaded(tmp_path, strategies={"fedavg": {}, "prox": {"settings": stops}})
+    group = Group("a", "random", "prox", "all")
+    silos = [{"name": "silo-1", "file": "silo-1.yaml"}]
+    trial, cell = (
+        federation_of(settings_of(file, one, 0, silos), tmp_path, str(one)).federation
+        for one in (trials_of(file, group)[0], cells_of(file, group)[0])
+    )
+    assert (trial.rounds, trial.patience, trial.target_accuracy, trial.max_time) == (2, None, None, None)
+    assert (cell.rounds, cell.patience, cell.target_accuracy, cell.max_time) == (9, 1, 0.5, 60)
+
+
+def test_trials_in_which_nobody_trains_are_refused(tmp_path: Path) -> None:
+    means = {"fedavg": {"settings": {"training": {"first_round": "means"}}}}
+    cells = [{**BLOCK, "strategies": ["fedavg"]}]
+    file = loaded(tmp_path, strategies=means, tuning={**CONTENT["tuning"], "rounds": 1}, cells=cells)
+    (group,) = groups_of(file)
+    with pytest.raises(ConfigError, match=r"a/random/fedavg/all/trial-1: trials are of 1 round, in which .* trains"):
+        settings_of(file, trials_of(file, group)[0], 0, [])
+    settings_of(file, cells_of(file, group)[0], 0, [])
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"cells": [{**BLOCK, "strategies": ["moon"]}]}, "cells name moon, expected one of strategies: fedavg, prox"),
         ({"strategies": {"fedavg": {}, "prox": {"grid": [{}]}}}, "the grid of prox has 1 points, expected 2"),
         ({"federation": {"seed": 1}}, "federation sets seed, which the experiment sets itself"),
+        (
+            {"federation": {"model": {"name": "transformers", "source": "m", "pretrained": True}}},
+            "federation sets model.pretrained, .* set it in the settings of a start",
+        ),
+        (
+            {"tuning": {"grid": [{"model": {"pretrained": False}}]}, "strategies": {"fedavg": {}, "prox": {}}},
+            "tuning.grid sets model.pretrained",
+        ),
         ({"splits": {"a": {"kind": "shards", "silos": 2}}}, "kind is shards, which needs shards"),
         ({"splits": {"a": {"kind": "key", "key": "k", "silos": 2}}}, "kind is key, which takes no silos"),
         ({"splits": {"a": {"silos": 2, "alpha": 1.0, "without": ["b"]}}}, "kind is dirichlet, which takes no without"),
@@ -82,6 +128,13 @@ def test_every_strategy_is_tried_alike_on_the_first_seed_in_short(tmp_path: Path
 def test_what_makes_no_matrix_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         loaded(tmp_path, **changes)
+
+
+def test_a_start_from_a_public_checkpoint_is_not_random(tmp_path: Path) -> None:
+    model = {"name": "transformers", "source": "m", "pretrained": True}
+    starts = {"random": {"arm": "random"}, "public": {"arm": "random", "settings": {"model": model}}}
+    found = loaded(tmp_path, starts=starts).starts
+    assert {name: start.random for name, start in found.items()} == {"random": True, "public": False}
 
 
 def test_overlaid() -> None:

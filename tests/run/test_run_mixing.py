@@ -6,6 +6,7 @@ In one event loop the "synthetic" samples are digits that no silo has: a generat
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -20,8 +21,10 @@ from support import RULES, Commands, Federation
 from trained import TrainedWorld
 
 from gptfl_dist.config.document import dump_yaml
+from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import load_federation
 from gptfl_dist.config.silo import Data
+from gptfl_dist.config.synthesis import Filter, Synthesis
 from gptfl_dist.errors import PolicyError, StorageError
 from gptfl_dist.learning.data import load_images
 from gptfl_dist.learning.evaluate import evaluate
@@ -29,7 +32,9 @@ from gptfl_dist.learning.mixing import drawn, write_samples
 from gptfl_dist.learning.models import build_model
 from gptfl_dist.ledger.store import Ledger
 from gptfl_dist.run.settings import request_of
+from gptfl_dist.run.stages import is_generated
 from gptfl_dist.run.synthetic import SAMPLES, samples_for_silos, synthetic_parts
+from gptfl_dist.synthesis.store import locked
 from gptfl_dist.weights import WeightsFile
 from gptfl_dist.weights.flat import FlatModel
 from gptfl_dist.weights.sealed import use_key
@@ -224,6 +229,27 @@ def test_every_wire_comes_to_the_same_weights(gptfl: Commands, mixing: Make, in_
     assert each.result() == in_memory.result()
     with WeightsFile(each.run_folder / SAMPLES) as given:
         assert given.layout.tensors[0].shape == (50,)
+
+
+def test_a_finished_set_is_read_while_another_run_holds_it(
+    gptfl: Commands, mixing: Make, in_memory: Federation
+) -> None:
+    beside = mixing("beside")
+    made = shutil.copytree(in_memory.folder / "synthetic", beside.folder / "synthetic")
+    with locked(made):
+        gptfl.run("run", beside.path, "--exchange", "memory")
+    assert beside.result() == in_memory.result()
+    file = load_federation(beside.path)
+    assert is_generated(file, beside.folder)
+    assert not is_generated(file.model_copy(update={"seed": 1}), beside.folder), "of other noise"
+    assert not is_generated(file.model_copy(update={"synthesis": filtered(file)}), beside.folder), "not selected from"
+    shard = min(made.glob("*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert not is_generated(file, beside.folder), "a shard is to be made again"
+
+
+def filtered(file: FederationFile) -> Synthesis:
+    return file.synthesis.model_copy(update={"filter": Filter(judge="cross")})
 
 
 def test_without_mixing_no_synthetic_set_is_made(gptfl: Commands, mixing: Make, in_memory: Federation) -> None:

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from gptfl_dist.config.experiment import ExperimentFile, Group, Settings
+from gptfl_dist.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +57,23 @@ def cells_of(file: ExperimentFile, group: Group) -> list[Cell]:
 def settings_of(file: ExperimentFile, cell: Cell, point: int, silos: list[dict[str, Any]]) -> Settings:
     """The federation file of a cell: `point` is the chosen place in the grid, `silos` its entries of silos.
 
-    Paths are for the cell to fill in: run_folder, test_data, synthesis.folder.
+    Paths are for the cell to fill in: run_folder, test_data, synthesis.folder. Raises ConfigError where a trial could
+    tell nothing.
     """
-    group = cell.group
-    start, method = file.starts[group.start], file.strategies[group.strategy]
-    settings: Settings = {"federation": {"diversity": True}}
-    for part in (file.federation, start.model, start.settings, method.settings, grid_of(file, group)[point]):
-        settings = overlaid(settings, part)
+    group, start = cell.group, file.starts[cell.group.start]
+    settings = _laid_over(file, group, point)
     # Nobody is late in a process in which silos train in turn.
     rules: Settings = {"cohort": group.silos if isinstance(group.silos, int) else "all", "deadline": "30d"}
     if cell.trial is not None:
-        rules |= {"rounds": min(file.tuning.rounds, rounds_of(settings)), "diversity": False}
+        rounds = _trial_rounds(file, settings)
+        if rounds < 2 and settings.get("training", {}).get("first_round") == "means":
+            raise ConfigError(
+                f"cells/{cell}: trials are of 1 round, in which silos send class means and nobody trains, so that no "
+                "point is better than another",
+                hint="raise tuning.rounds to 2 or more, and federation.rounds where a strategy has a single one",
+            )
+        # All points are compared after as many rounds.
+        rules |= {"rounds": rounds, "max_time": None, "target_accuracy": None, "patience": None, "diversity": False}
     return overlaid(
         settings,
         {
@@ -80,13 +87,28 @@ def settings_of(file: ExperimentFile, cell: Cell, point: int, silos: list[dict[s
     )
 
 
-def rounds_of(settings: Settings) -> int:
-    """The rounds that settings of a federation file ask for."""
+def _laid_over(file: ExperimentFile, group: Group, point: int) -> Settings:
+    """What the experiment file sets of the federations of a group at a point of its grid."""
+    start, method = file.starts[group.start], file.strategies[group.strategy]
+    settings: Settings = {"federation": {"diversity": True}}
+    for part in (file.federation, start.model, start.settings, method.settings, grid_of(file, group)[point]):
+        settings = overlaid(settings, part)
+    return settings
+
+
+def trial_rounds_of(file: ExperimentFile, group: Group) -> list[int]:
+    """How many rounds each of a group's trials has."""
+    points = range(len(trials_of(file, group)))
+    return [_trial_rounds(file, _laid_over(file, group, point)) for point in points]
+
+
+def _trial_rounds(file: ExperimentFile, settings: Settings) -> int:
+    """The rounds of a trial with these settings of a federation file, which may ask for less than tuning."""
     from gptfl_dist.config.federation import Federation
 
     rounds = settings.get("federation", {}).get("rounds", Federation.model_fields["rounds"].default)
     assert isinstance(rounds, int)
-    return rounds
+    return min(file.tuning.rounds, rounds)
 
 
 def overlaid(settings: Mapping[str, Any], over: Mapping[str, Any]) -> Settings:

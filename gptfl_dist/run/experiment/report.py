@@ -9,7 +9,7 @@ from pathlib import Path
 from gptfl_dist.observe.matrix import rows_of
 from gptfl_dist.observe.matrix_report import Matrix, Tuned, write_matrix_report
 from gptfl_dist.run.experiment.data import COUNTS
-from gptfl_dist.run.experiment.plan import grid_of
+from gptfl_dist.run.experiment.plan import grid_of, trial_rounds_of
 from gptfl_dist.run.experiment.run import Experiment
 
 
@@ -31,11 +31,15 @@ def report(experiment: Experiment, settings_text: str) -> Path:
         labels=file.labels,
         counts=counts,
         tuning={
-            group: Tuned([json.dumps(point) for point in grid_of(file, group)], scores, experiment.points[group])
+            group: Tuned(
+                points=[json.dumps(point) for point in grid_of(file, group)],
+                rounds=trial_rounds_of(file, group),
+                scores=scores,
+                chosen=experiment.points[group],
+            )
             for group, scores in experiment.trials.items()
             if scores
         },
-        trial_rounds=file.tuning.rounds,
         failures={str(cell): error.message for cell, error in experiment.failures.items()},
         settings_text=settings_text,
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 from gptfl_dist.config.experiment import ExperimentFile, Group, Settings
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import federation_of, load_federation, to_yaml
-from gptfl_dist.errors import GptflError, StageFailed
+from gptfl_dist.errors import GptflError, StageFailed, StorageError
 from gptfl_dist.files import write_file
 from gptfl_dist.ledger.reader import read
 from gptfl_dist.observe.matrix import Outcome, outcome_of, validation_of
@@ -31,6 +31,7 @@ from gptfl_dist.run.experiment.plan import Cell, cells_of, groups_of, overlaid, 
 from gptfl_dist.run.experiment.work import run_all
 from gptfl_dist.run.folder import make_folder
 from gptfl_dist.run.settings import request_of
+from gptfl_dist.run.stages import stages_of
 
 FEDERATION = "federation.yaml"
 
@@ -64,7 +65,7 @@ async def run_experiment(file: ExperimentFile, beside: Path, workers: int, say: 
     points, scores = {}, {}
     for group in groups:
         scores[group] = [None if cell in failures else bench.validation(cell) for cell in trials[group]]
-        points[group] = _best(group, scores[group], failures)
+        points[group] = best_point(group, scores[group], failures)
     cells = [cell for group in groups for cell in cells_of(file, group)]
     for cell in cells:
         bench.write(cell, points[cell.group])
@@ -76,13 +77,20 @@ async def run_experiment(file: ExperimentFile, beside: Path, workers: int, say: 
     return Experiment(file, outcomes, points, scores, failures)
 
 
-def _best(group: Group, scores: Sequence[float | None], failures: Mapping[Cell, GptflError]) -> int:
+def best_point(group: Group, scores: Sequence[float | None], failures: Mapping[Cell, GptflError]) -> int:
     """The first of the best points of the grid."""
     if not scores:
         return 0
     known = {point: score for point, score in enumerate(scores) if score is not None}
     if not known:
-        first = next(error for cell, error in failures.items() if cell.group == group)
+        first = next((error for cell, error in failures.items() if cell.group == group), None)
+        if first is None:
+            raise StageFailed(
+                f"no point of the grid is known to be better than another in {group}: no silo told how the weights do "
+                "on its validation data",
+                hint="raise data.validation_share, so that silos hold some of their samples back, or leave one point "
+                "in the grid, which needs no choice",
+            )
         raise StageFailed(f"no point of the grid could be trained with in {group}: {first.message}", hint=first.hint)
     return max(known, key=lambda point: known[point])
 
@@ -162,28 +170,41 @@ class _Bench:
 
     async def run(self, what: str, cells: Sequence[Cell]) -> dict[Cell, GptflError]:
         """Runs cells that are not finished; returns what stopped some of them."""
+        failures: dict[Cell, GptflError] = {}
         commands: dict[tuple[Cell, Path], Sequence[str | Path]] = {}
         for cell in cells:
             for folder, _ in self._runs(cell):
                 if self._synthetic(cell.group.start):
                     _link(self._start(cell.group.start, cell.seed), folder)
-                if not _finished(folder):
+                try:
+                    finished = _finished(folder)
+                except StorageError as error:  # of another release, or no record that can be read
+                    failures.setdefault(cell, _to_be_run_anew(error, folder))
+                    continue
+                if not finished:
                     commands[cell, folder] = ["run", folder / FEDERATION, "--exchange", "memory"]
-        if not commands:
-            return {}
-        with progress(f"{self._file.name}: {what}", len(commands), "federations") as bar:
-            ended = await run_all(commands, self._workers, bar.callback)
-        failures = {}
-        for (cell, _), error in ended.items():
-            if error is not None and cell not in failures:
-                failures[cell] = error
-                self._say(f"{cell}: {error.message}")
+        if commands:
+            with progress(f"{self._file.name}: {what}", len(commands), "federations") as bar:
+                ended = await run_all(commands, self._workers, bar.callback)
+            for (cell, _), stopped in ended.items():
+                if stopped is not None:
+                    failures.setdefault(cell, stopped)
+        for cell, why in failures.items():
+            self._say(f"{cell}: {why.message}")
         return failures
 
     def outcome(self, cell: Cell) -> Outcome:
-        summaries = [read_summary(folder) for folder, _ in self._runs(cell)]
-        server = summaries[0].server if self._synthetic(cell.group.start) else None
-        return outcome_of([_arm(summary) for summary in summaries], server)
+        folders = [folder for folder, _ in self._runs(cell)]
+        summaries = [read_summary(folder) for folder in folders]
+        file = load_federation(folders[0] / FEDERATION)
+        first = summaries[0]
+        return outcome_of(
+            [_arm(summary) for summary in summaries],
+            server=first.server,
+            needed=stages_of(file),
+            kept_by=first.chosen_by,
+            personal=file.training.private_norms,
+        )
 
     def validation(self, cell: Cell) -> float | None:
         return validation_of([_arm(read_summary(folder)) for folder, _ in self._runs(cell)])
@@ -195,6 +216,11 @@ def _finished(folder: Path) -> bool:
         return False
     path = folder / FEDERATION
     return read(folder, lambda ledger: ledger.fact("request")) == request_of(path, load_federation(path))
+
+
+def _to_be_run_anew(error: StorageError, folder: Path) -> StorageError:
+    """What a run folder that cannot be gone on with says to the reader of an experiment's page."""
+    return StorageError(f"{error.message}; to have it run anew, remove {folder}", hint=f"Remove {folder}.")
 
 
 def _arm(summary: Summary) -> FederatedArm:
