@@ -25,10 +25,8 @@ def group(start: str = "random", strategy: str = "fedavg", silos: Silos = "all",
 
 
 def outcome(*curve: float, start: float = 0.1, bytes_a_round: float = 100) -> Outcome:
-    rounds: list[Known] = [
-        {"bytes_down": 0, "bytes_up": 0},
-        *[{"bytes_down": bytes_a_round - 40, "bytes_up": 40}] * len(curve),
-    ]
+    sent: Known = {"bytes_down": bytes_a_round - 40, "bytes_up": 40}
+    rounds: list[Known] = [{"bytes_down": 0, "bytes_up": 0}, *[sent] * len(curve)]
     cost = Cost(0.0, 0.0, None, 0)
     return Outcome(start, curve, max(curve), curve[-1] - 0.1, bytes_a_round, cost, tuple(rounds), ())
 
@@ -67,8 +65,9 @@ def test_a_small_matrix_by_hand() -> None:
 
 def test_bytes_to_the_target_are_those_of_the_rounds_up_to_it() -> None:
     cell = outcome(0.2, 0.6, 0.7)
-    samples_first = ({"bytes_down": 0.0, "bytes_up": 0.0}, {"bytes_down": 900.0, "bytes_up": 40.0}, *cell.measures[2:])
-    rows = by_group({group(): {0: outcome(0.6)}, group("synthetic"): {0: replace(cell, measures=samples_first)}})
+    with_samples: Known = {"bytes_down": 900, "bytes_up": 40}
+    ours = replace(cell, measures=(cell.measures[0], with_samples, *cell.measures[2:]))
+    rows = by_group({group(): {0: outcome(0.6)}, group("synthetic"): {0: ours}})
     assert rows[group("synthetic")].rounds_to_target == {0: 2}
     assert rows[group("synthetic")].bytes_to_target == {0: 940 + 100}
 

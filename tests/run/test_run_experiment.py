@@ -82,9 +82,7 @@ def test_a_matrix_is_run_cell_by_cell_and_what_is_finished_is_not_run_again(gptf
     pooled = json.loads((cells / "random/fedavg/pooled/seed-4/summary.json").read_text())
     assert pooled["silos"] == 1
     page = (tmp_path / "results" / "report.html").read_text()
-    assert len(re.findall(r"<td>uneven: fedavg from [^<]*</td><td>1</td>", page)) == 4, (
-        "rounds of the trials of each arm"
-    )
+    assert len(re.findall(r">uneven: fedavg from [^<]*</th><td>1</td>", page)) == 4, "rounds of the trials of each arm"
     # What was measured of every round, and what it cost.
     (of_split,) = results["splits"]
     whole = {(arm["start"], arm["silos"]): arm["cells"][0] for arm in of_split["arms"]}
