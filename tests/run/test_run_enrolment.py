@@ -189,6 +189,7 @@ def test_silos_join_by_invitation_and_no_private_key_leaves_its_machine(
         assert found.stdout.split() == [str(keys[name])]
 
 
+@pytest.mark.timeout(_LIFE * _LIVES + 300)
 def test_certificates_renew_themselves_no_round_is_lost_and_no_private_key_passes_inside_tls(
     invited: Callable[..., Invited],
 ) -> None:
