@@ -5,10 +5,10 @@ random and from synthetic weights; FedAvg besides with one and three silos in ea
 many epochs as others have rounds; each silo alone, and one silo with the data of all. The synthetic model alone is what
 cells with a synthetic start begin with. All that with three seeds.
 
-Tuning. Whatever is compared has three points to choose from, tried for a few rounds on the first seed and judged by the
-silos' validation data, in each split and start anew: three rates of the silos, the same for all strategies. FedAdam
-has a rate of the server too, and so three pairs. What else a strategy has (mu of FedProx and of MOON) is fixed. Test
-data choose nothing.
+Tuning. Whatever is compared has six points to choose from, tried for a few rounds on the first seed and judged by the
+silos' validation data, in each split and start anew: six rates of the silos, half a decade apart, the same for all
+studies and strategies. FedAdam has a rate of the server too, and so six pairs. What else a strategy has (mu of
+FedProx and of MOON) is fixed. Test data choose nothing.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ STRATEGIES: dict[str, Any] = {
     "moon": {"settings": {"training": {"contrastive": 1.0}}},
     "fedadam": {"settings": {"strategy": {"optimizer": "adam"}}},
 }
+RATES = (0.016, 0.05, 0.16, 0.5, 1.6, 5.0)
+# The silos' rate and the server's.
+ADAM_RATES = ((0.05, 0.01), (0.16, 0.01), (0.5, 0.01), (0.5, 0.03), (1.6, 0.03), (1.6, 0.1))
 BOTH = ["random", "synthetic"]
 SEEDS = [0, 1, 2]
 
@@ -40,8 +43,7 @@ SEEDS = [0, 1, 2]
 class Study:
     """What a study has of its own.
 
-    `settings` are those that all cells share, as in a federation file. `rates` are the silos' rates that are tried, and
-    `adam` the pairs of the silos' and the server's that FedAdam tries. Every strategy is run on `splits`, what is for
+    `settings` are those that all cells share, as in a federation file. Every strategy is run on `splits`, what is for
     reference on the first of them; FedAvg alone on `unseen`.
     """
 
@@ -52,8 +54,6 @@ class Study:
     settings: dict[str, Any]
     rounds: int
     trial_rounds: int
-    rates: tuple[float, ...]
-    adam: tuple[tuple[float, float], ...]
     splits: dict[str, Any]
     unseen: dict[str, Any] = field(default_factory=dict)
     epochs: int = 1
@@ -86,11 +86,11 @@ class Study:
         }
 
     def _grid(self, quick: bool) -> list[dict[str, Any]]:
-        rates = self.rates[1:2] if quick else self.rates
+        rates = RATES[3:4] if quick else RATES
         return [{"training": {"learning_rate": rate}} for rate in rates]
 
     def _strategies(self, quick: bool) -> dict[str, Any]:
-        pairs = self.adam[:1] if quick else self.adam
+        pairs = ADAM_RATES[:1] if quick else ADAM_RATES
         adam = [{"training": {"learning_rate": rate}, "strategy": {"learning_rate": server}} for rate, server in pairs]
         epochs = {"epochs": self.epochs * self.rounds, "warm_up_rounds": 0}
         one_shot = {"settings": {"federation": {"rounds": 1}, "training": epochs}}

@@ -50,8 +50,6 @@ def study(quick: bool) -> Study:
         },
         rounds=3 if quick else 20,
         trial_rounds=5,
-        rates=(0.1, 0.4, 1.6),
-        adam=((0.1, 0.01), (0.4, 0.01), (0.4, 0.003)),
         splits={
             f"alpha-{alpha}": {"kind": "dirichlet", "silos": silos, "alpha": alpha, "minimum": 20}
             for alpha in (0.1, 0.5)

@@ -52,8 +52,6 @@ def study(quick: bool) -> Study:
         rounds=2 if quick else 30,
         epochs=2,
         trial_rounds=8,
-        rates=(0.05, 0.2, 0.8),
-        adam=((0.05, 0.01), (0.2, 0.01), (0.2, 0.003)),
         splits={"speakers": by_speaker},
         unseen={
             f"unseen-{speaker}": {**by_speaker, "without": [speaker], "test_data": f"unseen/{speaker}"}

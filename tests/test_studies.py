@@ -35,7 +35,7 @@ def test_a_study_is_a_valid_experiment_whose_strategies_are_tuned_alike(
     for group in groups:
         for cell in [*trials_of(file, group), *cells_of(file, group)]:
             federation_of(settings_of(file, cell, cell.trial or 0, silos), tmp_path, str(cell))
-    assert {len(trials_of(file, group)) for group in groups} == {0 if quick else 3}
+    assert {len(trials_of(file, group)) for group in groups} == {0 if quick else 6}
     if quick:
         return
     assert file.seeds == [0, 1, 2]
