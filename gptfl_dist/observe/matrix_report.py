@@ -28,7 +28,7 @@ from gptfl_dist.observe.matrix_wording import (
 )
 from gptfl_dist.observe.page import figure, page, section, table
 from gptfl_dist.observe.silos_by_label import silos_by_label
-from gptfl_dist.observe.wording import percent
+from gptfl_dist.observe.wording import UNKNOWN, percent
 
 REPORT = "report.html"
 RESULTS_CSV, ROUNDS_CSV, RESULTS_JSON, TABLE_TEX = "results.csv", "rounds.csv", "results.json", "table.tex"
@@ -49,13 +49,14 @@ class Tuned:
     """How a group's point of the grid was chosen.
 
     `points` say what each sets, `rounds` how long the trial of each is, `scores` are their accuracies on validation
-    data, None where a point could not be tried, and `chosen` is the place of the one that was taken.
+    data, None where a trial failed or told none, and `chosen` is the place of the one that was taken, None where every
+    trial failed.
     """
 
     points: Sequence[str]
     rounds: Sequence[int]
     scores: Sequence[float | None]
-    chosen: int
+    chosen: int | None
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Matrix:
 
     `rows` are those of each split, as `rows_of` makes them, and `random_starts` the starts that it was told of; `seeds`
     those that each row should have. `counts[split][silo][i]` are the samples of label i at a silo for the first seed,
-    training and validation together. `tuning` has the groups that had a choice. `failures` say by cell what stopped it;
-    `settings_text` is the experiment file.
+    training and validation together. `tuning` has the groups that had a choice. `failures` say by cell and by trial
+    what stopped it; `settings_text` is the experiment file.
     """
 
     name: str
@@ -276,6 +277,8 @@ def _tuning(matrix: Matrix) -> str:
         else f"The arms were tuned with different budgets: {' and '.join(map(str, budgets))} points."
     )
     note += " Accuracy on validation data after its last round; ✓ marks the point that was chosen."
+    if any(None in tuned.scores for tuned in matrix.tuning.values()):
+        note += f" {UNKNOWN} stands for a trial that failed or told none, whose point is out."
     return section("tuning", "How each arm was tuned", *tables, f'<p class="note">{note}</p>')
 
 

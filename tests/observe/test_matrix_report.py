@@ -106,6 +106,7 @@ def test_the_page_has_every_part(tmp_path: Path, matrix: Matrix) -> None:
     assert "42.0 % ✓" in page.text
     assert "66.0 % ✓" in page.text
     assert "31.0 % ✓" not in page.text
+    assert "- stands for a trial that failed or told none, whose point is out." in page.text
     assert "the loss is not a number" in page.text
 
 
@@ -292,6 +293,16 @@ def test_a_grid_of_other_size_is_not_called_equal(tmp_path: Path, matrix: Matrix
     page = Page(write_matrix_report(tmp_path, uneven))
     assert "different budgets: 2 and 3 points" in page.text
     assert "same budget" not in page.text
+
+
+def test_no_point_is_marked_as_chosen_where_every_trial_failed(tmp_path: Path, matrix: Matrix) -> None:
+    group = Group("even", "synthetic", "moon", "all")
+    hopeless = Tuned(("a", "b"), (5, 5), (None, None), None)
+    text = Page(write_matrix_report(tmp_path / "hopeless", replace(matrix, tuning={group: hopeless}))).text
+    assert "even: moon from synthetic5--" in text
+    assert text.count("✓") == 1, "in the note alone"
+    told = replace(hopeless, scores=(0.1, 0.2), chosen=1)
+    assert "stands for a trial" not in Page(write_matrix_report(tmp_path, replace(matrix, tuning={group: told}))).text
 
 
 def test_a_report_that_cannot_be_written_is_an_error_that_names_the_file(tmp_path: Path, matrix: Matrix) -> None:
