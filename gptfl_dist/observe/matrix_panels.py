@@ -18,12 +18,15 @@ AGREEMENT = {
 """How far the silos' updates agree."""
 
 QUALITY = {
-    "worst_silo_accuracy": "accuracy at the worst silo",
+    "worst_silo_accuracy": "accuracy at the worst silo (%)",
     "macro_f1": "macro-F1 on test data",
     "calibration_error": "calibration error on test data",
     "loss": "loss on test data",
 }
 """How good the weights are, beside accuracy."""
+
+_IN_PERCENT = "worst_silo_accuracy"
+"""As accuracy is in all other figures."""
 
 
 def known_panels(rows: Sequence[Row], panels: Mapping[str, str]) -> dict[str, str]:
@@ -62,10 +65,11 @@ def measure_panels(rows: Sequence[Row], panels: Mapping[str, str], looks: Looks)
 
 
 def _points(row: Row, name: str) -> dict[int, list[float]]:
-    """By round the values of all seeds, of the rounds in which each knows one."""
+    """By round the values of all seeds as they are drawn, of the rounds in which each knows one."""
     found: dict[int, list[float]] = {}
+    scale = 100 if name == _IN_PERCENT else 1
     for round_, seeds in enumerate(zip(*(one.measures for one in row.outcomes.values()), strict=False)):
         values = [value for measures in seeds if (value := measures[name]) is not None]
         if values and len(values) == len(seeds):
-            found[round_] = values
+            found[round_] = [value * scale for value in values]
     return found

@@ -19,16 +19,19 @@ from gptfl_dist.observe.matrix_panels import AGREEMENT, QUALITY, known_panels, m
 from gptfl_dist.observe.matrix_wording import (
     arm_text,
     costs_table,
+    counted,
     hardware_text,
+    median_reached,
     percent_text,
     points_text,
     rounds_text,
+    silos_text,
     table_of,
     to_target_text,
 )
 from gptfl_dist.observe.page import figure, page, section, table
 from gptfl_dist.observe.silos_by_label import silos_by_label
-from gptfl_dist.observe.wording import percent
+from gptfl_dist.observe.wording import UNKNOWN, percent
 
 REPORT = "report.html"
 RESULTS_CSV, ROUNDS_CSV, RESULTS_JSON, TABLE_TEX = "results.csv", "rounds.csv", "results.json", "table.tex"
@@ -49,13 +52,14 @@ class Tuned:
     """How a group's point of the grid was chosen.
 
     `points` say what each sets, `rounds` how long the trial of each is, `scores` are their accuracies on validation
-    data, None where a point could not be tried, and `chosen` is the place of the one that was taken.
+    data, None where a trial failed or told none, and `chosen` is the place of the one that was taken, None where every
+    trial failed.
     """
 
     points: Sequence[str]
     rounds: Sequence[int]
     scores: Sequence[float | None]
-    chosen: int
+    chosen: int | None
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,8 @@ class Matrix:
 
     `rows` are those of each split, as `rows_of` makes them, and `random_starts` the starts that it was told of; `seeds`
     those that each row should have. `counts[split][silo][i]` are the samples of label i at a silo for the first seed,
-    training and validation together. `tuning` has the groups that had a choice. `failures` say by cell what stopped it;
-    `settings_text` is the experiment file.
+    training and validation together. `tuning` has the groups that had a choice. `failures` say by cell and by trial
+    what stopped it; `settings_text` is the experiment file.
     """
 
     name: str
@@ -106,13 +110,9 @@ def _page(matrix: Matrix) -> str:
     ]
     arms = sum(map(len, matrix.rows.values()))
     seeds = ", ".join(map(str, matrix.seeds))
-    facts = f"{_counted(len(matrix.rows), 'split')} · {_counted(arms, 'arm')} · seeds {seeds} · accuracy on test data"
+    facts = f"{counted(len(matrix.rows), 'split')} · {counted(arms, 'arm')} · seeds {seeds} · accuracy on test data"
     kicker = f"Experiment <b>{escape(matrix.name)}</b>"
     return page(f"{matrix.name}: experiment report", kicker, _headline(matrix), facts, parts)
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _headline(matrix: Matrix) -> str:
@@ -126,7 +126,7 @@ def _headline(matrix: Matrix) -> str:
     if not compared:
         return f"The experiment {matrix.name} has no arm to compare with one from random weights."
     above = sum(mean is not None and mean > 0 for mean in compared)
-    arms = _counted(len(compared), "federated arm")
+    arms = counted(len(compared), "federated arm")
     end = "ends" if above == 1 else "end"
     return (
         f"Of {arms} from other than random weights, {above} {end} above the best from random weights, "
@@ -138,13 +138,20 @@ def _chosen(rows: Sequence[Row]) -> str:
     """What the arm that validation data chose comes to, against the best from random weights; nothing without them."""
     for row in rows:
         if row.group == row.chosen and row.pairs is not None and row.baseline is not None:
-            rounds = max(len(one.curve) for one in row.outcomes.values())
             return (
-                f"On {row.group.split} validation data choose {arm_text(row.group)}: {percent_text(row.accuracy)}, "
-                f"{points_text(row.pairs)} points to {arm_text(row.baseline)}, whose end it reaches in "
-                f"{to_target_text(row.rounds_to_target, rounds_text)} of {rounds} rounds."
+                f"On split {row.group.split}, validation data choose {arm_text(row.group)}: "
+                f"{percent_text(row.accuracy)}, {points_text(row.pairs)} points to {arm_text(row.baseline)}, whose end "
+                f"it {_reaches(row)}."
             )
     return ""
+
+
+def _reaches(row: Row) -> str:
+    """Whether and when an arm is as good as the best from random weights ends."""
+    rounds = counted(max(len(one.curve) for one in row.outcomes.values()), "round")
+    if median_reached(row.rounds_to_target) is None:
+        return f"does not reach in {rounds}"
+    return f"reaches in {to_target_text(row.rounds_to_target, lambda typical: f'{rounds_text(typical)} of {rounds}')}"
 
 
 def _split(matrix: Matrix, split: str, rows: Sequence[Row], looks: Looks) -> str:
@@ -163,7 +170,8 @@ def _split(matrix: Matrix, split: str, rows: Sequence[Row], looks: Looks) -> str
     counts = matrix.counts.get(split, {})
     if sweeps := sweeps_of(rows, len(counts) or None):
         ends = "; ".join(
-            f"{arm_text(group)}: " + ", ".join(f"{number} silos {percent_text(one)}" for number, one in each.items())
+            f"{arm_text(group)}: "
+            + ", ".join(f"{counted(number, 'silo')} {percent_text(one)}" for number, one in each.items())
             for group, each in sweeps.items()
         )
         caption = "Accuracy after the last round by the number of silos a round; a bar is one standard deviation."
@@ -225,17 +233,22 @@ def _bars(rows: Sequence[Row], looks: Looks) -> str:
 
 
 def _panels(rows: Sequence[Row], looks: Looks) -> list[str]:
-    """The measures of rounds, of the arms that have some."""
+    """The measures of rounds, of the arms that have some: a figure for each way to take part, as arms of one strategy
+    and start look alike."""
     federated = [row for row in rows if row.federated and row.outcomes]
     content = []
     for title, panels, note in (
         ("How far the silos' updates agree", AGREEMENT, _AGREEMENT_NOTE),
         ("Beside accuracy", QUALITY, _QUALITY_NOTE),
     ):
-        known = known_panels(federated, panels)
-        if known:
-            alt = f"Line charts by round: {', '.join(known.values())}. {note}"
-            content += [f"<h3>{title}</h3>", figure(_SVG, measure_panels(federated, known, looks), alt, note)]
+        figures = []
+        for silos in dict.fromkeys(row.group.silos for row in federated):
+            shown = [row for row in federated if row.group.silos == silos]
+            if known := known_panels(shown, panels):
+                alt = f"Line charts by round, {silos_text(silos)}: {', '.join(known.values())}. {note}"
+                figures.append(figure(_SVG, measure_panels(shown, known, looks), alt, silos_text(silos).capitalize()))
+        if figures:
+            content += [f"<h3>{title}</h3>", *figures, f'<p class="note">{note}</p>']
     return content
 
 
@@ -276,6 +289,8 @@ def _tuning(matrix: Matrix) -> str:
         else f"The arms were tuned with different budgets: {' and '.join(map(str, budgets))} points."
     )
     note += " Accuracy on validation data after its last round; ✓ marks the point that was chosen."
+    if any(None in tuned.scores for tuned in matrix.tuning.values()):
+        note += f" {UNKNOWN} stands for a trial that failed or told none, whose point is out."
     return section("tuning", "How each arm was tuned", *tables, f'<p class="note">{note}</p>')
 
 

@@ -14,7 +14,12 @@ _SILOS = {"all": "all silos", "alone": "each silo alone", "pooled": "all data po
 
 def silos_text(silos: Silos) -> str:
     """Who takes part, such as "10 silos a round"."""
-    return f"{silos} silos a round" if isinstance(silos, int) else _SILOS[silos]
+    return f"{counted(silos, 'silo')} a round" if isinstance(silos, int) else _SILOS[silos]
+
+
+def counted(number: int, what: str) -> str:
+    """So many of something, such as "1 silo" and "2 silos"."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def arm_text(group: Group) -> str:
@@ -62,7 +67,7 @@ def table_of(rows: Sequence[Row], seeds: int) -> tuple[list[str], list[list[str]
     """The table of a split, its head and a line for each row; `seeds` is how many each row should have."""
     alone = any(row.worst is not None for row in rows)
     head = ["Arm", "Accuracy", "Kept model", "Validation", *(["Worst silo"] if alone else []), "Start"]
-    head += ["Rounds to the target", "Traffic to the target", "Difference", "Seeds above"]
+    head += ["Rounds to the target", "Traffic to the target", "Difference (points)", "Seeds above"]
     return head, [_line(row, seeds, alone) for row in rows]
 
 

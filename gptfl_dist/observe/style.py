@@ -17,6 +17,7 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
 .note, figcaption, .facts { font-size: .875rem; }
 .note { margin-top: .75rem; max-width: 46rem; }
 figure { margin: 0; }
+figure + figure { margin-top: 1.5rem; }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 0 .5rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }

@@ -86,10 +86,8 @@ def test_the_page_has_every_part(tmp_path: Path, matrix: Matrix) -> None:
     assert page.sections == ["split-even", f"split-{SPLIT}", "tuning", "failures", "settings"]
     assert page.tags.count("h1") == 1
     assert "Of 1 federated arm from other than random weights, 1 ends above the best" in page.text
-    chosen = (
-        "On even validation data choose fedavg from synthetic: 73.3 ± 7.6 %, +3.3 ± 17.6 points to fedavg from random"
-    )
-    assert f"{chosen}, whose end it reaches in 1.5 (2 of 3 seeds) of 2 rounds." in page.text
+    assert "On split even, validation data choose fedavg from synthetic: 73.3 ± 7.6 %, +3.3 ± 17.6 points" in page.text
+    assert "points to fedavg from random, whose end it reaches in 1.5 of 2 rounds (2 of 3 seeds)." in page.text
     for part in ("70.0 ± 10.0 %", "baseline", "silo-9", "seeds 0, 1, 2", "51.0 ± 1.0 %"):
         assert part in page.text
     # Of fedavg from synthetic: rounds 1 and 2 reach the 70.0 % of the baseline, seed 2 does not.
@@ -106,7 +104,32 @@ def test_the_page_has_every_part(tmp_path: Path, matrix: Matrix) -> None:
     assert "42.0 % ✓" in page.text
     assert "66.0 % ✓" in page.text
     assert "31.0 % ✓" not in page.text
+    assert "- stands for a trial that failed or told none, whose point is out." in page.text
     assert "the loss is not a number" in page.text
+
+
+def test_the_headline_says_where_the_baseline_is_not_reached(tmp_path: Path, matrix: Matrix) -> None:
+    worse = {**FOUND, Group("even", "synthetic", "fedavg", "all"): {seed: outcome(0.1, 0.2) for seed in range(3)}}
+    page = Page(write_matrix_report(tmp_path, replace(matrix, rows=split_rows(worse))))
+    assert "points to fedavg from random, whose end it does not reach in 2 rounds." in page.text
+
+
+def test_labels_have_their_unit_and_one_silo_is_one(tmp_path: Path, matrix: Matrix) -> None:
+    single = {**FOUND, Group("even", "random", "fedavg", 1): {0: outcome(0.2, 0.4)}}
+    page = Page(write_matrix_report(tmp_path, replace(matrix, rows=split_rows(single))))
+    assert "Difference (points)" in page.text
+    assert "fedavg from random, 1 silo a round" in page.text
+    alts = [str(image["alt"]) for image in page.images]
+    assert not any("1 silos" in text for text in [page.text, *alts])
+    assert any("1 silo 40.0 %, 5 silos 40.0 ± 10.0 %" in alt for alt in alts)
+    assert any("accuracy at the worst silo (%)" in alt for alt in alts)
+
+
+def test_arms_that_look_alike_stand_in_different_figures(tmp_path: Path, matrix: Matrix) -> None:
+    """Colour, mark and dashes are those of strategy and start, so that they leave out how many silos take part."""
+    alts = [str(image["alt"]) for image in Page(write_matrix_report(tmp_path, matrix)).images]
+    charts = [alt.partition(":")[0] for alt in alts if alt.startswith("Line charts by round")]
+    assert charts == [f"Line charts by round, {silos}" for silos in ("all silos", "5 silos a round")] * 2
 
 
 def test_the_page_says_what_chose_the_kept_model(tmp_path: Path, matrix: Matrix) -> None:
@@ -140,8 +163,8 @@ def test_the_page_says_whose_validation_accuracy_is_of_personal_models(tmp_path:
 
 def test_the_page_needs_nothing_but_itself(tmp_path: Path, matrix: Matrix) -> None:
     page = Page(write_matrix_report(tmp_path, matrix))
-    assert len(page.images) == 6, "curves of two splits, bars, agreement and quality where there are rounds, the sweep"
-    assert len(page.resources) == 6
+    assert len(page.images) == 8, "curves of two splits, bars, agreement and quality of two ways to take part, a sweep"
+    assert len(page.resources) == 8
     for image in page.images:
         mime, _, data = str(image["src"]).removeprefix("data:").partition(";base64,")
         assert mime == "image/svg+xml"
@@ -292,6 +315,16 @@ def test_a_grid_of_other_size_is_not_called_equal(tmp_path: Path, matrix: Matrix
     page = Page(write_matrix_report(tmp_path, uneven))
     assert "different budgets: 2 and 3 points" in page.text
     assert "same budget" not in page.text
+
+
+def test_no_point_is_marked_as_chosen_where_every_trial_failed(tmp_path: Path, matrix: Matrix) -> None:
+    group = Group("even", "synthetic", "moon", "all")
+    hopeless = Tuned(("a", "b"), (5, 5), (None, None), None)
+    text = Page(write_matrix_report(tmp_path / "hopeless", replace(matrix, tuning={group: hopeless}))).text
+    assert "even: moon from synthetic5--" in text
+    assert text.count("✓") == 1, "in the note alone"
+    told = replace(hopeless, scores=(0.1, 0.2), chosen=1)
+    assert "stands for a trial" not in Page(write_matrix_report(tmp_path, replace(matrix, tuning={group: told}))).text
 
 
 def test_a_report_that_cannot_be_written_is_an_error_that_names_the_file(tmp_path: Path, matrix: Matrix) -> None:

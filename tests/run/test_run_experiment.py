@@ -180,6 +180,54 @@ def test_a_cell_of_another_release_fails_alone_and_says_what_to_remove(gptfl: Co
     assert json.loads(gptfl.run("experiment", path, "--format", "json").stdout)["failures"] == {}
 
 
+def test_a_point_whose_trial_failed_is_out_and_told_of_and_an_arm_without_any_is_missing(
+    gptfl: Commands, tmp_path: Path
+) -> None:
+    def rates(*found: float) -> list[dict[str, Any]]:
+        return [{"training": {"learning_rate": rate}} for rate in found]
+
+    path = experiment(
+        tmp_path,
+        strategies={"fedavg": {}, "hopeless": {"grid": rates(1e29, 1e30)}},
+        tuning={"rounds": 1, "grid": rates(1e30, 0.2)},
+        cells=[{"splits": ["uneven"], "starts": ["random"], "strategies": ["fedavg", "hopeless"]}],
+    )
+    done = gptfl.run("experiment", path, "--format", "json")
+    results, arms = json.loads(done.stdout), "uneven/random"
+    failures = results["failures"]
+    out = {
+        f"{arms}/fedavg/all/trial-1": "1e+30",
+        f"{arms}/hopeless/all/trial-1": "1e+29",
+        f"{arms}/hopeless/all/trial-2": "1e+30",
+    }
+    assert failures.keys() == {*out, f"{arms}/hopeless/all/seed-4"}
+    page = (tmp_path / "results" / "report.html").read_text()
+    for trial, rate in out.items():
+        told = failures[trial]
+        assert told.startswith(
+            f"the point training.learning_rate {rate} is out: arm fedavg_random, round 1: 0 of the 2"
+        )
+        assert f"{trial}: {told}" in done.stderr
+        assert f'<th scope="row">{trial}</th><td>{told}' in page
+    assert "no point of the grid could be trained with" in failures[f"{arms}/hopeless/all/seed-4"]
+    assert [(arm["strategy"], len(arm["cells"])) for arm in results["splits"][0]["arms"]] == [
+        ("fedavg", 1),
+        ("hopeless", 0),
+    ]
+    federation = (tmp_path / "results" / "cells" / arms / "fedavg/all/seed-4/federation.yaml").read_text()
+    assert "learning_rate: 0.2" in federation
+
+
+def test_an_experiment_in_which_no_trial_came_through_ends_with_what_to_do(gptfl: Commands, tmp_path: Path) -> None:
+    grid = [{"training": {"learning_rate": rate}} for rate in (1e29, 1e30)]
+    cells = [{"splits": ["uneven"], "starts": ["random"], "strategies": ["fedavg"]}]
+    command = gptfl.start("experiment", experiment(tmp_path, tuning={"rounds": 1, "grid": grid}, cells=cells))
+    assert command.wait() == 1
+    assert "no point of the grid could be trained with in any arm: arm fedavg_random, round 1: 0 of" in command.stderr
+    assert "Traceback" not in command.stderr
+    assert not (tmp_path / "results" / "report.html").exists()
+
+
 def test_the_samples_of_a_key_stay_together(tmp_path: Path) -> None:
     labels = np.array(["no", "yes"] * 3)
     parts = parts_of(Split(kind="key", key="speaker"), labels, np.array(["b", "a", "a", "b", "c", "c"]), 0)

@@ -12,7 +12,7 @@ from gptfl_dist.config import load_experiment
 from gptfl_dist.config.experiment import ExperimentFile, Group
 from gptfl_dist.config.load import federation_of
 from gptfl_dist.errors import ConfigError, DataError, StageFailed
-from gptfl_dist.run.experiment.plan import cells_of, groups_of, overlaid, settings_of, trials_of
+from gptfl_dist.run.experiment.plan import cells_of, groups_of, overlaid, point_text, settings_of, trials_of
 from gptfl_dist.run.experiment.run import best_point
 
 BLOCK = {"splits": ["a"], "starts": ["random"], "strategies": ["fedavg", "prox"]}
@@ -70,17 +70,26 @@ def test_every_strategy_is_tried_alike_on_the_first_seed_in_short(tmp_path: Path
     assert [trials_of(alone, group) for group in groups_of(alone)] == [[], []]
 
 
-def test_the_first_of_the_best_points_is_taken_and_where_none_is_known_it_is_said_why(tmp_path: Path) -> None:
+def test_the_first_of_the_best_points_is_taken_of_those_that_could_be_trained_with(tmp_path: Path) -> None:
     file = loaded(tmp_path)
-    group = groups_of(file)[0]
-    trial = trials_of(file, group)[0]
+    group, other = groups_of(file)
+    trials, others = trials_of(file, group), trials_of(file, other)
     assert best_point(group, [], {}) == 0
-    assert best_point(group, [None, 0.4, 0.7, 0.7], {trial: DataError("no data")}) == 2
-    with pytest.raises(StageFailed, match=r"no point of the grid could be trained with in .*: no data"):
-        best_point(group, [None, None], {trial: DataError("no data")})
-    with pytest.raises(StageFailed, match="no silo told how the weights do on its validation data") as found:
-        best_point(group, [None, None], {})
-    assert "data.validation_share" in str(found.value.hint)
+    assert best_point(group, [None, 0.4, 0.7, 0.7], {trials[0]: DataError("no data")}) == 2
+    failed = dict.fromkeys(trials, DataError("no data"))
+    assert best_point(group, [None, None], failed) is None
+    # Those that came through told nothing, here of one and of both.
+    for failures in ({trials[0]: DataError("no data")}, dict.fromkeys(others, DataError("no data"))):
+        with pytest.raises(StageFailed, match="no silo told how the weights do on its validation data") as found:
+            best_point(group, [None, None], failures)
+        assert "data.validation_share" in str(found.value.hint)
+
+
+def test_a_point_of_the_grid_is_said_by_what_it_sets() -> None:
+    assert point_text({"training": {"learning_rate": 0.1, "moon": {"weight": 1}}, "arms": ["gptfl"]}) == (
+        'training.learning_rate 0.1, training.moon.weight 1, arms ["gptfl"]'
+    )
+    assert point_text({}) == "no change"
 
 
 def test_no_criterion_ends_a_trial_before_another(tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ from spelling import spelling_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # these tests ask the hub for nothing that exists
 
+ENCODER = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+"""How small the encoders of texts are."""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
@@ -31,10 +34,7 @@ def text_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = spelling_tokenizer()
     text_config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
+        **ENCODER,
         max_position_embeddings=16,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -118,10 +118,7 @@ def audio_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = spelling_tokenizer()
     text_config = ClapTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
+        **ENCODER,
         max_position_embeddings=32,
         projection_dim=8,
         pad_token_id=1,  # from which the positions count on

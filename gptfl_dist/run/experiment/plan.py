@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -41,6 +42,19 @@ def groups_of(file: ExperimentFile) -> list[Group]:
 def grid_of(file: ExperimentFile, group: Group) -> list[Settings]:
     """The points that are tried for a group."""
     return file.strategies[group.strategy].grid or file.tuning.grid
+
+
+def point_text(point: Settings) -> str:
+    """What a point of the grid sets, such as "training.learning_rate 0.1, training.epochs 2"."""
+    return ", ".join(_texts(point)) or "no change"
+
+
+def _texts(settings: Mapping[str, Any], section: str = "") -> Iterator[str]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _texts(value, f"{section}{name}.")
+        else:
+            yield f"{section}{name} {json.dumps(value, ensure_ascii=False)}"
 
 
 def trials_of(file: ExperimentFile, group: Group) -> list[Cell]:

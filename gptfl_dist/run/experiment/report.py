@@ -9,8 +9,8 @@ from pathlib import Path
 from gptfl_dist.observe.matrix import rows_of
 from gptfl_dist.observe.matrix_report import Matrix, Tuned, write_matrix_report
 from gptfl_dist.run.experiment.data import COUNTS
-from gptfl_dist.run.experiment.plan import grid_of, trial_rounds_of
-from gptfl_dist.run.experiment.run import Experiment
+from gptfl_dist.run.experiment.plan import grid_of, point_text, trial_rounds_of
+from gptfl_dist.run.experiment.run import Experiment, why_it_failed
 
 
 def report(experiment: Experiment, settings_text: str) -> Path:
@@ -32,15 +32,15 @@ def report(experiment: Experiment, settings_text: str) -> Path:
         counts=counts,
         tuning={
             group: Tuned(
-                points=[json.dumps(point) for point in grid_of(file, group)],
+                points=[point_text(point) for point in grid_of(file, group)],
                 rounds=trial_rounds_of(file, group),
                 scores=scores,
-                chosen=experiment.points[group],
+                chosen=experiment.points.get(group),
             )
             for group, scores in experiment.trials.items()
             if scores
         },
-        failures={str(cell): error.message for cell, error in experiment.failures.items()},
+        failures={str(cell): why_it_failed(file, cell, error) for cell, error in experiment.failures.items()},
         settings_text=settings_text,
     )
     write_matrix_report(file.folder, matrix)

@@ -27,18 +27,29 @@ from gptfl_dist.observe.progress import progress
 from gptfl_dist.observe.summary import FILE_NAME, FederatedArm, Summary, read_summary
 from gptfl_dist.run.candidates import PRETRAINED_FACTS, PRETRAINED_WEIGHTS, PRETRAINING_COST
 from gptfl_dist.run.experiment.data import POOLED, Shared, share_out
-from gptfl_dist.run.experiment.plan import Cell, cells_of, groups_of, overlaid, settings_of, trials_of
+from gptfl_dist.run.experiment.plan import (
+    Cell,
+    cells_of,
+    grid_of,
+    groups_of,
+    overlaid,
+    point_text,
+    settings_of,
+    trials_of,
+)
 from gptfl_dist.run.experiment.work import run_all
 from gptfl_dist.run.folder import make_folder
 from gptfl_dist.run.settings import request_of
 from gptfl_dist.run.stages import stages_of
 
 FEDERATION = "federation.yaml"
+_NO_POINT = "not run, for no point of the grid could be trained with"
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment came to: the outcomes of its groups, the point of the grid of each, what failed."""
+    """What an experiment came to: the outcomes of its groups, the point of the grid of each that has one, what failed
+    of its trials and cells."""
 
     file: ExperimentFile
     outcomes: Mapping[Group, Mapping[int, Outcome]]
@@ -65,11 +76,17 @@ async def run_experiment(file: ExperimentFile, beside: Path, workers: int, say: 
     points, scores = {}, {}
     for group in groups:
         scores[group] = [None if cell in failures else bench.validation(cell) for cell in trials[group]]
-        points[group] = best_point(group, scores[group], failures)
-    cells = [cell for group in groups for cell in cells_of(file, group)]
+        if (point := best_point(group, scores[group], failures)) is not None:
+            points[group] = point
+    if not points:
+        first = next(iter(failures.values()))
+        raise StageFailed(f"no point of the grid could be trained with in any arm: {first.message}", hint=first.hint)
+    left_out = [cell for group in groups if group not in points for cell in cells_of(file, group)]
+    failures |= bench.told(dict.fromkeys(left_out, StageFailed(_NO_POINT)))
+    cells = [cell for group in points for cell in cells_of(file, group)]
     for cell in cells:
         bench.write(cell, points[cell.group])
-    failures = await bench.run("cells", cells)
+    failures |= await bench.run("cells", cells)
     outcomes = {
         group: {cell.seed: bench.outcome(cell) for cell in cells_of(file, group) if cell not in failures}
         for group in groups
@@ -77,22 +94,28 @@ async def run_experiment(file: ExperimentFile, beside: Path, workers: int, say: 
     return Experiment(file, outcomes, points, scores, failures)
 
 
-def best_point(group: Group, scores: Sequence[float | None], failures: Mapping[Cell, GptflError]) -> int:
-    """The first of the best points of the grid."""
+def best_point(group: Group, scores: Sequence[float | None], failures: Mapping[Cell, GptflError]) -> int | None:
+    """The first of the best points of the grid; None where every trial failed. Raises StageFailed where none told."""
     if not scores:
         return 0
     known = {point: score for point, score in enumerate(scores) if score is not None}
-    if not known:
-        first = next((error for cell, error in failures.items() if cell.group == group), None)
-        if first is None:
-            raise StageFailed(
-                f"no point of the grid is known to be better than another in {group}: no silo told how the weights do "
-                "on its validation data",
-                hint="raise data.validation_share, so that silos hold some of their samples back, or leave one point "
-                "in the grid, which needs no choice",
-            )
-        raise StageFailed(f"no point of the grid could be trained with in {group}: {first.message}", hint=first.hint)
-    return max(known, key=lambda point: known[point])
+    if known:
+        return max(known, key=lambda point: known[point])
+    if sum(cell.group == group for cell in failures) < len(scores):
+        raise StageFailed(
+            f"no point of the grid is known to be better than another in {group}: no silo told how the weights do "
+            "on its validation data",
+            hint="raise data.validation_share, so that silos hold some of their samples back, or leave one point "
+            "in the grid, which needs no choice",
+        )
+    return None
+
+
+def why_it_failed(file: ExperimentFile, cell: Cell, error: GptflError) -> str:
+    """The error's message; that of a trial says first which point of the grid is out."""
+    if cell.trial is None:
+        return error.message
+    return f"the point {point_text(grid_of(file, cell.group)[cell.trial])} is out: {error.message}"
 
 
 class _Bench:
@@ -189,8 +212,12 @@ class _Bench:
             for (cell, _), stopped in ended.items():
                 if stopped is not None:
                     failures.setdefault(cell, stopped)
-        for cell, why in failures.items():
-            self._say(f"{cell}: {why.message}")
+        return self.told(failures)
+
+    def told(self, failures: dict[Cell, GptflError]) -> dict[Cell, GptflError]:
+        """The failures, of which each was said."""
+        for cell, error in failures.items():
+            self._say(f"{cell}: {why_it_failed(self._file, cell, error)}")
         return failures
 
     def outcome(self, cell: Cell) -> Outcome:
