@@ -49,9 +49,9 @@ def study(quick: bool) -> Study:
             "pretraining": {"epochs": 5 if quick else 30, "batch_size": 32, "threads": 1},
             "training": {"batch_size": 16, "epochs": 2, "clip_norm": 1.0, "warm_up_rounds": 0 if quick else 3},
         },
-        rounds=2 if quick else 30,
+        rounds=2 if quick else 25,
         epochs=2,
-        trial_rounds=8,
+        trial_rounds=6,
         splits={"speakers": by_speaker},
         unseen={
             f"unseen-{speaker}": {**by_speaker, "without": [speaker], "test_data": f"unseen/{speaker}"}
