@@ -35,7 +35,7 @@ from gptfl_dist.exchange.base import (
     Welcome,
 )
 from gptfl_dist.exchange.inbox import Inbox
-from gptfl_dist.federation import coordinator as machine
+from gptfl_dist.federation import steps
 from gptfl_dist.federation.freshness import ROLLBACK
 from gptfl_dist.federation.orders import RECALLED, Kind, Order, Report
 from gptfl_dist.ledger.records import ArmRecord, RoundRecord
@@ -103,7 +103,7 @@ class Federator:
         self._origins: dict[str, Origin] = {}  # as they connected last
         self._epoch = epoch_of(ledger, file)
         self._assembled = False  # whether all silos were waited for, once in this process
-        self._queue: asyncio.Queue[ExchangeEvent | machine.Event | BaseException] = asyncio.Queue()
+        self._queue: asyncio.Queue[ExchangeEvent | steps.Event | BaseException] = asyncio.Queue()
         self._pump: asyncio.Task[None] | None = None
         self._requests: asyncio.Task[None] | None = None
         self._paused = False  # as the ledger says
@@ -177,7 +177,7 @@ class Federator:
         arm = ArmRun(plan, self.file, self._silos, assembled=self._assembled, epoch=self._epoch.number)
         unfinished = next((r for r in record.rounds if r.kind == "train" and r.weights is None), None)
         if self._paused:
-            arm.machine.handle(machine.Paused())
+            arm.machine.handle(steps.Paused())
         arm.machine.bar(self._presence.barred)
         # No silo could start from damaged weights, and what this process writes later it need not doubt.
         await asyncio.to_thread(self.ledger.require_weights, record.final)
@@ -217,7 +217,7 @@ class Federator:
         except RunAborted as error:
             for silo, round_ in sorted(arm.machine.owed.items()):
                 if self._inbox.withdraw(silo):
-                    await self._do(arm, machine.Recall(silo, round_, error.message))
+                    await self._do(arm, steps.Recall(silo, round_, error.message))
             raise
         finally:
             await self._next.stop()
@@ -302,9 +302,9 @@ class Federator:
             order = arm.orders[silo] = arm.order(kind, nonce, arm.round, arm.given, follows)
             self._inbox.expect(silo, order)
 
-    async def _do(self, arm: ArmRun, command: machine.Command) -> None:
+    async def _do(self, arm: ArmRun, command: steps.Command) -> None:
         plan, ledger = arm.plan, self.ledger
-        if isinstance(command, machine.StartRound):
+        if isinstance(command, steps.StartRound):
             if arm.round != command.round:
                 base = self.record(plan.name).weights_of(command.round - 1)
                 nonces = _nonces(command.cohort)
@@ -316,28 +316,28 @@ class Federator:
             arm.hold(WeightsFile(ledger.weights_path(arm.base)))
             await self._publish(arm)
             self._next.open(arm)
-        elif isinstance(command, machine.Enlist):
+        elif isinstance(command, steps.Enlist):
             nonces = _nonces(command.silos)
             arm.cohort = tuple(sorted({*arm.cohort, *command.silos}))
             ledger.enlist(plan.name, command.round, arm.cohort, nonces)
             self._enlist(arm, "train", nonces)
-        elif isinstance(command, machine.Halt):
+        elif isinstance(command, steps.Halt):
             await self._next.stop()
             self._note_spent(arm)
             arm.halt(self.exchange.traffic)
-        elif isinstance(command, machine.Call):
+        elif isinstance(command, steps.Call):
             await self.exchange.send(command.silo, arm.orders[command.silo])
-        elif isinstance(command, machine.Recall):
+        elif isinstance(command, steps.Recall):
             order = arm.orders.pop(command.silo)
             self._inbox.withdraw(command.silo)
             ledger.fail(plan.name, command.round, command.silo, f"{RECALLED}{command.reason}")
             self.watcher.note(f"{plan.name}, round {command.round}: {command.silo} recalled: {command.reason}")
             self.watcher.silo_done(command.silo)
             await self.exchange.recall(command.silo, order.nonce, command.reason)
-        elif isinstance(command, machine.SetDeadline):
-            event = machine.DeadlinePassed(command.round, command.state)
+        elif isinstance(command, steps.SetDeadline):
+            event = steps.DeadlinePassed(command.round, command.state)
             arm.set_deadline(command.seconds, lambda: self._queue.put_nowait(event))
-        elif isinstance(command, machine.Aggregate):
+        elif isinstance(command, steps.Aggregate):
             counted = {silo: arm.orders[silo].round for silo in command.silos}
             reduced = None if self._reducing is None else await self._reducing.reduce(command.silos)
             digest = await self._next.make(counted, reduced)
@@ -353,8 +353,8 @@ class Federator:
             record = await self._judged(plan)
             self._test(plan, command.round, digest, record.rounds[-1])
             self._drop_old_weights()
-            self._queue.put_nowait(machine.Aggregated(command.round, last=self._stops(plan, record)))
-        elif isinstance(command, machine.Finish):
+            self._queue.put_nowait(steps.Aggregated(command.round, last=self._stops(plan, record)))
+        elif isinstance(command, steps.Finish):
             self._note_spent(arm)
             arm.stop_counting(self.exchange.traffic)
         else:
@@ -379,7 +379,7 @@ class Federator:
         signed = self._inbox.signed(silo)
         self.ledger.commit(order.arm, order.round, silo, report.samples, report.metrics, digest, signed)
 
-    def _translate(self, arm: ArmRun, event: ExchangeEvent | machine.Event | BaseException) -> list[machine.Event]:
+    def _translate(self, arm: ArmRun, event: ExchangeEvent | steps.Event | BaseException) -> list[steps.Event]:
         """What an event of the wire means in this arm's round."""
         if isinstance(event, BaseException):
             raise event
@@ -395,7 +395,7 @@ class Federator:
             order = arm.orders.get(event.silo)
             return self._answer(arm, order, event) if order is not None and order.nonce == event.nonce else []
         now = (arm.round, arm.machine.state)
-        if isinstance(event, machine.DeadlinePassed) and now[1] != "gather" and (event.round, event.state) == now:
+        if isinstance(event, steps.DeadlinePassed) and now[1] != "gather" and (event.round, event.state) == now:
             # Whoever's update was committed a moment ago has delivered; from here on nobody else can, or counts later.
             in_time = {
                 silo: round_
@@ -406,21 +406,21 @@ class Federator:
                     else self._inbox.committed(silo, arm.orders[silo].nonce)
                 )
             }
-            return [*(machine.Delivered(silo, round_) for silo, round_ in in_time.items()), event]
+            return [*(steps.Delivered(silo, round_) for silo, round_ in in_time.items()), event]
         return [event]
 
-    def _answer(self, arm: ArmRun, order: Order, event: Answered | OrderFailed | SiloProgress) -> list[machine.Event]:
+    def _answer(self, arm: ArmRun, order: Order, event: Answered | OrderFailed | SiloProgress) -> list[steps.Event]:
         if isinstance(event, SiloProgress):
             self.watcher.silo_progress(event.silo, event.done, event.total, event.note)
             return []
         self.watcher.silo_done(event.silo)
         if isinstance(event, Answered):
             self._note_spent(arm)
-            return [machine.Delivered(event.silo, order.round)]
+            return [steps.Delivered(event.silo, order.round)]
         del arm.orders[event.silo]
         self.ledger.fail(order.arm, order.round, event.silo, event.reason)
         self.watcher.note(f"{order.arm}, round {order.round}: {event.silo} failed: {event.reason}")
-        return [machine.Failed(event.silo, order.round, event.reason)]
+        return [steps.Failed(event.silo, order.round, event.reason)]
 
     def _tell_where_it_stands(self, arm: ArmRun) -> None:
         self._presence.tell(arm.machine.missing)
@@ -465,7 +465,7 @@ class Federator:
                 paused = paused_since(self.ledger) is not None
                 if paused != self._paused:
                     self._paused = paused
-                    self._queue.put_nowait(machine.Paused() if paused else machine.Resumed())
+                    self._queue.put_nowait(steps.Paused() if paused else steps.Resumed())
                     asked = "a pause was asked for: no other round is begun" if paused else "the pause is over"
                     self.watcher.note(asked)
                 await asyncio.sleep(LOOK_EVERY)
@@ -510,7 +510,7 @@ class Federator:
         self.ledger.drop_states_except(newest)
 
 
-def _hint(command: machine.GiveUp) -> str:
+def _hint(command: steps.GiveUp) -> str:
     """What the operator can do where an arm cannot go on."""
     if ROLLBACK in command.reason:
         return (
