@@ -31,7 +31,9 @@ from gptfl_dist.run.expiry import warn
 from gptfl_dist.run.folder import PRIVATE, make_folder
 from gptfl_dist.run.freshness import Freshness
 from gptfl_dist.run.renewal import keep_valid
-from gptfl_dist.run.silo import ProcessRunner, Silo, require_data
+from gptfl_dist.run.requirements import require_data
+from gptfl_dist.run.runner import ProcessRunner
+from gptfl_dist.run.silo import Silo
 from gptfl_dist.security.audit_log import AuditLog
 from gptfl_dist.security.authority import Authority
 from gptfl_dist.security.enrolment import Desk, Enrolment

@@ -28,7 +28,7 @@ from gptfl_dist.learning.models import build_model
 from gptfl_dist.learning.preprocess import normalise
 from gptfl_dist.learning.seeding import derive_seed
 from gptfl_dist.run import evaluator
-from gptfl_dist.run.silo import require_built_in, require_training
+from gptfl_dist.run.requirements import require_built_in, require_training
 
 HEAD = "9"  # the last layer of the model cnn
 ALLOWED = {"policy": {"class_means": True}}

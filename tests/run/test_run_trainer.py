@@ -14,7 +14,7 @@ from gptfl_dist.config.mixing import HandedOut
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.config.silo import Code, SiloFile
 from gptfl_dist.errors import ModelError, PolicyError, TrainerError
-from gptfl_dist.run.silo import require_built_in
+from gptfl_dist.run.requirements import require_built_in
 from gptfl_dist.run.trainer import Trainer
 from gptfl_dist.testing.federations import tiny_federation
 
