@@ -68,8 +68,7 @@ class Terminal:
         """`ledger` tells which rounds an interrupted run has behind it."""
         behind = 0
         for arm in ledger.arms():
-            record = ledger.arm(arm)
-            assert record is not None
+            record = ledger.begun_arm(arm)
             stopped = ledger.fact(stopped_name(arm)) is not None
             behind += file.federation.rounds if stopped else record.finished_rounds
         rules = file.federation
