@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptfl_dist.config.base import port_of
-from gptfl_dist.config.federation import Enrolment as EnrolmentSettings
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import load_federation, load_silo
+from gptfl_dist.config.wire import Enrolment as EnrolmentSettings
 from gptfl_dist.errors import ConfigError, GptflError, StorageError
 from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
 from gptfl_dist.exchange.inbox import Inbox

@@ -17,9 +17,9 @@ from test_run_restart import live
 from trained import TrainedWorld
 
 from gptfl_dist.config.document import dump_yaml
-from gptfl_dist.config.federation import Model, Task
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.config.silo import Data, SiloFile
+from gptfl_dist.config.task import Model, Task
 from gptfl_dist.errors import FederationError, ModelError, PolicyError
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.learning.data import ImageSet, load_images, split
