@@ -1,21 +1,19 @@
 """The coordinator at work: the rounds of an arm, over an exchange that is there for all of them.
 
-The state machine of `federation.coordinator` decides, this module does: it gives orders, aggregates spools into the
-next weights, has them tested, and writes every step to the ledger before it goes on. Started again on the same run
-folder, it goes on in the round that it was in.
+The state machine of `federation.coordinator` decides, this module does: it gives orders, has the next weights made of
+spools (`run.next_weights`) and looked after (`run.closed_rounds`), and writes every step to the ledger before it goes
+on. Started again on the same run folder, it goes on in the round that it was in. It hears by `run.listening`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.plan import Plan
-from gptfl_dist.errors import FederationError, RunAborted, StorageError
+from gptfl_dist.errors import FederationError, RunAborted
 from gptfl_dist.exchange.base import (
     Answered,
     CoordinatorExchange,
@@ -23,7 +21,6 @@ from gptfl_dist.exchange.base import (
     ExchangeFailed,
     Goodbye,
     OrderFailed,
-    Origin,
     Reducing,
     SiloBarred,
     SiloConnected,
@@ -37,7 +34,6 @@ from gptfl_dist.federation import steps
 from gptfl_dist.federation.freshness import ROLLBACK
 from gptfl_dist.federation.orders import RECALLED, Kind, Order, Report
 from gptfl_dist.ledger.records import ArmRecord
-from gptfl_dist.ledger.requests import LOOK_EVERY, paused_since
 from gptfl_dist.ledger.store import Ledger
 from gptfl_dist.observe.live import Standing
 from gptfl_dist.run.aggregate import state_of
@@ -46,9 +42,9 @@ from gptfl_dist.run.closed_rounds import ClosedRounds
 from gptfl_dist.run.epoch import epoch_of
 from gptfl_dist.run.evaluation import Evaluator, ModelFacts
 from gptfl_dist.run.handout import HandOut
+from gptfl_dist.run.listening import Listening
 from gptfl_dist.run.next_weights import NextWeights
 from gptfl_dist.run.presence import Presence
-from gptfl_dist.run.requests import aborted
 from gptfl_dist.run.synthetic import open_samples
 from gptfl_dist.run.watcher import Watcher
 from gptfl_dist.weights import Codec, WeightsFile
@@ -90,13 +86,10 @@ class Federator:
         self._samples: dict[str, WeightsFile] = {}  # synthetic ones that silos are given, by digest: one file, or none
         self._presence = Presence(self._silos, watcher)
         self._closed = ClosedRounds(file, ledger, evaluator, watcher, self.fail)
-        self._origins: dict[str, Origin] = {}  # as they connected last
         self._epoch = epoch_of(ledger, file)
         self._assembled = False  # whether all silos were waited for, once in this process
         self._queue: asyncio.Queue[ExchangeEvent | steps.Event | BaseException] = asyncio.Queue()
-        self._pump: asyncio.Task[None] | None = None
-        self._requests: asyncio.Task[None] | None = None
-        self._paused = False  # as the ledger says
+        self._listening = Listening(self.exchange, ledger, watcher, self._queue.put_nowait)
         self._said_paused = False
 
     async def start(self) -> None:
@@ -110,20 +103,14 @@ class Federator:
             self._samples[samples.digest] = opened
         plan = Plan.of(self.file, samples)
         await self.exchange.open(Welcome(run, plan, self._hand_out.layout, self._epoch))
-        self._pump = asyncio.create_task(self._pump_events())
-        self._paused = paused_since(self.ledger) is not None
-        self._requests = asyncio.create_task(self._look_for_requests())
+        self._listening.start()
 
     async def stop(self, goodbye: Goodbye) -> None:
         """Says goodbye and ends the exchange."""
         self._closed.stop()
-        for listener in (self._pump, self._requests):
-            if listener is not None:
-                listener.cancel()
+        self._listening.stop()
         await self.exchange.close(goodbye)
-        with contextlib.suppress(StorageError):  # whatever ended the run has been told
-            while not self.exchange.events.empty():
-                self._note_line(self.exchange.events.get_nowait())
+        self._listening.note_the_rest()
         self._inbox.close()
         for samples in self._samples.values():
             samples.close()
@@ -140,7 +127,7 @@ class Federator:
             return
         arm = ArmRun(plan, self.file, self._silos, assembled=self._assembled, epoch=self._epoch.number)
         unfinished = next((r for r in record.rounds if r.kind == "train" and r.weights is None), None)
-        if self._paused:
+        if self._listening.paused:
             arm.machine.handle(steps.Paused())
         arm.machine.bar(self._presence.barred)
         # No silo could start from damaged weights, and what this process writes later it need not doubt.
@@ -365,39 +352,6 @@ class Federator:
                 seconds_left=arm.seconds_left if arm.machine.state in ("gather", "train", "evaluate") else None,
             )
         )
-
-    async def _pump_events(self) -> None:
-        try:
-            while True:
-                event = await self.exchange.events.get()
-                self._note_line(event)
-                self._queue.put_nowait(event)
-        except StorageError as broken:
-            self.fail(broken)
-
-    def _note_line(self, event: ExchangeEvent) -> None:
-        """Notes for the audit log who came and who went."""
-        if isinstance(event, SiloConnected):
-            self._origins[event.silo] = event.origin
-        if isinstance(event, SiloConnected | SiloLeft) and event.silo in self._origins:
-            told = {name: value for name, value in asdict(self._origins[event.silo]).items() if value}
-            what = "connected" if isinstance(event, SiloConnected) else "disconnected"
-            self.ledger.note(f"silo {what}", {"silo": event.silo, **told})
-
-    async def _look_for_requests(self) -> None:
-        """Passes on what an operator asked for."""
-        try:
-            while (error := aborted(self.ledger)) is None:
-                paused = paused_since(self.ledger) is not None
-                if paused != self._paused:
-                    self._paused = paused
-                    self._queue.put_nowait(steps.Paused() if paused else steps.Resumed())
-                    asked = "a pause was asked for: no other round is begun" if paused else "the pause is over"
-                    self.watcher.note(asked)
-                await asyncio.sleep(LOOK_EVERY)
-            self.fail(error)
-        except StorageError as broken:
-            self.fail(broken)
 
 
 def _hint(command: steps.GiveUp) -> str:
