@@ -19,7 +19,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from gptfl_dist.config.federation import Exchange
+from gptfl_dist.config.wire import Exchange
 from gptfl_dist.exchange.base import UpdateHeader
 from gptfl_dist.federation.orders import Report
 from gptfl_dist.security.audit_log import AuditLog

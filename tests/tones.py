@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from gptfl_dist.audio.clip import wav_bytes
-from gptfl_dist.config.federation import Task
+from gptfl_dist.config.task import Task
 
 TONES = {"low": 300, "middle": 800, "high": 1800}
 RATE = 4000

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from gptfl_dist.config.federation import Task
 from gptfl_dist.config.plan import LocalTraining
+from gptfl_dist.config.task import Task
 from gptfl_dist.learning.data import ImageSet
 from gptfl_dist.learning.preprocess import normalise
 from gptfl_dist.learning.seeding import deterministic

@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 
 from gptfl_dist.audio.clip import fitted
-from gptfl_dist.config.federation import Task
+from gptfl_dist.config.task import Task
 
 _LARGEST_FFT = 2**17
 

@@ -1,7 +1,8 @@
 """The federation file: what the coordinator runs, from the labels to the last round.
 
-The commented default of every setting is `defaults/federation.yaml`; this module is its type. Paths in the file are
-relative to the file. Sections appear in the order in which the run uses them.
+The commented default of every setting is `defaults/federation.yaml`; the sections' types stand in modules beside this
+one, that of `federation` here, with what the sections must agree on. Paths in the file are relative to the file.
+Sections appear in the order in which the run uses them.
 """
 
 from __future__ import annotations
@@ -12,162 +13,16 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from gptfl_dist.config.at_rest import AtRest
-from gptfl_dist.config.base import Address, Device, Name, Section, Share
+from gptfl_dist.config.base import Name, Section
 from gptfl_dist.config.mixing import Mixing
-from gptfl_dist.config.strategy import Momentum, Strategy
+from gptfl_dist.config.strategy import Strategy
 from gptfl_dist.config.synthesis import Synthesis
-from gptfl_dist.config.units import Duration, Rate, Size
+from gptfl_dist.config.task import Model, Task
+from gptfl_dist.config.training import Pretraining, Training, Tuning
+from gptfl_dist.config.units import Duration
+from gptfl_dist.config.wire import Collective, Compression, Enrolment, Exchange
 
 Arm = Literal["synthetic_only", "fedavg_random", "gptfl"]
-
-
-class Task(Section):
-    """What the model sees, normalised alike in every arm: images of one size, or clips of one length as spectrograms.
-
-    `size` and `channels` are of kind image, all but `mean` and `std` of the rest are of kind audio.
-    """
-
-    kind: Literal["image", "audio"] = "image"
-    size: PositiveInt = 32
-    channels: Literal[1, 3] = 1
-    sample_rate: Annotated[int, Field(ge=1000, le=192_000)] = 16_000
-    duration: Annotated[Duration, Field(le=600.0)] = 1.0
-    window: Duration = 0.025
-    hop: Duration = 0.01
-    bins: Annotated[int, Field(ge=1, le=512)] = 128
-    depth: Annotated[float, Field(gt=0, le=120)] = 60.0
-    mean: list[float] = Field(default=[0.5])
-    std: list[PositiveFloat] = Field(default=[0.5])
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of what the model sees; of a clip 1, its bins and its windows."""
-        if self.kind == "image":
-            return self.channels, self.size, self.size
-        return 1, self.bins, 1 + (self.clip_samples - self.window_samples) // self.hop_samples
-
-    @property
-    def samples(self) -> str:
-        """What messages call several samples."""
-        return "images" if self.kind == "image" else "clips"
-
-    @property
-    def clip_samples(self) -> int:
-        return round(self.duration * self.sample_rate)
-
-    @property
-    def window_samples(self) -> int:
-        return round(self.window * self.sample_rate)
-
-    @property
-    def hop_samples(self) -> int:
-        return round(self.hop * self.sample_rate)
-
-    @model_validator(mode="after")
-    def _settings_of_the_kind(self) -> Self:
-        others = _OF_AUDIO if self.kind == "image" else _OF_IMAGES
-        for name in others:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is not of kind {self.kind}: leave it out, or set kind")
-        return self
-
-    @model_validator(mode="after")
-    def _windows_in_a_clip(self) -> Self:
-        if self.hop_samples < 1:
-            raise ValueError(f"hop is less than one sample at sample_rate {self.sample_rate}")
-        if not 2 <= self.window_samples <= self.clip_samples:
-            raise ValueError(
-                f"window has {self.window_samples} samples at sample_rate {self.sample_rate}, expected 2 to the "
-                f"{self.clip_samples} of duration"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _one_statistic_a_channel(self) -> Self:
-        channels = self.shape[0]
-        for field, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (1, channels):
-                raise ValueError(f"{field} has {len(values)} values, expected 1 or {channels} (one a channel)")
-        return self
-
-
-_OF_IMAGES = ("size", "channels")
-_OF_AUDIO = ("sample_rate", "duration", "window", "hop", "bins", "depth")
-
-
-class Model(Section):
-    """The downstream model. Three are built in; `transformers` names a config, folder or hub id."""
-
-    name: Literal["cnn", "convnet", "conv1d-gru", "transformers", "function"] = "cnn"
-    source: str | None = None
-    pretrained: bool = False
-
-    @model_validator(mode="after")
-    def _source_where_needed(self) -> Self:
-        if self.name == "transformers" and not self.source:
-            raise ValueError("model.name is transformers, so model.source must name a model folder or a hub id")
-        if self.name == "function" and not self.source:
-            raise ValueError("model.name is function, so model.source must name it as package.module:function")
-        if self.name in ("cnn", "convnet", "conv1d-gru") and self.source is not None:
-            raise ValueError(f"model.name is {self.name}, which takes no model.source")
-        if self.pretrained and self.name != "transformers":
-            raise ValueError("model.pretrained is for model.name transformers alone")
-        return self
-
-
-class Pretraining(Section):
-    """Central training on the synthetic set. The held-out part that stops it is synthetic too."""
-
-    epochs: PositiveInt = 60
-    batch_size: PositiveInt = 64
-    learning_rate: PositiveFloat = 2e-3
-    weight_decay: NonNegativeFloat = 0.05
-    augmentation: bool = True
-    validation_share: Share = 0.1
-    patience: PositiveInt = 15
-    device: Device = "auto"
-    threads: NonNegativeInt = 0
-
-
-class Training(Section):
-    """A silo's local training in each round. Several learning rates make a grid that `tuning` chooses from.
-
-    `schedule`, `warm_up_rounds`, `first_round` and `head_rounds` count the arm's rounds: they say how one round differs
-    from another.
-    """
-
-    epochs: PositiveInt = 1
-    batch_size: PositiveInt = 32
-    learning_rate: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=1)] = 0.2
-    schedule: Literal["constant", "cosine"] = "constant"
-    warm_up_rounds: NonNegativeInt = 3
-    first_round: Literal["train", "means"] = "train"
-    head_rounds: NonNegativeInt = 0
-    momentum: Momentum = 0.0
-    weight_decay: NonNegativeFloat = 0.0
-    proximal: NonNegativeFloat = 0.0
-    contrastive: NonNegativeFloat = 0.0
-    temperature: PositiveFloat = 0.5
-    private_norms: bool = False
-    clip_norm: PositiveFloat | None = 1.0
-    augmentation: bool = False
-    threads: PositiveInt = 1
-
-    @property
-    def learning_rates(self) -> list[float]:
-        """The grid, of one rate or several."""
-        return self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]
-
-    @property
-    def first_trained(self) -> int:
-        """The first round that silos train in."""
-        return 2 if self.first_round == "means" else 1
-
-
-class Tuning(Section):
-    """How a learning rate is chosen from the grid: a short federated run of each rate, judged on validation data."""
-
-    rounds: PositiveInt = 5
 
 
 class Federation(Section):
@@ -220,70 +75,6 @@ class Federation(Section):
                 f"max_staleness is {self.max_staleness}, but no update is stale: mode is synchronous and late is drop"
             )
         return self
-
-
-class Limits(Section):
-    """What one silo may ask of the coordinator, as one operator may. Who goes beyond is slowed or refused, alone."""
-
-    rate: Annotated[Rate, Field(ge=4096)] = 2**30
-    calls: PositiveInt = 100
-    connections: Annotated[int, Field(ge=2)] = 4
-    transfers: Annotated[int, Field(ge=2)] = 4
-
-
-class Exchange(Section):
-    """The wire. `listen` is where the coordinator takes silos over gRPC; port 0 takes any free port."""
-
-    listen: Address = "127.0.0.1:0"
-    authority: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
-    chunk: Size = 2**20
-    keepalive: Duration = 30.0
-    limits: Limits = Limits()
-
-    @model_validator(mode="after")
-    def _all_or_none(self) -> Self:
-        given = [name for name in ("authority", "certificate", "key") if getattr(self, name) is not None]
-        if given and len(given) < 3:
-            missing = {"authority", "certificate", "key"} - set(given)
-            raise ValueError(f"{', '.join(given)} given without {', '.join(sorted(missing))}: give all three or none")
-        if not 4096 <= self.chunk <= 2**24:
-            raise ValueError(f"chunk is {self.chunk} bytes, expected 4KiB to 16MiB")
-        return self
-
-
-class Enrolment(Section):
-    """The federation's own authority, kept in a folder, and the port where invited silos enrol.
-
-    `hosts` are the names and addresses under which silos dial both ports, the first the one that invitations name.
-    """
-
-    authority: Path = Path("authority")
-    hosts: list[str] = Field(min_length=1)
-    listen: Address = "0.0.0.0:8444"
-    certificates: Annotated[Duration, Field(ge=5.0)] = 7 * 24 * 3600.0
-    approval: bool = False
-
-
-class Collective(Section):
-    """How ranks under mpiexec or torchrun deal with each other; there `exchange` names nothing but the certificates.
-
-    Updates come whole (`exact`) or are summed on their way (`fast`).
-    """
-
-    reduction: Literal["exact", "fast"] = "exact"
-    trust: Literal["plain", "tls"] = "plain"
-
-
-class Compression(Section):
-    """How updates (up) and weights (down) are encoded on their way; `top_share` and `error_feedback` are of updates."""
-
-    up: Literal["none", "fp16", "bf16", "int8", "topk"] = "none"
-    down: Literal["none", "fp16", "bf16", "int8"] = "none"
-    top_share: Share = 0.01
-    error_feedback: bool = True
-    lossless: Literal["none", "zstd"] = "none"
 
 
 class SiloEntry(Section):

@@ -11,9 +11,12 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from gptfl_dist.config.base import Name, Section
-from gptfl_dist.config.federation import Compression, FederationFile, Model, Task, Training
+from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.mixing import HandedOut
 from gptfl_dist.config.strategy import Momentum
+from gptfl_dist.config.task import Model, Task
+from gptfl_dist.config.training import Training
+from gptfl_dist.config.wire import Compression
 
 Kept = Literal["control", "previous", "norms"]
 """What silos keep from one of their updates to the next: the control variate (SCAFFOLD), the model that they came to

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from gptfl_dist.config.federation import Limits
+from gptfl_dist.config.wire import Limits
 
 _BURST = 1.0  # seconds of a rate that may be used up at once
 

@@ -338,7 +338,7 @@ class MemorySiloExchange:
         except Disconnected:
             coordinator.leave(self._silo, line)
             raise
-        self._open  # noqa: B018  a receipt does not come over a broken line
+        self._open  # noqa: B018  (a receipt does not come over a broken line)
         return receipt
 
     async def report(self, report: Report) -> None:

@@ -12,7 +12,8 @@ order, but not its place in the cohort.
 
 from __future__ import annotations
 
-from gptfl_dist.federation.coordinator import Call, Command, Coordinator, Enlist
+from gptfl_dist.federation.coordinator import Coordinator
+from gptfl_dist.federation.steps import Call, Command, Enlist
 
 
 class AsynchronousCoordinator(Coordinator):

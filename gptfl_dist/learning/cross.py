@@ -12,7 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from torch import nn
 
-from gptfl_dist.config.federation import Pretraining, Task
+from gptfl_dist.config.task import Task
+from gptfl_dist.config.training import Pretraining
 from gptfl_dist.learning.data import ImageSet
 from gptfl_dist.learning.evaluate import scores
 from gptfl_dist.learning.pretrain import pretrain

@@ -19,8 +19,8 @@ import torch
 
 from gptfl_dist.audio.clip import read_clip
 from gptfl_dist.audio.spectrogram import spectrogram
-from gptfl_dist.config.federation import Task
 from gptfl_dist.config.silo import Data
+from gptfl_dist.config.task import Task
 from gptfl_dist.errors import DataError
 from gptfl_dist.learning.images import pixels
 from gptfl_dist.learning.sources import CHECK, Kind, Raw, kind_of, list_samples

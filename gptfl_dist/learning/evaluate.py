@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gptfl_dist.config.federation import Task
+from gptfl_dist.config.task import Task
 from gptfl_dist.errors import DataError
 from gptfl_dist.learning.data import ImageSet
 from gptfl_dist.learning.device import resolve_device

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gptfl_dist.config.federation import Task
 from gptfl_dist.config.plan import LocalTraining, batch_count
+from gptfl_dist.config.task import Task
 from gptfl_dist.errors import DataError, TrainerError
 from gptfl_dist.learning.data import ImageSet
 from gptfl_dist.learning.descent import Descent

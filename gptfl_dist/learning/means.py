@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from gptfl_dist.config.federation import Task
+from gptfl_dist.config.task import Task
 from gptfl_dist.errors import DataError, ModelError, first_line
 from gptfl_dist.learning.data import ImageSet
 from gptfl_dist.learning.evaluate import scores

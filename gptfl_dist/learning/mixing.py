@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gptfl_dist.config.federation import Task
 from gptfl_dist.config.mixing import HandedOut
+from gptfl_dist.config.task import Task
 from gptfl_dist.errors import DataError
 from gptfl_dist.learning.data import ImageSet
 from gptfl_dist.weights import BLOCK, WeightsFile, write_weights

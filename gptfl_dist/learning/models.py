@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gptfl_dist.config.federation import Model, Task
+from gptfl_dist.config.task import Model, Task
 from gptfl_dist.errors import ModelError, first_line
 from gptfl_dist.learning.code import import_function
 from gptfl_dist.synthesis.source import quiet_transformers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gptfl_dist.config.federation import Task
+from gptfl_dist.config.task import Task
 from gptfl_dist.learning.augment import augment
 from gptfl_dist.learning.augment_audio import augment_spectrograms
 

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gptfl_dist.config.federation import Pretraining, Task
 from gptfl_dist.config.plan import batch_count
+from gptfl_dist.config.task import Task
+from gptfl_dist.config.training import Pretraining
 from gptfl_dist.errors import TrainerError
 from gptfl_dist.learning.checkpoint import Checkpoint, State, unpack
 from gptfl_dist.learning.data import ImageSet, split

@@ -96,6 +96,12 @@ class Record:
         )
         return ArmRecord(row[0], row[1], row[2], bool(row[3]), row[4], rounds, _measures(row[5]), self._judged(arm))
 
+    def begun_arm(self, arm: str) -> ArmRecord:
+        """All that is known of an arm that was begun."""
+        record = self.arm(arm)
+        assert record is not None
+        return record
+
     def _judged(self, arm: str) -> tuple[tuple[float, float], ...]:
         return tuple((accuracy, loss) for accuracy, loss in json.loads(self.fact(judged_name(arm)) or "[]"))
 

@@ -13,8 +13,9 @@ from typing import get_args
 from pydantic import TypeAdapter, ValidationError
 
 from gptfl_dist.config.base import Name, port_of
-from gptfl_dist.config.federation import Enrolment, FederationFile
+from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import load_federation
+from gptfl_dist.config.wire import Enrolment
 from gptfl_dist.errors import ConfigError, GptflError
 from gptfl_dist.run.folder import PRIVATE, make_folder
 from gptfl_dist.run.status import status_of

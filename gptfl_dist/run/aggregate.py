@@ -12,8 +12,9 @@ from gptfl_dist.aggregation.rules import next_weights, reads_once, rule_of
 from gptfl_dist.aggregation.scaffold import next_control
 from gptfl_dist.aggregation.server import ServerOptimizer, control_of, stepping
 from gptfl_dist.aggregation.updates import Updates
-from gptfl_dist.config.federation import FederationFile, Training
+from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.strategy import Strategy
+from gptfl_dist.config.training import Training
 from gptfl_dist.ledger.store import Ledger
 from gptfl_dist.run.arm import ArmRun
 from gptfl_dist.weights import FlatReader, Layout

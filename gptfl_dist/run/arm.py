@@ -11,8 +11,8 @@ from pathlib import Path
 from gptfl_dist.config.federation import Federation, FederationFile
 from gptfl_dist.config.plan import LocalTraining
 from gptfl_dist.exchange.base import Traffic
-from gptfl_dist.federation import coordinator as machine
 from gptfl_dist.federation.asynchronous import AsynchronousCoordinator
+from gptfl_dist.federation.coordinator import Coordinator, Rules
 from gptfl_dist.federation.orders import Kind, Order
 from gptfl_dist.ledger.records import ArmRecord
 from gptfl_dist.observe.summary import StopCriterion
@@ -61,8 +61,8 @@ class ArmRun:
     ) -> None:
         rules, asynchronous = file.federation, file.federation.mode == "asynchronous"
         self.plan = plan
-        self.machine = (AsynchronousCoordinator if asynchronous else machine.Coordinator)(
-            machine.Rules(
+        self.machine = (AsynchronousCoordinator if asynchronous else Coordinator)(
+            Rules(
                 arm=plan.name,
                 seed=file.seed,
                 silos=silos,

@@ -41,7 +41,7 @@ async def run_arms(federator: Federator) -> None:
             rate = await _choose_rate(federator, arm, start)
         with _timed(ledger, arm):
             await federator.run_arm(ArmPlan(arm, start, rate, file.federation.rounds, tested=True))
-            record = federator.record(arm)
+            record = ledger.begun_arm(arm)
             assert record.best_round is not None
             for name, digest in ((arm, record.weights_of(record.best_round)), (f"{arm}-final", record.final)):
                 target = ledger.folder / "models" / f"{name}.safetensors"
@@ -72,7 +72,7 @@ async def _choose_candidate(federator: Federator) -> None:
         start = await _start_from(federator, candidate.run_folder / PRETRAINED_WEIGHTS)
         rate = file.training.learning_rates[0]  # nobody trains with it: there is no round but the evaluation
         await federator.run_arm(ArmPlan(choice_name(name), start, rate, rounds=0, tested=False))
-        score = validation_of(federator.record(choice_name(name)), 0)
+        score = validation_of(federator.ledger.begun_arm(choice_name(name)), 0)
         if score is None:
             raise FederationError(
                 "no candidate can be chosen: no silo reported an accuracy on its validation data",
@@ -94,7 +94,7 @@ async def _choose_rate(federator: Federator, arm: str, start: str) -> float:
         plan = ArmPlan(trial_name(arm, rate), start, rate, file.tuning.rounds, tested=False)
         with contextlib.suppress(RoundFailed):
             await federator.run_arm(plan)
-        record = federator.record(plan.name)
+        record = federator.ledger.begun_arm(plan.name)
         last = record.rounds[-1]
         accuracy, loss = last.mean_metric("accuracy"), last.mean_metric("loss")
         # A rate that is a little too high lets the loss diverge in the last step, and shows in the evaluation.

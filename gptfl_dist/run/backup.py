@@ -235,8 +235,7 @@ def _weights_of(ledger: LedgerReader) -> tuple[set[str], set[str]]:
     """The files that a run needs to go on, and others that may be kept."""
     needed, wanted = set(), set()
     for name in ledger.arms():
-        record = ledger.arm(name)
-        assert record is not None
+        record = ledger.begun_arm(name)
         needed |= {f"weights/{digest}.safetensors" for digest in needed_weights(record)}
         wanted |= {f"weights/{closed.weights}.safetensors" for closed in record.rounds if closed.weights is not None}
         if ledger.fact(f"state/{record.final}") is not None:

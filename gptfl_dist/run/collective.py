@@ -38,8 +38,10 @@ from gptfl_dist.run.freshness import Freshness
 from gptfl_dist.run.in_process import ReducingRunner
 from gptfl_dist.run.launcher import Choice, mpi_launcher, torchrun
 from gptfl_dist.run.ranks import dismiss_helpers, help_train, open_ranks
+from gptfl_dist.run.requirements import require_data
+from gptfl_dist.run.runner import OrderRunner, ProcessRunner
 from gptfl_dist.run.signals import deadly_stops, ignore_stops, raise_interrupted, run_until_done
-from gptfl_dist.run.silo import OrderRunner, ProcessRunner, Silo, require_data
+from gptfl_dist.run.silo import Silo
 from gptfl_dist.run.threads import ended
 from gptfl_dist.run.world import NAMES, assign, open_world
 from gptfl_dist.security.identity import Identity

@@ -53,9 +53,9 @@ from gptfl_dist.run.evaluation import Evaluator, ProcessEvaluator
 from gptfl_dist.run.federate import Federator
 from gptfl_dist.run.folder import ENDED
 from gptfl_dist.run.requests import aborted, unless_aborted
+from gptfl_dist.run.requirements import require_data
 from gptfl_dist.run.result import federated_arms, settings_text, write_results
 from gptfl_dist.run.settings import request_of
-from gptfl_dist.run.silo import require_data
 from gptfl_dist.run.stages import Stage, run_stage, stages_of
 
 _log = logging.getLogger(__name__)
@@ -68,8 +68,7 @@ class Terminal:
         """`ledger` tells which rounds an interrupted run has behind it."""
         behind = 0
         for arm in ledger.arms():
-            record = ledger.arm(arm)
-            assert record is not None
+            record = ledger.begun_arm(arm)
             stopped = ledger.fact(stopped_name(arm)) is not None
             behind += file.federation.rounds if stopped else record.finished_rounds
         rules = file.federation

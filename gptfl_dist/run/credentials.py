@@ -8,8 +8,9 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from gptfl_dist.config.federation import Enrolment, FederationFile
+from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.silo import SiloFile
+from gptfl_dist.config.wire import Enrolment
 from gptfl_dist.errors import ConfigError, IdentityError
 from gptfl_dist.security.audit_log import AuditLog
 from gptfl_dist.security.authority import Authority, Credentials

@@ -1,23 +1,19 @@
 """The coordinator at work: the rounds of an arm, over an exchange that is there for all of them.
 
-The state machine of `federation.coordinator` decides, this module does: it gives orders, aggregates spools into the
-next weights, has them tested, and writes every step to the ledger before it goes on. Started again on the same run
-folder, it goes on in the round that it was in.
+The state machine of `federation.coordinator` decides, this module does: it gives orders, has the next weights made of
+spools (`run.next_weights`) and looked after (`run.closed_rounds`), and writes every step to the ledger before it goes
+on. Started again on the same run folder, it goes on in the round that it was in. It hears by `run.listening`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 
 from gptfl_dist.config.federation import FederationFile
-from gptfl_dist.config.mixing import HandedOut
 from gptfl_dist.config.plan import Plan
-from gptfl_dist.errors import FederationError, RunAborted, StorageError
+from gptfl_dist.errors import FederationError, RunAborted
 from gptfl_dist.exchange.base import (
     Answered,
     CoordinatorExchange,
@@ -25,7 +21,6 @@ from gptfl_dist.exchange.base import (
     ExchangeFailed,
     Goodbye,
     OrderFailed,
-    Origin,
     Reducing,
     SiloBarred,
     SiloConnected,
@@ -35,35 +30,25 @@ from gptfl_dist.exchange.base import (
     Welcome,
 )
 from gptfl_dist.exchange.inbox import Inbox
-from gptfl_dist.federation import coordinator as machine
+from gptfl_dist.federation import steps
 from gptfl_dist.federation.freshness import ROLLBACK
 from gptfl_dist.federation.orders import RECALLED, Kind, Order, Report
-from gptfl_dist.ledger.records import ArmRecord, RoundRecord
-from gptfl_dist.ledger.requests import LOOK_EVERY, paused_since
+from gptfl_dist.ledger.records import ArmRecord
 from gptfl_dist.ledger.store import Ledger
 from gptfl_dist.observe.live import Standing
 from gptfl_dist.run.aggregate import state_of
-from gptfl_dist.run.arm import (
-    ArmPlan,
-    ArmRun,
-    best_round,
-    needed_weights,
-    stop_of,
-    stopped_name,
-)
+from gptfl_dist.run.arm import ArmPlan, ArmRun, best_round
+from gptfl_dist.run.closed_rounds import ClosedRounds
 from gptfl_dist.run.epoch import epoch_of
 from gptfl_dist.run.evaluation import Evaluator, ModelFacts
 from gptfl_dist.run.handout import HandOut
+from gptfl_dist.run.listening import Listening
 from gptfl_dist.run.next_weights import NextWeights
 from gptfl_dist.run.presence import Presence
-from gptfl_dist.run.requests import aborted
-from gptfl_dist.run.synthetic import SAMPLES
+from gptfl_dist.run.synthetic import open_samples
 from gptfl_dist.run.watcher import Watcher
 from gptfl_dist.weights import Codec, WeightsFile
 from gptfl_dist.weights.file import blocks
-from gptfl_dist.weights.samples import count_of
-
-_log = logging.getLogger(__name__)
 
 
 class RoundFailed(FederationError):
@@ -100,60 +85,32 @@ class Federator:
         self._reducing = self.exchange if isinstance(self.exchange, Reducing) else None
         self._samples: dict[str, WeightsFile] = {}  # synthetic ones that silos are given, by digest: one file, or none
         self._presence = Presence(self._silos, watcher)
-        self._origins: dict[str, Origin] = {}  # as they connected last
+        self._closed = ClosedRounds(file, ledger, evaluator, watcher, self.fail)
         self._epoch = epoch_of(ledger, file)
         self._assembled = False  # whether all silos were waited for, once in this process
-        self._queue: asyncio.Queue[ExchangeEvent | machine.Event | BaseException] = asyncio.Queue()
-        self._pump: asyncio.Task[None] | None = None
-        self._requests: asyncio.Task[None] | None = None
-        self._paused = False  # as the ledger says
+        self._queue: asyncio.Queue[ExchangeEvent | steps.Event | BaseException] = asyncio.Queue()
+        self._listening = Listening(self.exchange, ledger, watcher, self._queue.put_nowait)
         self._said_paused = False
-        self._tests: set[asyncio.Task[None]] = set()
-        self._tested_now: set[str] = set()  # digests that a test still reads
 
     async def start(self) -> None:
         """Opens the exchange. Raises LaunchError."""
         run = self.ledger.fact("run") or secrets.token_hex(8)
         self.ledger.set_fact("run", run)
         self.ledger.set_fact("transport", self.exchange.transport)
-        plan = Plan.of(self.file, self._open_samples())
+        samples = None
+        if self.file.mixing.samples != "none":
+            opened, samples = open_samples(self.file, self.ledger)
+            self._samples[samples.digest] = opened
+        plan = Plan.of(self.file, samples)
         await self.exchange.open(Welcome(run, plan, self._hand_out.layout, self._epoch))
-        self._pump = asyncio.create_task(self._pump_events())
-        self._paused = paused_since(self.ledger) is not None
-        self._requests = asyncio.create_task(self._look_for_requests())
-
-    def _open_samples(self) -> HandedOut | None:
-        """Opens the synthetic samples that silos are given; what the plan tells of them.
-
-        Raises ModelError, and StorageError where they are not those that the run began with.
-        """
-        mixing = self.file.mixing
-        if mixing.samples == "none":
-            return None
-        file = WeightsFile(self.ledger.folder / SAMPLES)
-        digest, count = file.digest(), count_of(file.layout)
-        self._samples[digest] = file
-        if digest != (known := self.ledger.fact("samples") or digest):
-            raise StorageError(
-                f"{self.ledger.folder / SAMPLES} does not hold the synthetic samples that the run began with: their "
-                f"BLAKE3 is {digest}, expected {known}",
-                hint="delete it, and it is drawn again from the synthetic set; where that was made anew since, put the "
-                "old set back, or begin anew with --fresh",
-            )
-        self.ledger.set_fact("samples", digest)
-        return HandedOut(digest=digest, count=count, use=mixing.samples, per_label=mixing.per_label)
+        self._listening.start()
 
     async def stop(self, goodbye: Goodbye) -> None:
         """Says goodbye and ends the exchange."""
-        for task in self._tests:
-            task.cancel()
-        for listener in (self._pump, self._requests):
-            if listener is not None:
-                listener.cancel()
+        self._closed.stop()
+        self._listening.stop()
         await self.exchange.close(goodbye)
-        with contextlib.suppress(StorageError):  # whatever ended the run has been told
-            while not self.exchange.events.empty():
-                self._note_line(self.exchange.events.get_nowait())
+        self._listening.note_the_rest()
         self._inbox.close()
         for samples in self._samples.values():
             samples.close()
@@ -162,29 +119,23 @@ class Federator:
         """Ends the arm in progress with this error. To be called from the event loop."""
         self._queue.put_nowait(error)
 
-    def record(self, arm: str) -> ArmRecord:
-        """What the ledger says of an arm that was begun."""
-        record = self.ledger.arm(arm)
-        assert record is not None
-        return record
-
     async def run_arm(self, plan: ArmPlan) -> None:
         """From where the ledger says that the arm is, to its end. Raises FederationError where it cannot go on."""
         self.ledger.begin_arm(plan.name, plan.learning_rate, plan.start)
-        record = self.record(plan.name)
+        record = self.ledger.begun_arm(plan.name)
         if record.finished:
             return
         arm = ArmRun(plan, self.file, self._silos, assembled=self._assembled, epoch=self._epoch.number)
         unfinished = next((r for r in record.rounds if r.kind == "train" and r.weights is None), None)
-        if self._paused:
-            arm.machine.handle(machine.Paused())
+        if self._listening.paused:
+            arm.machine.handle(steps.Paused())
         arm.machine.bar(self._presence.barred)
         # No silo could start from damaged weights, and what this process writes later it need not doubt.
         await asyncio.to_thread(self.ledger.require_weights, record.final)
         await asyncio.to_thread(self.ledger.require_state, record.final)
         try:
-            self._catch_up_with_tests(plan, record)
-            record = await self._judged(plan)
+            self._closed.catch_up_with_tests(plan, record)
+            record = await self._closed.judged(plan)
             delivered = await self._take_over(arm, record)
             owed = {silo: order.round for silo, order in arm.orders.items() if silo not in delivered}
             if unfinished is not None:
@@ -197,7 +148,7 @@ class Federator:
                     self._presence.connected, unfinished.round, unfinished.cohort, owed, delivered, failed
                 )
             else:
-                last = self._stops(plan, record)
+                last = self._closed.stops(plan, record)
                 commands = arm.machine.begin(
                     self._presence.connected, record.finished_rounds, owed, delivered, last=last
                 )
@@ -212,57 +163,19 @@ class Federator:
                 commands = []
                 for event in self._translate(arm, await self._queue.get()):
                     commands += arm.machine.handle(event)
-            if self._tests:
-                await asyncio.gather(*self._tests)
+            await self._closed.tested()
         except RunAborted as error:
             for silo, round_ in sorted(arm.machine.owed.items()):
                 if self._inbox.withdraw(silo):
-                    await self._do(arm, machine.Recall(silo, round_, error.message))
+                    await self._do(arm, steps.Recall(silo, round_, error.message))
             raise
         finally:
             await self._next.stop()
             self._note_spent(arm)
             arm.close()
-        best = best_round(self.record(plan.name))
+        best = best_round(self.ledger.begun_arm(plan.name))
         self.ledger.finish_arm(plan.name, best)
-        self._drop_old_weights()
-
-    async def _judged(self, plan: ArmPlan) -> ArmRecord:
-        """What the ledger says of an arm, once its newest weights are judged where held-out synthetic data choose.
-
-        The next round waits for it, so that a coordinator that is started again decides alike.
-        """
-        record = self.record(plan.name)
-        if not plan.tested or self.file.federation.choose_by != "synthetic":
-            return record
-        for round_ in range(len(record.judged), record.finished_rounds + 1):
-            accuracy, loss = await self._evaluator.judge(self.ledger.weights_path(record.weights_of(round_)))
-            self.ledger.note_judged(plan.name, accuracy, loss)
-        return self.record(plan.name)
-
-    def _stops(self, plan: ArmPlan, record: ArmRecord) -> bool:
-        """Whether an arm ends with the rounds that it has behind it. Tuning trials have all their rounds."""
-        stop = stop_of(record, self.file.federation) if plan.tested else None
-        if stop is None:
-            return False
-        if self.ledger.fact(stopped_name(plan.name)) is None:
-            self.ledger.set_fact(stopped_name(plan.name), stop.by)
-            self.watcher.note(
-                f"{plan.name} ends after {record.finished_rounds} of {plan.rounds} rounds, as federation.{stop.by} "
-                f"says: {stop.found}"
-            )
-            self.watcher.arm_stopped(plan.name, plan.rounds - record.finished_rounds)
-        return True
-
-    def _catch_up_with_tests(self, plan: ArmPlan, record: ArmRecord) -> None:
-        """Tests the start weights, and those that an interrupted run had not come to test."""
-        if not plan.tested or self.file.test_data is None:
-            return
-        if record.start_tested is None:
-            self._test(plan, 0, record.start, None)
-        for closed in record.rounds:
-            if closed.weights is not None and closed.tested is None:
-                self._test(plan, closed.round, closed.weights, closed)
+        self._closed.drop_old_weights()
 
     async def _take_over(self, arm: ArmRun, record: ArmRecord) -> dict[str, int]:
         """Takes the orders of an interrupted run over, under their old nonces. Returns the round of those delivered."""
@@ -296,17 +209,17 @@ class Federator:
 
     def _enlist(self, arm: ArmRun, kind: Kind, nonces: Mapping[str, str]) -> None:
         """Expects the answers to new orders of the open round."""
-        record = self.record(arm.plan.name)
+        record = self.ledger.begun_arm(arm.plan.name)
         for silo, nonce in sorted(nonces.items()):
             follows = record.last_committed(silo, arm.round)
             order = arm.orders[silo] = arm.order(kind, nonce, arm.round, arm.given, follows)
             self._inbox.expect(silo, order)
 
-    async def _do(self, arm: ArmRun, command: machine.Command) -> None:
+    async def _do(self, arm: ArmRun, command: steps.Command) -> None:
         plan, ledger = arm.plan, self.ledger
-        if isinstance(command, machine.StartRound):
+        if isinstance(command, steps.StartRound):
             if arm.round != command.round:
-                base = self.record(plan.name).weights_of(command.round - 1)
+                base = self.ledger.begun_arm(plan.name).weights_of(command.round - 1)
                 nonces = _nonces(command.cohort)
                 ledger.open_round(plan.name, command.round, command.kind, base, command.cohort, nonces)
                 arm.open_round(command.round, base, await self._handed_out(command.round, base), command.cohort)
@@ -316,28 +229,28 @@ class Federator:
             arm.hold(WeightsFile(ledger.weights_path(arm.base)))
             await self._publish(arm)
             self._next.open(arm)
-        elif isinstance(command, machine.Enlist):
+        elif isinstance(command, steps.Enlist):
             nonces = _nonces(command.silos)
             arm.cohort = tuple(sorted({*arm.cohort, *command.silos}))
             ledger.enlist(plan.name, command.round, arm.cohort, nonces)
             self._enlist(arm, "train", nonces)
-        elif isinstance(command, machine.Halt):
+        elif isinstance(command, steps.Halt):
             await self._next.stop()
             self._note_spent(arm)
             arm.halt(self.exchange.traffic)
-        elif isinstance(command, machine.Call):
+        elif isinstance(command, steps.Call):
             await self.exchange.send(command.silo, arm.orders[command.silo])
-        elif isinstance(command, machine.Recall):
+        elif isinstance(command, steps.Recall):
             order = arm.orders.pop(command.silo)
             self._inbox.withdraw(command.silo)
             ledger.fail(plan.name, command.round, command.silo, f"{RECALLED}{command.reason}")
             self.watcher.note(f"{plan.name}, round {command.round}: {command.silo} recalled: {command.reason}")
             self.watcher.silo_done(command.silo)
             await self.exchange.recall(command.silo, order.nonce, command.reason)
-        elif isinstance(command, machine.SetDeadline):
-            event = machine.DeadlinePassed(command.round, command.state)
+        elif isinstance(command, steps.SetDeadline):
+            event = steps.DeadlinePassed(command.round, command.state)
             arm.set_deadline(command.seconds, lambda: self._queue.put_nowait(event))
-        elif isinstance(command, machine.Aggregate):
+        elif isinstance(command, steps.Aggregate):
             counted = {silo: arm.orders[silo].round for silo in command.silos}
             reduced = None if self._reducing is None else await self._reducing.reduce(command.silos)
             digest = await self._next.make(counted, reduced)
@@ -350,11 +263,11 @@ class Federator:
             ledger.close_round(plan.name, command.round, digest, counted, diversity)
             for silo in counted:
                 del arm.orders[silo]
-            record = await self._judged(plan)
-            self._test(plan, command.round, digest, record.rounds[-1])
-            self._drop_old_weights()
-            self._queue.put_nowait(machine.Aggregated(command.round, last=self._stops(plan, record)))
-        elif isinstance(command, machine.Finish):
+            record = await self._closed.judged(plan)
+            self._closed.test(plan, command.round, digest, record.rounds[-1])
+            self._closed.drop_old_weights()
+            self._queue.put_nowait(steps.Aggregated(command.round, last=self._closed.stops(plan, record)))
+        elif isinstance(command, steps.Finish):
             self._note_spent(arm)
             arm.stop_counting(self.exchange.traffic)
         else:
@@ -379,7 +292,7 @@ class Federator:
         signed = self._inbox.signed(silo)
         self.ledger.commit(order.arm, order.round, silo, report.samples, report.metrics, digest, signed)
 
-    def _translate(self, arm: ArmRun, event: ExchangeEvent | machine.Event | BaseException) -> list[machine.Event]:
+    def _translate(self, arm: ArmRun, event: ExchangeEvent | steps.Event | BaseException) -> list[steps.Event]:
         """What an event of the wire means in this arm's round."""
         if isinstance(event, BaseException):
             raise event
@@ -395,7 +308,7 @@ class Federator:
             order = arm.orders.get(event.silo)
             return self._answer(arm, order, event) if order is not None and order.nonce == event.nonce else []
         now = (arm.round, arm.machine.state)
-        if isinstance(event, machine.DeadlinePassed) and now[1] != "gather" and (event.round, event.state) == now:
+        if isinstance(event, steps.DeadlinePassed) and now[1] != "gather" and (event.round, event.state) == now:
             # Whoever's update was committed a moment ago has delivered; from here on nobody else can, or counts later.
             in_time = {
                 silo: round_
@@ -406,21 +319,21 @@ class Federator:
                     else self._inbox.committed(silo, arm.orders[silo].nonce)
                 )
             }
-            return [*(machine.Delivered(silo, round_) for silo, round_ in in_time.items()), event]
+            return [*(steps.Delivered(silo, round_) for silo, round_ in in_time.items()), event]
         return [event]
 
-    def _answer(self, arm: ArmRun, order: Order, event: Answered | OrderFailed | SiloProgress) -> list[machine.Event]:
+    def _answer(self, arm: ArmRun, order: Order, event: Answered | OrderFailed | SiloProgress) -> list[steps.Event]:
         if isinstance(event, SiloProgress):
             self.watcher.silo_progress(event.silo, event.done, event.total, event.note)
             return []
         self.watcher.silo_done(event.silo)
         if isinstance(event, Answered):
             self._note_spent(arm)
-            return [machine.Delivered(event.silo, order.round)]
+            return [steps.Delivered(event.silo, order.round)]
         del arm.orders[event.silo]
         self.ledger.fail(order.arm, order.round, event.silo, event.reason)
         self.watcher.note(f"{order.arm}, round {order.round}: {event.silo} failed: {event.reason}")
-        return [machine.Failed(event.silo, order.round, event.reason)]
+        return [steps.Failed(event.silo, order.round, event.reason)]
 
     def _tell_where_it_stands(self, arm: ArmRun) -> None:
         self._presence.tell(arm.machine.missing)
@@ -440,77 +353,8 @@ class Federator:
             )
         )
 
-    async def _pump_events(self) -> None:
-        try:
-            while True:
-                event = await self.exchange.events.get()
-                self._note_line(event)
-                self._queue.put_nowait(event)
-        except StorageError as broken:
-            self.fail(broken)
 
-    def _note_line(self, event: ExchangeEvent) -> None:
-        """Notes for the audit log who came and who went."""
-        if isinstance(event, SiloConnected):
-            self._origins[event.silo] = event.origin
-        if isinstance(event, SiloConnected | SiloLeft) and event.silo in self._origins:
-            told = {name: value for name, value in asdict(self._origins[event.silo]).items() if value}
-            what = "connected" if isinstance(event, SiloConnected) else "disconnected"
-            self.ledger.note(f"silo {what}", {"silo": event.silo, **told})
-
-    async def _look_for_requests(self) -> None:
-        """Passes on what an operator asked for."""
-        try:
-            while (error := aborted(self.ledger)) is None:
-                paused = paused_since(self.ledger) is not None
-                if paused != self._paused:
-                    self._paused = paused
-                    self._queue.put_nowait(machine.Paused() if paused else machine.Resumed())
-                    asked = "a pause was asked for: no other round is begun" if paused else "the pause is over"
-                    self.watcher.note(asked)
-                await asyncio.sleep(LOOK_EVERY)
-            self.fail(error)
-        except StorageError as broken:
-            self.fail(broken)
-
-    def _test(self, plan: ArmPlan, round_: int, digest: str, record: RoundRecord | None) -> None:
-        """Tests weights beside the next round's training. Test data choose nothing: see `best_round`."""
-
-        async def test() -> None:
-            try:
-                result = await self._evaluator.test(self.ledger.weights_path(digest)) if plan.tested else None
-            finally:
-                self._tested_now.discard(digest)
-            if result is not None:
-                self.ledger.note_tested(plan.name, round_, result.measures)
-            if record is not None:
-                accuracy = None if result is None else result.measures.accuracy
-                self.watcher.round_closed(plan.name, plan.rounds, record, accuracy)
-
-        def done(task: asyncio.Task[None]) -> None:
-            self._tests.discard(task)
-            if not task.cancelled() and (error := task.exception()) is not None:
-                self._queue.put_nowait(error)
-
-        self._tested_now.add(digest)
-        task = asyncio.create_task(test())
-        self._tests.add(task)
-        task.add_done_callback(done)
-
-    def _drop_old_weights(self) -> None:
-        """Keeps of every arm what may still be wanted, what is being tested, and all if so set."""
-        keep, newest = set(self._tested_now), set()
-        for name in self.ledger.arms():
-            record = self.record(name)
-            keep |= needed_weights(record)
-            newest.add(record.final)
-            if self.file.federation.keep == "all" and name in self.file.arms:
-                keep |= {r.weights for r in record.rounds if r.weights is not None}
-        self.ledger.drop_weights_except(keep)
-        self.ledger.drop_states_except(newest)
-
-
-def _hint(command: machine.GiveUp) -> str:
+def _hint(command: steps.GiveUp) -> str:
     """What the operator can do where an arm cannot go on."""
     if ROLLBACK in command.reason:
         return (

@@ -19,7 +19,8 @@ from gptfl_dist.errors import ConfigError, TrainerError
 from gptfl_dist.exchange.collective.silo import MemoryKeeper
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.launch.base import Progress
-from gptfl_dist.run.silo import OrderFiles, Result, require_layout
+from gptfl_dist.run.requirements import require_layout
+from gptfl_dist.run.runner import OrderFiles, Result
 from gptfl_dist.run.threads import ended
 from gptfl_dist.weights import Layout
 

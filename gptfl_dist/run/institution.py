@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptfl_dist.config.base import port_of
-from gptfl_dist.config.federation import Enrolment as EnrolmentSettings
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import load_federation, load_silo
+from gptfl_dist.config.wire import Enrolment as EnrolmentSettings
 from gptfl_dist.errors import ConfigError, GptflError, StorageError
 from gptfl_dist.exchange.base import CoordinatorExchange, Goodbye
 from gptfl_dist.exchange.inbox import Inbox
@@ -31,7 +31,9 @@ from gptfl_dist.run.expiry import warn
 from gptfl_dist.run.folder import PRIVATE, make_folder
 from gptfl_dist.run.freshness import Freshness
 from gptfl_dist.run.renewal import keep_valid
-from gptfl_dist.run.silo import ProcessRunner, Silo, require_data
+from gptfl_dist.run.requirements import require_data
+from gptfl_dist.run.runner import ProcessRunner
+from gptfl_dist.run.silo import Silo
 from gptfl_dist.security.audit_log import AuditLog
 from gptfl_dist.security.authority import Authority
 from gptfl_dist.security.enrolment import Desk, Enrolment

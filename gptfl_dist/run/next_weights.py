@@ -124,8 +124,7 @@ class NextWeights:
             self._ahead = None
 
     def _samples(self, arm: ArmRun, counted: Mapping[str, int]) -> dict[str, int]:
-        record = self._ledger.arm(arm.plan.name)
-        assert record is not None
+        record = self._ledger.begun_arm(arm.plan.name)
         rounds = {r.round: r for r in record.rounds}
         return {
             order.silo: order.samples

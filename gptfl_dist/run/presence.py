@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gptfl_dist.exchange.base import SiloBarred, SiloJoined, SiloLeft
-from gptfl_dist.federation import coordinator as machine
+from gptfl_dist.federation import steps
 from gptfl_dist.run.watcher import Watcher
 
 
@@ -21,7 +21,7 @@ class Presence:
         self._missing: tuple[str, ...] = ()  # as the operator was told
         self._revoked: set[str] = set()  # of those, likewise
 
-    def take(self, event: SiloJoined | SiloLeft | SiloBarred) -> machine.Event:
+    def take(self, event: SiloJoined | SiloLeft | SiloBarred) -> steps.Event:
         """Notes who came and who went, and says what that means to a round."""
         silo = event.silo
         if isinstance(event, SiloJoined):
@@ -29,15 +29,15 @@ class Presence:
                 self._news.append(f"{silo} joined")
             self.connected.add(silo)
             self.barred.discard(silo)
-            return machine.Joined(silo)
+            return steps.Joined(silo)
         if isinstance(event, SiloLeft):
             self.connected.discard(silo)
             self._news.append(f"{silo} left")
             self._watcher.silo_done(silo)
-            return machine.Left(silo)
+            return steps.Left(silo)
         self.barred.add(silo)
         self._watcher.note(f"{silo} is out: {event.reason}")
-        return machine.Barred(silo)
+        return steps.Barred(silo)
 
     def tell(self, missing: Iterable[str]) -> None:
         """One line where a silo came or went, or where others are waited for than before."""

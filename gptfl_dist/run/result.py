@@ -151,8 +151,7 @@ def _server(file: FederationFile) -> dict[ServerStage, StageCost]:
 
 
 def _finished(ledger: Ledger, name: str) -> ArmRecord:
-    record = ledger.arm(name)
-    assert record is not None
+    record = ledger.begun_arm(name)
     assert record.finished
     return record
 

@@ -1,4 +1,4 @@
-"""A silo: connects, waits for orders, has them carried out by its trainer, returns the results. Whatever the wire.
+"""A silo: connects, waits for orders, has them carried out by its runner, returns the results. Whatever the wire.
 
 The loop survives a broken connection: it connects again with growing pauses, is given the order it was working on
 once more, and answers with the result it already has. A finished update is kept on disk until it was received.
@@ -11,31 +11,26 @@ import contextlib
 import logging
 import math
 import random
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, TypeVar
 
-from gptfl_dist.config.plan import Plan
 from gptfl_dist.config.silo import SiloFile
 from gptfl_dist.errors import (
     ConnectionFailed,
-    DataError,
     GptflError,
     ModelError,
     PolicyError,
     ProtocolError,
     StorageError,
     TrainerError,
-    TrainerLost,
 )
 from gptfl_dist.exchange.base import Disconnected, Goodbye, Recalled, SiloExchange, UpdateHeader, Welcome
 from gptfl_dist.federation.orders import Order, Report
 from gptfl_dist.federation.silo import PolicyGuard
 from gptfl_dist.files import storage_error
-from gptfl_dist.launch.base import Progress, TrainerLine, unheard
-from gptfl_dist.launch.folder import Message
+from gptfl_dist.launch.base import Progress
 from gptfl_dist.run.freshness import Freshness
+from gptfl_dist.run.runner import OrderFiles, OrderRunner, Result
 from gptfl_dist.run.threads import ended, to_its_end
 from gptfl_dist.weights import Codec, Layout, WeightsFile, overwrite_weights
 from gptfl_dist.weights.feedback import Residuals
@@ -47,30 +42,8 @@ _log = logging.getLogger(__name__)
 
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 30.0
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 _Mark = tuple[int, int, int]
 _PROGRESS_EVERY = 1.0  # seconds between two reports of a training's progress
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What carrying out an order gave: BLAKE3 of the update (empty for an evaluation), samples, metrics."""
-
-    digest: str
-    samples: int
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class OrderFiles:
-    """The files of an order: the weights that it starts from, where the update goes, what the silo keeps of updates,
-    and the synthetic samples that it was given, if it was."""
-
-    weights: Path
-    update: Path
-    kept: KeptFiles = NOTHING_KEPT
-    samples: Path | None = None
 
 
 def _told(error: GptflError) -> str:
@@ -78,164 +51,6 @@ def _told(error: GptflError) -> str:
     if isinstance(error, PolicyError | TrainerError):
         return f"{type(error).__name__}: {error.message.splitlines()[0]}"
     return f"{type(error).__name__}; the silo's log says more"
-
-
-def require_data(silo: SiloFile) -> None:
-    """Raises DataError where the silo's data is not there: said at once, not by the trainer in the first round."""
-    if silo.data is not None and not silo.data.path.exists():
-        raise DataError(
-            f"the data {silo.data.path} of {silo.name} does not exist",
-            hint="check data.path in the silo file: it is relative to that file",
-        )
-
-
-def require_layout(expected: Layout, built: Layout) -> None:
-    """Raises ModelError where the model that was built here has another layout than the federation's."""
-    difference = expected.difference(built)
-    if difference:
-        raise ModelError(
-            f"the model built here is not the federation's: {difference}",
-            hint="use the coordinator's model definition and release",
-        )
-
-
-def require_built_in(silo: SiloFile, plan: Plan) -> None:
-    """Raises PolicyError where a strategy wants more of the training than a script of the silo's own does."""
-    if silo.code is not None and silo.code.script is not None and plan.kept:
-        raise PolicyError(
-            f"the strategy keeps {' and '.join(plan.kept)} from round to round, and code.script does not",
-            hint="leave code.script out, or ask the coordinator for a strategy that needs the update alone",
-        )
-    if silo.code is not None and silo.code.script is not None and plan.samples is not None:
-        raise PolicyError(
-            "the federation hands out synthetic samples to train on, and code.script loads its own data",
-            hint="leave code.script out, or ask the coordinator for mixing.samples none",
-        )
-    if silo.code is not None and silo.code.script is not None and plan.class_means:
-        raise PolicyError(
-            "the coordinator asks for class means, and this silo's code.script trains by itself",
-            hint="leave code.script out, or ask the coordinator for training.first_round train",
-        )
-
-
-def require_training(silo: SiloFile, order: Order) -> None:
-    """Raises PolicyError where an order asks for class means, and a script of the silo's own makes none."""
-    means = order.training is not None and order.training.trained == "means"
-    if means and silo.code is not None and silo.code.script is not None:
-        raise PolicyError("the coordinator asks for class means, and this silo's code.script trains by itself")
-
-
-class OrderRunner(Protocol):
-    """Carries out orders: a trainer process, or the trainer in this very process.
-
-    `keeps_updates`: an update is not written but kept, for an exchange that sums it. The silo then only reports.
-    """
-
-    keeps_updates: bool
-
-    async def setup(self, run: str, plan: Plan, layout: Layout) -> None:
-        """Builds model and data; raises ModelError where the model's layout is another.
-
-        A trainer that would wait in a queue for it is set up with its first order, and an error comes with that.
-        """
-
-    async def run(self, order: Order, files: OrderFiles, progress: Progress) -> Result:
-        """Trains or evaluates, from what was kept of an earlier update."""
-
-    async def finish(self) -> None:
-        """Lets the trainer end by itself: the federation is over."""
-
-    async def stop(self) -> None:
-        """Ends what runs, at once."""
-
-
-class ProcessRunner:
-    """An OrderRunner whose trainer is a process or a job of its own, started anew when it has ended.
-
-    One that was lost, as when the kernel kills it for want of memory, is given other tries in each order.
-    """
-
-    keeps_updates = False
-
-    def __init__(self, silo: SiloFile, folder: Path, trainer: TrainerLine) -> None:
-        """`folder` is where the silo file lies."""
-        self._silo = silo
-        self._folder = folder.absolute()  # a trainer may run elsewhere
-        self._trainer = trainer
-        self._held = silo.launch.how != "slurm" or silo.launch.slurm.hold == "run"
-        self._plan: Plan | None = None
-        self._layout: Layout | None = None
-        self._run = ""
-        self._mixed = False  # whether the trainer has the synthetic samples
-
-    async def setup(self, run: str, plan: Plan, layout: Layout) -> None:
-        require_built_in(self._silo, plan)
-        self._run, self._plan, self._layout = run, plan, layout
-        await self._trainer.stop()
-        if self._silo.launch.how != "slurm":
-            await self._persist(lambda: self._start(unheard), unheard)
-
-    async def run(self, order: Order, files: OrderFiles, progress: Progress) -> Result:
-        require_training(self._silo, order)
-        message: Message = {"type": order.kind, "weights": str(files.weights)}
-        if order.training is not None:
-            training = order.training.model_dump(mode="json")
-            message |= {"update": str(files.update), "round": order.round, "training": training}
-        kept = files.kept
-        message |= {name: str(path) for name, path in (("kept", kept.before), ("keep", kept.after)) if path is not None}
-
-        async def attempt() -> Message:
-            if not self._trainer.running:
-                await self._start(progress)
-            if files.samples is None or self._mixed:
-                return await self._trainer.ask(message, "result", progress)
-            answer = await self._trainer.ask({**message, "samples": str(files.samples)}, "result", progress)
-            self._mixed = True
-            return answer
-
-        answer = await self._persist(attempt, progress)
-        if not self._held:
-            await self.finish()
-            await self._trainer.stop()
-        metrics = {str(name): float(value) for name, value in answer["metrics"].items()}
-        return Result(str(answer["digest"]), int(answer["samples"]), metrics)
-
-    async def _persist(self, attempt: Callable[[], Awaitable[_R]], progress: Progress) -> _R:
-        """Makes as many attempts as the silo file allows where the trainer was lost."""
-        for left in range(self._silo.launch.retries, 0, -1):
-            try:
-                return await attempt()
-            except TrainerLost as lost:
-                _log.warning("%s\nit is started again, %d more tries", lost.message, left)
-                progress(0, 0, f"{lost.message.splitlines()[0]}; it is started again")
-                await self._trainer.stop()
-                await asyncio.sleep(self._silo.launch.pause)
-        return await attempt()
-
-    async def _start(self, progress: Progress) -> None:
-        assert self._plan is not None
-        assert self._layout is not None
-        await self._trainer.stop()
-        self._mixed = False
-        await self._trainer.start(self._run)
-        message: Message = {
-            "type": "setup",
-            "plan": self._plan.model_dump(mode="json"),
-            "silo": self._silo.model_dump(mode="json"),
-            "folder": str(self._folder),
-        }
-        built = Layout.from_json((await self._trainer.ask(message, "ready", progress))["layout"])
-        try:
-            require_layout(self._layout, built)
-        except ModelError:
-            await self._trainer.stop()
-            raise
-
-    async def finish(self) -> None:
-        await self._trainer.finish({"type": "finish"})
-
-    async def stop(self) -> None:
-        await self._trainer.stop()
 
 
 class Silo:

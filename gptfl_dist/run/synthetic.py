@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptfl_dist.config.federation import FederationFile
+from gptfl_dist.config.mixing import HandedOut
 from gptfl_dist.config.silo import Data
-from gptfl_dist.errors import DataError
+from gptfl_dist.errors import DataError, StorageError
+from gptfl_dist.ledger.store import Ledger
+from gptfl_dist.weights import WeightsFile
+from gptfl_dist.weights.samples import count_of
 
 if TYPE_CHECKING:
     from gptfl_dist.learning.data import ImageSet
@@ -61,3 +65,24 @@ def samples_for_silos(file: FederationFile, folder: Path) -> ImageSet:
 
     trained, _ = synthetic_parts(file, folder)
     return drawn(trained, file.mixing.per_label, derive_seed(file.seed, "mixing"))
+
+
+def open_samples(file: FederationFile, ledger: Ledger) -> tuple[WeightsFile, HandedOut]:
+    """Opens the synthetic samples that silos are given; with what the plan tells of them.
+
+    Raises ModelError, and StorageError where they are not those that the run began with.
+    """
+    mixing = file.mixing
+    assert mixing.samples != "none"
+    samples = WeightsFile(ledger.folder / SAMPLES)
+    digest, count = samples.digest(), count_of(samples.layout)
+    if digest != (known := ledger.fact("samples") or digest):
+        samples.close()
+        raise StorageError(
+            f"{ledger.folder / SAMPLES} does not hold the synthetic samples that the run began with: their "
+            f"BLAKE3 is {digest}, expected {known}",
+            hint="delete it, and it is drawn again from the synthetic set; where that was made anew since, put the "
+            "old set back, or begin anew with --fresh",
+        )
+    ledger.set_fact("samples", digest)
+    return samples, HandedOut(digest=digest, count=count, use=mixing.samples, per_label=mixing.per_label)

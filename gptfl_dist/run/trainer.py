@@ -30,10 +30,10 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
-from gptfl_dist.config.federation import Model
 from gptfl_dist.config.mixing import HandedOut
 from gptfl_dist.config.plan import LocalTraining, Plan, batch_count
 from gptfl_dist.config.silo import SiloFile
+from gptfl_dist.config.task import Model
 from gptfl_dist.errors import DataError, GptflError, ModelError, PolicyError, RankLost, TrainerError
 from gptfl_dist.launch.channel import ENV, TrainerEnd, encode, error_from_message, error_to_message
 from gptfl_dist.launch.folder import Message

@@ -18,8 +18,8 @@ from blake3 import blake3
 from pydantic import ValidationError
 
 from gptfl_dist.config.base import Section
-from gptfl_dist.config.federation import Task
 from gptfl_dist.config.synthesis import Filter
+from gptfl_dist.config.task import Task
 from gptfl_dist.errors import DataError, GeneratorError, ModelError
 from gptfl_dist.files import write_file
 from gptfl_dist.synthesis import store

@@ -25,7 +25,7 @@ from pydantic import Field, ValidationError
 from gptfl_dist.audio.clip import read_clip
 from gptfl_dist.audio.spectrogram import spectrogram
 from gptfl_dist.config.base import Section
-from gptfl_dist.config.federation import Task
+from gptfl_dist.config.task import Task
 from gptfl_dist.config.units import format_duration
 from gptfl_dist.errors import StorageError
 from gptfl_dist.files import storage_error, write_file

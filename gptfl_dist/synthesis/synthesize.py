@@ -20,8 +20,8 @@ from typing import Protocol
 
 from gptfl_dist.audio.clip import wav_bytes
 from gptfl_dist.config.base import Section
-from gptfl_dist.config.federation import Task
 from gptfl_dist.config.synthesis import Generator, Synthesis
+from gptfl_dist.config.task import Task
 from gptfl_dist.errors import GeneratorError
 from gptfl_dist.synthesis import store
 from gptfl_dist.synthesis.generator import find_generator, load_generator, place, require_known_labels

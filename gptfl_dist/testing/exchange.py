@@ -14,7 +14,7 @@ from gptfl_dist.config.plan import Plan
 from gptfl_dist.exchange.memory import Fault, MemoryCoordinatorExchange, MemoryNetwork, MemorySiloExchange
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.launch.base import Progress
-from gptfl_dist.run.silo import OrderFiles, Result
+from gptfl_dist.run.runner import OrderFiles, Result
 from gptfl_dist.weights import Layout, write_weights
 
 __all__ = ["Fault", "MemoryCoordinatorExchange", "MemoryNetwork", "MemorySiloExchange", "ScriptedTrainer"]

@@ -11,7 +11,7 @@ import grpc.aio
 import pytest
 from exchange_world import HOST, SILOS, World, header_of, in_loop, train_order
 
-from gptfl_dist.config.federation import Limits
+from gptfl_dist.config.wire import Limits
 from gptfl_dist.exchange.base import PROTOCOL_VERSION, Answered, Disconnected, Receipt
 from gptfl_dist.exchange.grpc import exchange_pb2 as pb
 from gptfl_dist.exchange.grpc.health import EXCHANGE

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptfl_dist.audio.spectrogram import mel_filters, spectrogram
-from gptfl_dist.config.federation import Task
+from gptfl_dist.config.task import Task
 from gptfl_dist.config.units import format_duration
 
 

@@ -20,8 +20,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from chaos_federation import Run
 from chaos_plan import PHASES, ROUNDS, SILOS, Blow
-from chaos_runs import Run, made_world, runs, table
+from chaos_runs import made_world, runs, table
 from chaos_world import GPTFL, Ledger, World
 
 _BLOCK = 4096

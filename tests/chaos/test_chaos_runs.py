@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chaos_federation import Run
 from chaos_plan import plan
-from chaos_runs import Run, made_world, runs
+from chaos_runs import made_world, runs
 from chaos_world import World
 from power_cut import PowerCutRun
 

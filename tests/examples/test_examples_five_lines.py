@@ -20,7 +20,7 @@ from gptfl_dist.errors import TrainerError
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.launch.base import unheard
 from gptfl_dist.launch.start import open_trainer
-from gptfl_dist.run.silo import OrderFiles, ProcessRunner, Result
+from gptfl_dist.run.runner import OrderFiles, ProcessRunner, Result
 from gptfl_dist.weights import WeightsFile
 from gptfl_dist.weights.flat import FlatModel
 

@@ -11,8 +11,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from gptfl_dist.config.federation import Limits, Model, Task
 from gptfl_dist.config.plan import LocalTraining, Plan
+from gptfl_dist.config.task import Model, Task
+from gptfl_dist.config.wire import Limits
 from gptfl_dist.exchange.base import ExchangeEvent, Goodbye, SiloConnected, SiloJoined, UpdateHeader, Welcome
 from gptfl_dist.exchange.grpc.callers import Note
 from gptfl_dist.exchange.grpc.client import GrpcSiloExchange

@@ -19,7 +19,7 @@ from exchange_world import (
     train_order,
 )
 
-from gptfl_dist.config.federation import Limits
+from gptfl_dist.config.wire import Limits
 from gptfl_dist.errors import ProtocolError
 from gptfl_dist.exchange.base import (
     PROTOCOL_VERSION,

@@ -4,58 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
-from blake3 import blake3
 from exchange_world import whole
+from inbox_world import GOOD, LAYOUT, ORDER, deliver, header, send
 
 from gptfl_dist.errors import StorageError
-from gptfl_dist.exchange.base import UpdateHeader
-from gptfl_dist.exchange.inbox import Busy, Followed, Inbox, Overtaken, Refused, Spool, Superseded
-from gptfl_dist.federation.orders import Order, Report
-from gptfl_dist.weights import Codec, Layout
-from gptfl_dist.weights.sealed import use_key
-
-LAYOUT = Layout.of([("w", (16,), "F32"), ("n", (1,), "I64")])
-BASE = "ab" * 32
-ORDER = Order("train", "nonce-1", "gptfl", 1, BASE, 60.0)
-GOOD = bytes(8) + np.linspace(-1, 1, 16, dtype="<f4").tobytes()
-
-
-def header(content: bytes = GOOD, **changes: object) -> UpdateHeader:
-    report = Report("nonce-1", 10, {"loss": 0.5})
-    good = UpdateHeader(report, BASE, LAYOUT.digest, blake3(content).hexdigest(), LAYOUT.nbytes)
-    return dataclasses.replace(good, **changes)
-
-
-@pytest.fixture
-def commits():
-    return []
-
-
-@pytest.fixture
-def inbox(tmp_path, commits):
-    inbox = Inbox(tmp_path / "spools", LAYOUT, {"alice": 100, "bob": 5}, lambda *commit: commits.append(commit))
-    inbox.expect("alice", ORDER)
-    yield inbox
-    inbox.close()
-
-
-def send(inbox: Inbox, content: bytes = GOOD, silo: str = "alice", nonce: str = "nonce-1", start: int = 0) -> None:
-    spool = inbox.spool(silo, nonce)
-    ticket = spool.claim()
-    for offset in range(start, len(content), 24):
-        spool.write(ticket, offset, memoryview(content[offset : offset + 24]))
-
-
-def deliver(inbox: Inbox, content: bytes = GOOD) -> None:
-    assert inbox.announce("alice", header(content)) == (0, False)
-    send(inbox, content)
-    inbox.finish("alice", "nonce-1")
+from gptfl_dist.exchange.inbox import Busy, Inbox, Refused, Spool, Superseded
+from gptfl_dist.federation.orders import Report
+from gptfl_dist.weights import Codec
 
 
 def test_an_update_longer_than_the_bound_is_refused(inbox, commits):
@@ -351,49 +310,6 @@ def test_a_ledger_that_cannot_write_leaves_the_update_uncommitted(tmp_path):
     inbox.close()
 
 
-def test_the_committed_update_of_an_interrupted_run_is_taken_over(inbox, tmp_path, commits):
-    deliver(inbox)
-    inbox.close()
-    again = Inbox(tmp_path / "spools", LAYOUT, {"alice": 100}, lambda *commit: commits.append(commit))
-    assert again.expect_committed("alice", ORDER, header().digest)
-    assert again.announce("alice", header()) == (LAYOUT.nbytes, True)
-    assert whole(again.updates(("alice",))["alice"]) == GOOD
-    assert len(commits) == 1
-    again.close()
-
-
-def test_a_spool_that_changed_on_disk_is_not_taken_over(inbox, tmp_path):
-    deliver(inbox)
-    inbox.close()
-    path = tmp_path / "spools" / "alice.spool"
-    path.write_bytes(GOOD[:-1] + b"\x01")
-    again = Inbox(tmp_path / "spools", LAYOUT, {"alice": 100}, lambda *commit: None)
-    assert not again.expect_committed("alice", ORDER, header().digest)
-    path.unlink()
-    again.close()
-    fresh = Inbox(tmp_path / "spools", LAYOUT, {"alice": 100}, lambda *commit: None)
-    assert not fresh.expect_committed("alice", ORDER, header().digest)
-    fresh.expect("alice", ORDER)
-    deliver(fresh)
-    fresh.close()
-
-
-def test_a_spool_has_its_size_from_the_start_and_says_when_it_was_cut(tmp_path):
-    spool = Spool(tmp_path / "a" / "x.spool", Layout.of([("w", (25_000,), "F32")]), Codec("none"))
-    assert (tmp_path / "a" / "x.spool").stat().st_size == 100_000
-    os.truncate(tmp_path / "a" / "x.spool", 10)
-    with pytest.raises(StorageError, match="ends at byte 10"):
-        whole(spool)
-    spool.close()
-
-
-def test_a_disk_without_room_is_told_and_leaves_no_descriptor(tmp_path):
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    with pytest.raises(StorageError):
-        Spool(tmp_path / "x.spool", Layout.of([("w", (2**60,), "F32")]), Codec("none"))
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
-
-
 @pytest.mark.parametrize(
     ("codec", "content", "said"),
     [
@@ -416,103 +332,3 @@ def test_what_makes_no_sense_once_it_is_decoded_is_refused(tmp_path, commits, co
         inbox.finish("alice", "nonce-1")
     assert commits == []
     inbox.close()
-
-
-# Reading what still arrives
-
-
-def followed(inbox: Inbox) -> Followed:
-    found = inbox.arriving(["alice"])
-    assert found is not None
-    return found["alice"][0]
-
-
-def test_an_update_is_followed_as_it_arrives(inbox):
-    assert inbox.arriving(["alice"]) is None  # not announced yet
-    inbox.announce("alice", header())
-    update, read = followed(inbox), bytearray(LAYOUT.nbytes)
-    first_half_is_there = threading.Event()
-
-    def follow() -> None:
-        update.read_into(0, memoryview(read)[:32])
-        first_half_is_there.set()
-        update.read_into(32, memoryview(read)[32:])
-
-    follower = threading.Thread(target=follow)
-    follower.start()
-    spool = inbox.spool("alice", "nonce-1")
-    ticket = spool.claim()
-    spool.write(ticket, 0, memoryview(GOOD)[:31])
-    assert not first_half_is_there.wait(0.05)
-    spool.write(ticket, 31, memoryview(GOOD)[31:40])
-    assert first_half_is_there.wait(20)
-    assert follower.is_alive()
-    spool.write(ticket, 40, memoryview(GOOD)[40:])
-    follower.join(20)
-    assert read == GOOD
-    inbox.finish("alice", "nonce-1")
-    assert update.intact
-
-
-@pytest.mark.parametrize("ends", ["anew", "stopped"])
-def test_whoever_follows_an_upload_that_ends_is_told(inbox, ends):
-    inbox.announce("alice", header())
-    update = followed(inbox)
-    told = []
-
-    def follow() -> None:
-        try:
-            update.read_into(0, memoryview(bytearray(8)))
-        except Overtaken:
-            told.append(True)
-
-    follower = threading.Thread(target=follow)
-    follower.start()
-    if ends == "anew":
-        inbox.announce("alice", header(bytes(LAYOUT.nbytes)))
-    else:
-        update.stop()
-    follower.join(20)
-    assert told == [True]
-    assert update.intact == (ends == "stopped")
-
-
-@pytest.fixture
-def at_rest():
-    use_key(bytes(32))
-    yield
-    use_key(None)
-
-
-def test_a_committed_update_that_was_changed_in_its_encrypted_spool_is_asked_for_again(at_rest, inbox, tmp_path):
-    deliver(inbox)
-    path = tmp_path / "spools" / "alice.spool"
-    kept = path.read_bytes()
-    assert GOOD[8:24] not in kept
-
-    def taken_over(content: bytes) -> bool:
-        path.write_bytes(content)
-        again = Inbox(tmp_path / "spools", LAYOUT, {"alice": 100}, lambda *_: None)
-        try:
-            return again.expect_committed("alice", ORDER, blake3(GOOD).hexdigest())
-        finally:
-            again.close()
-
-    assert taken_over(kept)
-    assert not taken_over(kept[:-1] + bytes([kept[-1] ^ 1]))
-    assert not taken_over(GOOD)  # as it lay there before at_rest was set
-    assert not taken_over(b"")
-
-
-def test_an_encrypted_spool_is_written_over_by_the_next_update_and_resumed_like_any_other(at_rest, inbox, commits):
-    deliver(inbox)
-    second = bytes(8) + np.linspace(-2, 2, 16, dtype="<f4").tobytes()
-    inbox.expect("alice", ORDER)
-    inbox.announce("alice", header(second))
-    spool = inbox.spool("alice", "nonce-1")
-    spool.write(spool.claim(), 0, memoryview(second[:40]))
-    assert inbox.announce("alice", header(second)) == (40, False)  # the connection broke
-    spool.write(spool.claim(), 40, memoryview(second[40:]))
-    inbox.finish("alice", "nonce-1")
-    assert whole(inbox._spools["alice"]) == second
-    assert len(commits) == 2

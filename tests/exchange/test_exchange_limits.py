@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptfl_dist.config.federation import Limits
+from gptfl_dist.config.wire import Limits
 from gptfl_dist.exchange.limits import Limiter, TooMuch
 from gptfl_dist.exchange.seldom import Seldom
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from exchange_world import PLAN, World, header_of, in_loop, train_order, whole
 
-from gptfl_dist.config.federation import Compression
+from gptfl_dist.config.wire import Compression
 from gptfl_dist.exchange.base import Disconnected, OrderFailed, Receipt
 from gptfl_dist.exchange.grpc import frames
 from gptfl_dist.testing.proxy import TcpProxy

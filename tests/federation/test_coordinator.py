@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptfl_dist.federation.coordinator import (
+from gptfl_dist.federation.coordinator import Coordinator, Rules
+from gptfl_dist.federation.steps import (
     Aggregate,
     Aggregated,
     Barred,
     Call,
-    Coordinator,
     DeadlinePassed,
     Delivered,
     Enlist,
@@ -26,7 +26,6 @@ from gptfl_dist.federation.coordinator import (
     Paused,
     Recall,
     Resumed,
-    Rules,
     SetDeadline,
     StartRound,
 )

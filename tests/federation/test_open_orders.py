@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptfl_dist.federation.asynchronous import AsynchronousCoordinator
-from gptfl_dist.federation.coordinator import (
+from gptfl_dist.federation.coordinator import Coordinator, Rules
+from gptfl_dist.federation.steps import (
     Aggregate,
     Aggregated,
     Barred,
     Call,
     Command,
-    Coordinator,
     DeadlinePassed,
     Delivered,
     Enlist,
@@ -25,7 +25,6 @@ from gptfl_dist.federation.coordinator import (
     Joined,
     Left,
     Recall,
-    Rules,
     SetDeadline,
     StartRound,
 )

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from gptfl_dist.config.federation import Model, Task
 from gptfl_dist.config.plan import LocalTraining, Plan
+from gptfl_dist.config.task import Model, Task
 from gptfl_dist.errors import ConfigError, IdentityError, ModelError, ProtocolError, TrainerError
 from gptfl_dist.exchange.base import PROTOCOL_VERSION, UpdateHeader, Welcome, Wish
 from gptfl_dist.exchange.grpc import convert, frames

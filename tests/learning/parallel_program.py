@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gptfl_dist.config.federation import Model, Pretraining, Task
 from gptfl_dist.config.plan import LocalTraining
+from gptfl_dist.config.task import Model, Task
+from gptfl_dist.config.training import Pretraining
 from gptfl_dist.learning.data import ImageSet
 from gptfl_dist.learning.group import Group, open_group
 from gptfl_dist.learning.local import train

@@ -13,9 +13,9 @@ from tones import TASK, TONES, tone_folder
 
 from gptfl_dist.audio.clip import read_clip
 from gptfl_dist.audio.spectrogram import spectrogram
-from gptfl_dist.config.federation import Model
 from gptfl_dist.config.plan import LocalTraining
 from gptfl_dist.config.silo import Data
+from gptfl_dist.config.task import Model
 from gptfl_dist.errors import DataError
 from gptfl_dist.learning.augment_audio import augment_spectrograms
 from gptfl_dist.learning.data import count_labels, find_kind, load_images, split

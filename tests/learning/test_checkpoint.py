@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from gptfl_dist.config.federation import Pretraining, Task
+from gptfl_dist.config.task import Task
+from gptfl_dist.config.training import Pretraining
 from gptfl_dist.errors import StorageError
 from gptfl_dist.learning.checkpoint import Checkpoint
 from gptfl_dist.learning.data import ImageSet

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from shapes import SHAPES, SIZE, shapes
 
-from gptfl_dist.config.federation import Model, Pretraining, Task
+from gptfl_dist.config.task import Model, Task
+from gptfl_dist.config.training import Pretraining
 from gptfl_dist.learning.cross import FOLDS, cross_predict, folds
 from gptfl_dist.learning.data import ImageSet
 from gptfl_dist.learning.models import build_model

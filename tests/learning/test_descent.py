@@ -48,7 +48,7 @@ def test_each_step_is_that_of_torch_bit_for_bit(make, momentum, weight_decay):
 def test_training_loads_no_compiler():
     program = """
 import sys, torch
-from gptfl_dist.config.federation import Task
+from gptfl_dist.config.task import Task
 from gptfl_dist.config.plan import LocalTraining
 from gptfl_dist.learning.data import ImageSet
 from gptfl_dist.learning.local import train

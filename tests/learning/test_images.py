@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gptfl_dist.config.federation import Task
 from gptfl_dist.config.silo import Data
+from gptfl_dist.config.task import Task
 from gptfl_dist.errors import DataError
 from gptfl_dist.learning.data import ImageSet, load_images, split
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gptfl_dist.config.federation import Model, Task
+from gptfl_dist.config.task import Model, Task
 from gptfl_dist.errors import ModelError
 from gptfl_dist.learning.models import build_model, logits
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 from torch import nn
 
-from gptfl_dist.config.federation import Task
+from gptfl_dist.config.task import Task
 from gptfl_dist.learning.data import ImageSet
 from gptfl_dist.learning.evaluate import BATCH_SIZE, Evaluation, evaluate
 from gptfl_dist.learning.measures import BINS, macro_f1

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptfl_dist.config.federation import Task
 from gptfl_dist.config.mixing import HandedOut, Use
+from gptfl_dist.config.task import Task
 from gptfl_dist.errors import DataError, ModelError
 from gptfl_dist.learning.data import ImageSet
 from gptfl_dist.learning.mixing import blank_samples, drawn, mixed, read_samples, write_samples

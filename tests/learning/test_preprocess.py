@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from gptfl_dist.config.federation import Task
+from gptfl_dist.config.task import Task
 from gptfl_dist.learning.augment import augment
 from gptfl_dist.learning.data import ImageSet
 from gptfl_dist.learning.preprocess import normalise

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gptfl_dist
-from gptfl_dist.config.federation import Model, Task
 from gptfl_dist.config.plan import LocalTraining
+from gptfl_dist.config.task import Model, Task
 from gptfl_dist.learning.data import ImageSet
 from gptfl_dist.learning.local import train
 from gptfl_dist.learning.models import build_model

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import ResNetConfig, ViTConfig
 
-from gptfl_dist.config.federation import Model, Task
 from gptfl_dist.config.plan import LocalTraining
+from gptfl_dist.config.task import Model, Task
 from gptfl_dist.errors import ModelError
 from gptfl_dist.learning.data import ImageSet
 from gptfl_dist.learning.local import train

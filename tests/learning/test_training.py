@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from gptfl_dist.config.federation import Model, Pretraining, Task
 from gptfl_dist.config.plan import LocalTraining
+from gptfl_dist.config.task import Model, Task
+from gptfl_dist.config.training import Pretraining
 from gptfl_dist.errors import ConfigError, DataError, TrainerError
 from gptfl_dist.learning.data import ImageSet, split
 from gptfl_dist.learning.device import resolve_device

@@ -23,7 +23,7 @@ from federated import (
     value_of,
 )
 
-from gptfl_dist.config.federation import Training
+from gptfl_dist.config.training import Training
 from gptfl_dist.errors import FederationError, StorageError, TrainerError
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.testing.clock import advance

@@ -297,7 +297,7 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 import gptfl_dist
-from gptfl_dist.config.federation import Model, Task
+from gptfl_dist.config.task import Model, Task
 from gptfl_dist.learning.models import build_model
 silo = gptfl_dist.join(build_model(Model(name="cnn"), Task(size=8, channels=1), 2, 0))
 while silo.receive():

@@ -17,9 +17,9 @@ from test_run_restart import live
 from trained import TrainedWorld
 
 from gptfl_dist.config.document import dump_yaml
-from gptfl_dist.config.federation import Model, Task
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.config.silo import Data, SiloFile
+from gptfl_dist.config.task import Model, Task
 from gptfl_dist.errors import FederationError, ModelError, PolicyError
 from gptfl_dist.federation.orders import Order
 from gptfl_dist.learning.data import ImageSet, load_images, split
@@ -28,7 +28,7 @@ from gptfl_dist.learning.models import build_model
 from gptfl_dist.learning.preprocess import normalise
 from gptfl_dist.learning.seeding import derive_seed
 from gptfl_dist.run import evaluator
-from gptfl_dist.run.silo import require_built_in, require_training
+from gptfl_dist.run.requirements import require_built_in, require_training
 
 HEAD = "9"  # the last layer of the model cnn
 ALLOWED = {"policy": {"class_means": True}}

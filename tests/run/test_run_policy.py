@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from federated import LAYOUT, START, flat, in_loop
 
-from gptfl_dist.config.federation import Task
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.config.silo import Data, Policy, SiloFile
+from gptfl_dist.config.task import Task
 from gptfl_dist.errors import TrainerError
 from gptfl_dist.exchange.base import Goodbye, Receipt, UpdateHeader, Welcome
 from gptfl_dist.federation.orders import Order

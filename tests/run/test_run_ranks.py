@@ -19,11 +19,11 @@ from support import Commands, numbers, wait_for
 from torch import nn
 
 import gptfl_dist
-from gptfl_dist.config.federation import Model
 from gptfl_dist.config.load import load_federation, load_silo
 from gptfl_dist.config.mixing import HandedOut
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.config.silo import Data
+from gptfl_dist.config.task import Model
 from gptfl_dist.errors import DataError, LaunchError, ModelError, PolicyError, TrainerError
 from gptfl_dist.launch.trainer import TrainerProcess
 from gptfl_dist.learning.data import load_images

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from gptfl_dist.config.federation import Model, Task
 from gptfl_dist.config.load import load_federation, load_silo
 from gptfl_dist.config.mixing import HandedOut
 from gptfl_dist.config.plan import LocalTraining, Plan
 from gptfl_dist.config.silo import Code, SiloFile
+from gptfl_dist.config.task import Model, Task
 from gptfl_dist.errors import ModelError, PolicyError, TrainerError
-from gptfl_dist.run.silo import require_built_in
+from gptfl_dist.run.requirements import require_built_in
 from gptfl_dist.run.trainer import Trainer
 from gptfl_dist.testing.federations import tiny_federation
 

@@ -25,7 +25,9 @@ from gptfl_dist.learning.evaluate import evaluate
 from gptfl_dist.learning.measures import Measures
 from gptfl_dist.learning.models import build_model
 from gptfl_dist.run.evaluation import RANDOM_WEIGHTS, Measured
-from gptfl_dist.run.silo import OrderFiles, Result, Silo, require_layout
+from gptfl_dist.run.requirements import require_layout
+from gptfl_dist.run.runner import OrderFiles, Result
+from gptfl_dist.run.silo import Silo
 from gptfl_dist.run.trainer import Trainer
 from gptfl_dist.testing.exchange import MemoryNetwork, MemorySiloExchange
 from gptfl_dist.weights import Layout

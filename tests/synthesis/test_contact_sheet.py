@@ -8,8 +8,8 @@ from PIL import Image
 from shapes import SHAPES, shape_set
 from whole_set import load_images
 
-from gptfl_dist.config.federation import Task
 from gptfl_dist.config.synthesis import Filter, Synthesis
+from gptfl_dist.config.task import Task
 from gptfl_dist.errors import StorageError
 from gptfl_dist.learning.group import ALONE
 from gptfl_dist.synthesis import contact_sheet, dropped_sheet, synthesize

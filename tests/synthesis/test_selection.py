@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from shapes import SHAPES, SIZE, shape_set
 
-from gptfl_dist.config.federation import Task
 from gptfl_dist.config.synthesis import Filter
+from gptfl_dist.config.task import Task
 from gptfl_dist.errors import DataError, GeneratorError, ModelError, StorageError
 from gptfl_dist.synthesis.selection import SELECTION, Judge, Selection, known_selection, select, select_images
 from gptfl_dist.synthesis.store import complete_manifest

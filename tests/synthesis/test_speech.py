@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptfl_dist.config.federation import Task
 from gptfl_dist.config.synthesis import Engine, Generator, Synthesis
+from gptfl_dist.config.task import Task
 from gptfl_dist.errors import GeneratorError
 from gptfl_dist.learning.group import ALONE
 from gptfl_dist.synthesis import contact_sheet, find_generator, load_generator, synthesize

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from whole_set import load_images
 
-from gptfl_dist.config.federation import Task
 from gptfl_dist.config.synthesis import Synthesis
+from gptfl_dist.config.task import Task
 from gptfl_dist.errors import StorageError
 from gptfl_dist.learning.group import ALONE
 from gptfl_dist.synthesis import SyntheticSet, synthesize
@@ -153,7 +153,7 @@ class TestResuming:
         settings.write_text(larger.model_dump_json())
         code = (
             "import sys; from pathlib import Path\n"
-            "from gptfl_dist.config.federation import Task\n"
+            "from gptfl_dist.config.task import Task\n"
             "from gptfl_dist.config.synthesis import Synthesis\n"
             "from gptfl_dist.learning.group import ALONE\n"
             "from gptfl_dist.synthesis import synthesize\n"

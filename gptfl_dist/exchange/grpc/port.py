@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import grpc
 import grpc.aio
 
-from gptfl_dist.config.federation import Limits
+from gptfl_dist.config.wire import Limits
 from gptfl_dist.errors import GptflError, LaunchError
 from gptfl_dist.exchange.grpc import frames
 from gptfl_dist.exchange.grpc.callers import Callers, Context, Note

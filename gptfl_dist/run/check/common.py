@@ -10,23 +10,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 
+from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.silo import Coordinator, SiloFile
-from gptfl_dist.errors import (
-    IdentityError,
-    LaunchError,
-    StorageError,
-    TrainerError,
-)
+from gptfl_dist.errors import IdentityError, LaunchError, StorageError, TrainerError
 from gptfl_dist.files import storage_error
 from gptfl_dist.run.check.findings import Doubt
 from gptfl_dist.security.authority import Credentials
 from gptfl_dist.security.credentials import load_credentials
 from gptfl_dist.security.expiry import ending
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @contextlib.contextmanager
@@ -44,6 +44,14 @@ def code_beside(path: Path) -> Iterator[None]:
             origin = getattr(sys.modules.get(top), "__file__", None)
             if top != "gptfl_dist" and origin is not None and Path(origin).parent in (folder, folder / top):
                 del sys.modules[name]
+
+
+def built_model(path: Path, file: FederationFile, tell: Callable[[str], None] = lambda told: None) -> nn.Module:
+    """The federation's model as the coordinator builds it."""
+    from gptfl_dist.learning.models import build_model
+
+    with code_beside(path):
+        return build_model(file.model, file.task, len(file.labels), file.seed, tell)
 
 
 def writable(folder: Path) -> str:

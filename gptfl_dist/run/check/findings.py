@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from gptfl_dist.errors import (
-    GptflError,
-)
+from gptfl_dist.errors import GptflError
 
 Status = Literal["ok", "warning", "failed"]
 

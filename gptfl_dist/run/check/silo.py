@@ -48,7 +48,7 @@ def _silo_device(silo: SiloFile) -> str:
 
 def _silo_data(silo: SiloFile) -> str:
     """Decodes every sample once. The federation's task and labels are not known here."""
-    from gptfl_dist.config.federation import Task
+    from gptfl_dist.config.task import Task
     from gptfl_dist.learning.data import count_labels, find_kind, load_images, split
 
     assert silo.data is not None
