@@ -56,7 +56,6 @@ def study(quick: bool) -> Study:
             "training": {"batch_size": 32, "clip_norm": 1.0, "warm_up_rounds": 0 if quick else 3},
         },
         rounds=2 if quick else 20,
-        trial_rounds=5,
         splits={"alpha-0.1": {"kind": "dirichlet", "silos": 4 if quick else 10, "alpha": 0.1, "minimum": 20}},
     )
 

@@ -49,7 +49,6 @@ def study(quick: bool) -> Study:
             "training": {"batch_size": 32, "clip_norm": 1.0, "warm_up_rounds": 0 if quick else 3},
         },
         rounds=3 if quick else 20,
-        trial_rounds=5,
         splits={
             f"alpha-{alpha}": {"kind": "dirichlet", "silos": silos, "alpha": alpha, "minimum": 20}
             for alpha in (0.1, 0.5)
