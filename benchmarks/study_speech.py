@@ -1,11 +1,11 @@
-"""Study (c): GPT-FL on spoken digits, six speakers as six silos with 30 recordings each.
+"""Study (c): GPT-FL on spoken digits, six speakers as six silos with 40 recordings each.
 
     python benchmarks/study_speech.py --data recordings
     python benchmarks/study_speech.py --data recordings --quick    two minutes: one seed, few rounds
 
 The folder holds the recordings of the Free Spoken Digit Dataset (github.com/Jakobovski/free-spoken-digit-dataset, CC
 BY-SA 4.0), DIGIT_SPEAKER_NUMBER.wav. Of each speaker and digit the numbers 0 to 4, by the data set's convention its
-test split, are the test set; three of the others, by a fixed draw, are the speaker's as a silo, a fifth of them
+test split, are the test set; four of the others, by a fixed draw, are the speaker's as a silo, one of them held out as
 validation data.
 Synthetic clips are spoken by three text-to-speech engines, which never heard the speakers.
 
@@ -25,7 +25,7 @@ from study import Study, main
 LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")
 TEST, UNSEEN, ALL = range(5), range(20), range(50)  # numbers of recordings
-CLIPS = 3  # a silo and digit
+CLIPS = 4  # a silo and digit
 KEY = r"^\d_([a-z]+)_\d+\.wav$"
 
 
@@ -35,7 +35,7 @@ def study(quick: bool) -> Study:
     return Study(
         name="speech",
         labels=LABELS,
-        data={"path": "train", "validation_share": 0.2},
+        data={"path": "train", "validation_share": 0.25},
         test_data="test",
         settings={
             "task": {"kind": "audio", "sample_rate": 8000, "duration": "1s"},
@@ -47,7 +47,7 @@ def study(quick: bool) -> Study:
                 "threads": 1,
             },
             "pretraining": {"epochs": 5 if quick else 30, "batch_size": 32, "threads": 1},
-            "training": {"batch_size": 8, "epochs": 2, "clip_norm": 1.0, "warm_up_rounds": 0 if quick else 3},
+            "training": {"batch_size": 10, "epochs": 2, "clip_norm": 1.0, "warm_up_rounds": 0 if quick else 3},
         },
         rounds=2 if quick else 24,
         epochs=2,
