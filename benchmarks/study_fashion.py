@@ -10,7 +10,7 @@ are declared public, and the rest is left alone. The generator, a class-conditio
 knows the domain, as one that was trained on pictures of the web knows photos: unlike in studies (a) and (c), what the
 silos have is not of another kind than what it learnt from. Tests are on 2,000 of the 10,000 test images.
 
-So that all of it takes an hour at most on two cores, every cell has 20 rounds, and the generator's training is short.
+So that all of it takes an hour at most on two cores, every cell has 12 rounds, and the generator's training is short.
 How cells are tuned: study.py.
 """
 
@@ -55,7 +55,7 @@ def study(quick: bool) -> Study:
             "pretraining": {"epochs": 5 if quick else 40, "threads": 1},
             "training": {"batch_size": 32, "clip_norm": 1.0, "warm_up_rounds": 0 if quick else 3},
         },
-        rounds=2 if quick else 20,
+        rounds=2 if quick else 12,
         splits={"alpha-0.1": {"kind": "dirichlet", "silos": 4 if quick else 10, "alpha": 0.1, "minimum": 20}},
     )
 
