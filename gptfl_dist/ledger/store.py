@@ -86,7 +86,7 @@ class Ledger(Record):
                     sync_folder(folder.parent)
             known = self.fact("request")
             if known is not None and known != request:
-                difference = _first_difference(known, request)
+                difference = first_difference(known, request)
                 raise ConfigError(
                     f"{folder} holds a run of other settings than the federation file's ({difference})",
                     hint="set another run_folder, or start anew with --fresh",
@@ -314,7 +314,7 @@ def _require(path: Path, digest: str) -> None:
         raise StorageError(f"{path} is damaged: its content is not what was written", hint=ANEW)
 
 
-def _first_difference(old: str, new: str) -> str:
+def first_difference(old: str, new: str) -> str:
     """Names the first setting in which two JSON texts differ."""
 
     def walk(path: str, a: object, b: object) -> str:

@@ -180,6 +180,26 @@ def test_a_cell_of_another_release_fails_alone_and_says_what_to_remove(gptfl: Co
     assert json.loads(gptfl.run("experiment", path, "--format", "json").stdout)["failures"] == {}
 
 
+def test_federations_of_other_settings_stop_an_experiment_before_anything_runs(gptfl: Commands, tmp_path: Path) -> None:
+    cells = [{"splits": ["uneven"], "starts": ["random"], "strategies": ["fedavg"], "silos": ["all", "pooled"]}]
+    path = experiment(tmp_path, tuning={"grid": [{}]}, cells=cells)
+    gptfl.run("experiment", path)
+    content = json.loads(path.read_text())
+    content["seeds"] = [4, 5]
+    content["federation"]["federation"]["rounds"] = 3
+    path.write_text(json.dumps(content))
+    command = gptfl.start("experiment", path)
+    assert command.wait() == 2
+    folder = tmp_path / "results/cells/uneven/random/fedavg"
+    assert f"{folder}/all/seed-4 holds a federation of other settings" in command.stderr
+    assert "(federation.rounds was 2, now 3); in all there are 2 such folders" in command.stderr
+    assert "set another folder in the experiment file; or remove such folders" in command.stderr
+    assert not (folder / "all/seed-5/ledger.sqlite").exists()
+    shutil.rmtree(folder)
+    arms = json.loads(gptfl.run("experiment", path, "--format", "json").stdout)["splits"][0]["arms"]
+    assert [[len(cell["curve"]) for cell in arm["cells"]] for arm in arms] == [[3, 3], [3, 3]]
+
+
 def test_a_point_whose_trial_failed_is_out_and_told_of_and_an_arm_without_any_is_missing(
     gptfl: Commands, tmp_path: Path
 ) -> None:

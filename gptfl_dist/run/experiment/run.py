@@ -6,7 +6,7 @@ splits/SPLIT/seed-N          what each silo has, and its silo file
 starts/START/seed-N          synthetic data and the model that was trained on them
 cells/SPLIT/START/STRATEGY/SILOS/trial-K and .../seed-N
 
-Each goes on where it was stopped, and what is finished is not done again.
+Each goes on where it was stopped, and what is finished is not done again. What was begun with other settings stops it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from pathlib import Path
 from gptfl_dist.config.experiment import ExperimentFile, Group, Settings
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import federation_of, load_federation, to_yaml
-from gptfl_dist.errors import GptflError, StageFailed, StorageError
+from gptfl_dist.errors import ConfigError, GptflError, StageFailed, StorageError
 from gptfl_dist.files import write_file
 from gptfl_dist.ledger.reader import read
+from gptfl_dist.ledger.store import first_difference
 from gptfl_dist.observe.matrix import Outcome, outcome_of, validation_of
 from gptfl_dist.observe.progress import progress
 from gptfl_dist.observe.summary import FILE_NAME, FederatedArm, Summary, read_summary
@@ -192,20 +193,29 @@ class _Bench:
                     raise error
 
     async def run(self, what: str, cells: Sequence[Cell]) -> dict[Cell, GptflError]:
-        """Runs cells that are not finished; returns what stopped some of them."""
+        """Runs cells that are not finished; returns what stopped some of them.
+
+        Raises ConfigError where a federation was begun with other settings than the experiment's file says now.
+        """
         failures: dict[Cell, GptflError] = {}
         commands: dict[tuple[Cell, Path], Sequence[str | Path]] = {}
+        others: dict[Path, str] = {}
         for cell in cells:
             for folder, _ in self._runs(cell):
                 if self._synthetic(cell.group.start):
                     _link(self._start(cell.group.start, cell.seed), folder)
                 try:
-                    finished = _finished(folder)
+                    begun = read(folder, lambda ledger: ledger.fact("request"))
                 except StorageError as error:  # of another release, or no record that can be read
                     failures.setdefault(cell, _to_be_run_anew(error, folder))
                     continue
-                if not finished:
+                wanted = request_of(folder / FEDERATION, load_federation(folder / FEDERATION))
+                if begun is not None and begun != wanted:
+                    others[folder] = first_difference(begun, wanted)
+                elif begun is None or not (folder / FILE_NAME).exists():
                     commands[cell, folder] = ["run", folder / FEDERATION, "--exchange", "memory"]
+        if others:
+            raise _of_other_settings(others)
         if commands:
             with progress(f"{self._file.name}: {what}", len(commands), "federations") as bar:
                 ended = await run_all(commands, self._workers, bar.callback)
@@ -237,12 +247,14 @@ class _Bench:
         return validation_of([_arm(read_summary(folder)) for folder, _ in self._runs(cell)])
 
 
-def _finished(folder: Path) -> bool:
-    """Whether the federation of a run's file came to its end; that another one did is for the run to complain of."""
-    if not (folder / FILE_NAME).exists():
-        return False
-    path = folder / FEDERATION
-    return read(folder, lambda ledger: ledger.fact("request")) == request_of(path, load_federation(path))
+def _of_other_settings(others: Mapping[Path, str]) -> ConfigError:
+    """Of federations by their folders, and what is other in each: their results must not stand beside those of now."""
+    (first, difference), *more = others.items()
+    also = f"; in all there are {len(others)} such folders" if more else ""
+    return ConfigError(
+        f"{first} holds a federation of other settings than the experiment file's ({difference}){also}",
+        hint="set another folder in the experiment file; or remove such folders, and their federations are run anew",
+    )
 
 
 def _to_be_run_anew(error: StorageError, folder: Path) -> StorageError:
