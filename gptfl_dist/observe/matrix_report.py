@@ -116,7 +116,7 @@ def _page(matrix: Matrix) -> str:
 
 
 def _headline(matrix: Matrix) -> str:
-    """The result in a few sentences, as it came out, good or bad."""
+    """The result in a few sentences, as it came out, good or bad; of several splits, what the first came to."""
     compared = [
         row.pairs.mean
         for rows in matrix.rows.values()
@@ -131,7 +131,7 @@ def _headline(matrix: Matrix) -> str:
     return (
         f"Of {arms} from other than random weights, {above} {end} above the best from random weights, "
         "in the mean over seeds. "
-    ) + " ".join(_chosen(rows) for rows in matrix.rows.values())
+    ) + _chosen(next(iter(matrix.rows.values())))
 
 
 def _chosen(rows: Sequence[Row]) -> str:
@@ -161,7 +161,8 @@ def _split(matrix: Matrix, split: str, rows: Sequence[Row], looks: Looks) -> str
         [chip + escape(arm), f"<b>{accuracy}</b>", *map(escape, rest)]
         for chip, (arm, accuracy, *rest) in zip(chips, body, strict=True)
     ]
-    content = [table(head, cells, "numbers"), f'<p class="note">{_notes(rows)}</p>']
+    said = [f"<p>{escape(chosen)}</p>"] if (chosen := _chosen(rows)) else []
+    content = [*said, table(head, cells, "numbers"), f'<p class="note">{_notes(rows)}</p>']
     if any(row.outcomes for row in rows):
         content += ["<h3>Learning curves</h3>", _curves(rows, looks)]
         if rows[0].target is not None:
