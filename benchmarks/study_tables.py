@@ -154,7 +154,7 @@ def draw(studies: Sequence[dict[str, Any]], path: Path) -> None:
                 diversity = _by_round(arm, lambda cell: [one["diversity"] for one in cell["rounds"][1:]])
                 grid[1][column].plot(range(1, len(diversity) + 1), diversity, **look)
         grid[0][column].set(title=f"{study['experiment']}, {split['split']}")
-        grid[1][column].set(xlabel="round", yscale="log")
+        grid[1][column].set(xlabel="round", ylim=(0, None))
     grid[0][0].set(ylabel="accuracy on test data, %")
     grid[1][0].set(ylabel="gradient diversity")
     grid[0][0].legend(frameon=False, loc="lower right")

@@ -66,3 +66,14 @@ def test_a_quick_generator_never_stands_for_that_of_the_whole_study(
         study.prepare(tmp_path, argparse.Namespace(data=tmp_path, quick=quick))
         source = study.study(quick).settings["synthesis"]["generator"]["source"]
         assert (tmp_path / source / "how").read_text() == ("quick" if quick else "whole")
+
+
+def test_the_page_of_studies_has_the_tables_of_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    tables = importlib.import_module("study_tables")
+    page = (BENCHMARKS.parent / "docs" / "studies.md").read_text()
+    committed = sorted((BENCHMARKS / "results").glob("*.json"))
+    assert committed
+    for path in committed:
+        assert path.with_suffix(".html").exists()
+        assert "\n".join(tables.tables_of(json.loads(path.read_text()))) in page
