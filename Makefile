@@ -20,9 +20,8 @@ help:  ## list the targets
 demo: $(DEMO)  ## install into .venv what the demo needs, then run it (report in runs/demo/)
 	$(BIN)/gptfl demo
 
-# Two files at a time: much of the time tests wait for processes. More would only make them slow where cores are few.
 test: $(DEV)  ## install into .venv what the tests need, then run them all (ARGS="tests/config -x" runs some)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 chaos: $(DEV)  ## N federations of ten rounds, each killed and cut off three times or more; prints kills by state (N=200)
 	$(BIN)/python tests/chaos/chaos_runs.py --runs $(or $(N),200)
