@@ -72,7 +72,8 @@ async def test_the_bytes_of_all_rounds_are_those_that_the_silos_moved(tmp_path: 
     trained = sum(len(world.trained(silo)) for silo in SAMPLES)
     assert sum(r.bytes_down or 0 for r in record.rounds) == (trained + 3) * LAYOUT.nbytes
     committed = sum(o.digest not in (None, "") for r in record.rounds for o in r.orders)
-    assert sum(r.bytes_up or 0 for r in record.rounds) == committed * LAYOUT.nbytes
+    # What was on its way when the last round ended has moved too, and is recalled.
+    assert committed * LAYOUT.nbytes <= sum(r.bytes_up or 0 for r in record.rounds) <= trained * LAYOUT.nbytes
 
 
 @in_loop
