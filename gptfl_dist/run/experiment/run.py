@@ -249,8 +249,8 @@ class _Bench:
 
 def _of_other_settings(others: Mapping[Path, str]) -> ConfigError:
     """Of federations by their folders, and what is other in each: their results must not stand beside those of now."""
-    (first, difference), *more = others.items()
-    also = f"; in all there are {len(others)} such folders" if more else ""
+    first, difference = next(iter(others.items()))
+    also = f"; in all there are {len(others)} such folders" if len(others) > 1 else ""
     return ConfigError(
         f"{first} holds a federation of other settings than the experiment file's ({difference}){also}",
         hint="set another folder in the experiment file; or remove such folders, and their federations are run anew",
