@@ -309,7 +309,7 @@ class MemorySiloExchange:
         return welcome
 
     async def ready(self) -> None:
-        coordinator, line = self._open
+        coordinator, line = self._opened()
         coordinator.make_ready(self._silo, line)
 
     async def receive(self) -> Order | Recalled | Goodbye:
@@ -326,11 +326,11 @@ class MemorySiloExchange:
 
     async def download(self, digest: str, layout: Layout, path: Path) -> None:
         await self._reach("download", self._nonce)
-        self._open[0].hand_out(digest, path)
+        self._opened()[0].hand_out(digest, path)
 
     async def upload(self, header: UpdateHeader, update: WeightsFile) -> Receipt:
         await self._reach("upload", header.report.nonce)
-        coordinator, line = self._open
+        coordinator, line = self._opened()
         try:
             receipt = await coordinator.take(self._silo, header, update)
             step: Step = "receipt" if receipt.committed else "refused"
@@ -338,32 +338,31 @@ class MemorySiloExchange:
         except Disconnected:
             coordinator.leave(self._silo, line)
             raise
-        self._open  # noqa: B018  (a receipt does not come over a broken line)
+        self._opened()  # a receipt does not come over a broken line
         return receipt
 
     async def report(self, report: Report) -> None:
         await self._reach("report", report.nonce)
-        self._open[0].answer(self._silo, report)
+        self._opened()[0].answer(self._silo, report)
 
     async def progress(self, nonce: str, done: int, total: int, note: str = "") -> None:
-        self._open[0].note_progress(self._silo, nonce, done, total, note)
+        self._opened()[0].note_progress(self._silo, nonce, done, total, note)
 
     async def fail(self, nonce: str, reason: str) -> None:
-        self._open[0].give_up(self._silo, nonce, reason)
+        self._opened()[0].give_up(self._silo, nonce, reason)
 
     async def close(self) -> None:
         if self._coordinator is not None and self._line is not None:
             self._coordinator.leave(self._silo, self._line)
         self._coordinator = self._line = None
 
-    @property
-    def _open(self) -> tuple[MemoryCoordinatorExchange, _Line]:
+    def _opened(self) -> tuple[MemoryCoordinatorExchange, _Line]:
         if self._coordinator is None or self._line is None or self._line.broken:
             raise Disconnected("not connected")
         return self._coordinator, self._line
 
     async def _reach(self, step: Step, nonce: str) -> None:
-        coordinator, line = self._open
+        coordinator, line = self._opened()
         try:
             await self._network.reach(step, self._silo, nonce)
         except Disconnected:
