@@ -16,6 +16,14 @@ settings.register_profile("gptfl", deadline=None)
 settings.load_profile("gptfl")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("PyTorch finds no CUDA device here")
+
+
 @pytest.fixture
 def gptfl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     """Starts commands, none of which outlives the test."""

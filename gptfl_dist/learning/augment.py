@@ -3,7 +3,8 @@
 Each image gets its own rotation, scale, shear and shift, and a smooth displacement that is drawn on a coarse grid and
 interpolated to full size. All of it is one sampling grid and one `grid_sample`: libraries such as kornia sample once
 for each kind of warp, which blurs strokes of a pixel or two, and models learnt less from it. There are no flips: a
-mirrored 2 is no 2. Draws are made on the CPU by the caller's generator, so they are the same whatever the device.
+mirrored 2 is no 2. Draws are made on the CPU by the caller's generator, so they are the same whatever the device; the
+grids are made of them on the images' device, for they are as large as the images.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def augment(
     `images` may be the `part` of a larger `batch`: draws are made for all of it, so each image gets the same ones.
     """
     count, _, height, width = images.shape
-    draws = (torch.rand(batch or count, 6, generator=generator) * 2 - 1)[part]
+    device = images.device
+    draws = (torch.rand(batch or count, 6, generator=generator) * 2 - 1)[part].to(device)
     angle, shear = draws[:, 0] * ROTATION, draws[:, 1] * SHEAR
     scale_x, scale_y = torch.exp(draws[:, 2] * SCALE), torch.exp(draws[:, 3] * SCALE)
     cos, sin = torch.cos(angle), torch.sin(angle)
@@ -43,10 +45,10 @@ def augment(
     )
     coarse = (torch.randn(batch or count, 2, ELASTIC_POINTS, ELASTIC_POINTS, generator=generator) * ELASTIC)[part]
     # Separable cubic interpolation as two small matrix products: far cheaper here than F.interpolate.
-    rows, columns = _interpolation(height), _interpolation(width)
-    elastic = torch.einsum("hi,ncij,wj->nhwc", rows, coarse, columns)
+    rows, columns = _interpolation(height).to(device), _interpolation(width).to(device)
+    elastic = torch.einsum("hi,ncij,wj->nhwc", rows, coarse.to(device), columns)
     grid = F.affine_grid(affine, [count, 1, height, width], align_corners=False) + elastic
-    return F.grid_sample(images, grid.to(images.device), padding_mode="border", align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def _interpolation(size: int) -> torch.Tensor:

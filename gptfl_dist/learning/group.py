@@ -18,8 +18,9 @@ Whoever starts the processes chooses one of two ways to say what they are:
 
 A launcher's variables alone mean nothing: every process that a rank of an MPI job starts inherits them. `outside` gives
 an environment without both, for such a process. CPU tensors go over gloo, whose waiting ranks sleep; CUDA tensors over
-NCCL. A rank that ends breaks its connections, so the others raise RankLost in the call that they are in, or the next;
-one that hangs is given up after `patience`. torch is loaded by groups of several alone.
+NCCL where each rank has a GPU of its own, which NCCL asks for, and else over gloo too. A rank that ends breaks its
+connections, so the others raise RankLost in the call that they are in, or the next; one that hangs is given up after
+`patience`. torch is loaded by groups of several alone.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from gptfl_dist.files import write_file
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import ProcessGroup
 
 RENDEZVOUS = "GPTFL_RENDEZVOUS"
 _TORCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -107,6 +109,10 @@ class Group:
     def copy(self, tensor: torch.Tensor) -> None:
         """Overwrites the tensor by rank 0's."""
 
+    def process_group(self, tensor: torch.Tensor) -> ProcessGroup | None:
+        """The group of torch.distributed for tensors like this one; None is its default group."""
+        return None
+
     @contextmanager
     def unbroken(self) -> Iterator[None]:
         """Raises RankLost where a call of torch.distributed in the block finds that a rank is gone."""
@@ -120,17 +126,21 @@ ALONE = Group()
 
 
 class _Ranks(Group):
-    """One rank of several. The default process group of torch.distributed is open."""
+    """One rank of several. The default process group of torch.distributed is open, over gloo."""
 
-    def __init__(self, rank: int, size: int, local_rank: int | None) -> None:
+    def __init__(self, rank: int, size: int, local_rank: int | None, patience: timedelta) -> None:
+        import torch.distributed as dist
+
         self.rank, self.size = rank, size
         # Where a batch system bound ranks to cores they have them alone; else ranks of one machine share all of them.
         mine = [socket.gethostname(), sorted(os.sched_getaffinity(0))]
-        gathered = [json.loads(place) for place in self.gather(json.dumps(mine).encode())]
-        places = self.tell({"places": gathered} if self.leader else None)["places"]
+        places = self._everyones(mine)
         self._sharers = places.count(mine)
         hosts = [host for host, _ in places]
         self._local_rank = hosts[:rank].count(mine[0]) if local_rank is None else local_rank
+        gpus = self._everyones(_serial_number(self._local_rank))
+        apart = None not in gpus and len(set(gpus)) == size and dist.is_nccl_available()
+        self._of_gpus = dist.new_group(backend="nccl", timeout=patience) if apart else None
 
     def device(self, name: str) -> str:
         import torch
@@ -171,18 +181,27 @@ class _Ranks(Group):
             dist.gather(mine, parts, dst=0)
         return [part[:count].numpy().tobytes() for part, count in zip(parts or [], counts.tolist(), strict=False)]
 
+    def _everyones(self, value: Any) -> list[Any]:
+        """What each rank gives, which JSON can hold, by rank, at every rank."""
+        gathered = [json.loads(part) for part in self.gather(json.dumps(value).encode())]
+        everyones: list[Any] = self.tell({"by rank": gathered} if self.leader else None)["by rank"]
+        return everyones
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         import torch.distributed as dist
 
         with self.unbroken():
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.process_group(tensor))
         return tensor
 
     def copy(self, tensor: torch.Tensor) -> None:
         import torch.distributed as dist
 
         with self.unbroken():
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor, src=0, group=self.process_group(tensor))
+
+    def process_group(self, tensor: torch.Tensor) -> ProcessGroup | None:
+        return self._of_gpus if tensor.is_cuda else None
 
     def close(self) -> None:
         import torch.distributed as dist
@@ -214,7 +233,7 @@ def open_group(patience: timedelta) -> Group:
         return Group()
     met = None if _told_by_torch() else Path(os.environ[RENDEZVOUS])
     _join(rank, size, met, patience)
-    return _Ranks(rank, size, _place_on_machine())
+    return _Ranks(rank, size, _place_on_machine(), patience)
 
 
 def place() -> tuple[int, int]:
@@ -259,6 +278,15 @@ def _gpu(place: int, name: str) -> str:
     return own
 
 
+def _serial_number(place: int) -> str | None:
+    """Of the GPU of the process at this place of its machine, however a scheduler has numbered it; None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return str(torch.cuda.get_device_properties(_gpu(place, "cuda")).uuid)
+
+
 def outside(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of a process that a rank starts and that is none itself. It keeps the rank's GPU."""
     return {
@@ -270,18 +298,16 @@ def outside(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _join(rank: int, size: int, met: Path | None, patience: timedelta) -> None:
     """Opens the default process group of torch.distributed, at torch's own address or at that in the file `met`."""
-    import torch
     import torch.distributed as dist
 
     # Functions in there keep the group that is the default when they are imported, and its threads would then live on
     # into the interpreter's end, which aborts the process now and then. What trains would import it later.
-    import torch.distributed.nn
+    import torch.distributed.nn  # noqa: F401
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it
 
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
         if met is None:
-            dist.init_process_group(backend, timeout=patience)
+            dist.init_process_group("gloo", timeout=patience)
             return
         if rank == 0:
             host = socket.gethostname()
@@ -290,7 +316,7 @@ def _join(rank: int, size: int, met: Path | None, patience: timedelta) -> None:
         else:
             host, port = _address(met)
             store = TCPStore(host, port, size, is_master=False, timeout=patience)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
     except (RuntimeError, ValueError) as error:
         raise LaunchError(
             f"rank {rank} of {size} cannot join the others: {first_line(error)}",

@@ -64,7 +64,8 @@ def shared(model: nn.Module, parameters: Sequence[nn.Parameter], group: Group) -
     try:
         with group.unbroken():
             # A static graph may leave parameters out: some models have such that no input reaches.
-            share.network = DistributedDataParallel(model, static_graph=True)
+            process_group = group.process_group(next(model.parameters()))
+            share.network = DistributedDataParallel(model, process_group=process_group, static_graph=True)
             yield share
     finally:
         for norm in norms:

@@ -97,7 +97,7 @@ def pretrain(
             # By epoch and rank, so that a model that draws (dropout) goes on from a checkpoint as if undisturbed.
             deterministic(derive_seed(seed, "epoch", epoch, group.rank), threads)
             model.train()
-            epoch_loss = 0.0
+            losses: list[torch.Tensor] = []  # read once an epoch: who reads one waits for the GPU
             for chosen in batches(len(training), settings.batch_size, run.shuffling):
                 part, factor = share.of(len(chosen))
                 images = normalise(training.images[chosen[part]].to(device), task)
@@ -111,10 +111,10 @@ def pretrain(
                 run.scaler.step(run.optimiser)
                 run.scaler.update()
                 schedule.step()
-                epoch_loss += float(loss.detach()) * len(chosen)
+                losses.append(loss.detach() * len(chosen))
                 done += 1
                 progress(done, total)
-            epoch_loss = float(group.sum(torch.tensor(epoch_loss, dtype=torch.float64))) / group.size
+            epoch_loss = float(group.sum(torch.stack(losses).cpu().double().sum())) / group.size
             result = evaluate(model, held_out, task, device=str(device), group=group)
             if not math.isfinite(epoch_loss + result.loss):
                 raise TrainerError(

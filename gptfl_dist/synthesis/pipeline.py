@@ -3,7 +3,8 @@
 The signature of the pipeline's `__call__` decides what it is given: prompts if it takes `prompt`, class indices if it
 takes `class_labels`, the length of a clip by the name that it has for it. Weights are safetensors only; code that lies
 in a folder is never run. Noise is drawn on the CPU by one generator a sample, so a sample does not depend on the device
-that the noise is moved to; torch's CPU generator uses the lower 32 bits of a seed.
+that the noise is moved to. It does on the number format: torch before 2.13 or so draws other noise in half precision
+(2.11 does, 2.13 does not). torch's CPU generator uses the lower 32 bits of a seed.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -191,13 +192,13 @@ def _made(
     samples = plan_samples(
         request.labels, request.prompts, request.generator.guidance, request.seed, request.images_per_label
     )
-    with _torch_threads(work.environment.threads):
+    with _torch_threads(work.environment.threads), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as encoders:
         for start in range(0, len(work.missing), ranks.size):
             turn = work.missing[start : start + ranks.size]
             data = b""
             if ranks.rank < len(turn):
                 first = turn[ranks.rank] * request.shard_size
-                data = _shard(generator, samples[first : first + request.shard_size], request, progress)
+                data = _shard(generator, samples[first : first + request.shard_size], request, encoders, progress)
             yield from zip(turn, ranks.gather(data), strict=False)
 
 
@@ -205,12 +206,14 @@ def _shard(
     generator: PipelineGenerator | SpeechGenerator,
     part: Sequence[Sample],
     request: Request,
+    encoders: Executor,
     progress: Callable[[int], None],
 ) -> bytes:
     """The file of the shard of these samples."""
     files: dict[int, bytes] = {}
     for batch in _batches(part, request.generator.batch_size):
-        files |= zip(batch, _files(generator, [part[position] for position in batch], request), strict=True)
+        made = _files(generator, [part[position] for position in batch], request, encoders)
+        files |= zip(batch, made, strict=True)
         progress(len(files))
     ordered = [files[position] for position in range(len(part))]
     return store.encode_shard(request, part, ordered, generator.takes_guidance)
@@ -225,15 +228,16 @@ def _batches(part: Sequence[Sample], size: int) -> Iterator[list[int]]:
 
 
 def _files(
-    generator: PipelineGenerator | SpeechGenerator, batch: Sequence[Sample], request: Request
+    generator: PipelineGenerator | SpeechGenerator, batch: Sequence[Sample], request: Request, encoders: Executor
 ) -> Iterator[bytes]:
-    """The samples of one batch as files."""
+    """The samples of one batch as files. A GPU waits while pictures are made small and encoded: all cores do it."""
     task = request.task
     if isinstance(task, ClipRequest):
         clips = generator.clips(batch, request.labels, task.sample_rate, task.duration)
         return (wav_bytes(clip, task.sample_rate) for clip in clips)
     assert isinstance(generator, PipelineGenerator)  # the config lets engines speak for task.kind audio alone
-    return (store.encode_png(picture, task.size, task.channels) for picture in generator.images(batch, request.labels))
+    pictures = generator.images(batch, request.labels)
+    return encoders.map(lambda picture: store.encode_png(picture, task.size, task.channels), pictures)
 
 
 def _request(

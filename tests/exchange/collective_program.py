@@ -79,6 +79,7 @@ async def reductions(world: Collective) -> dict[str, Any]:
     return {
         "sum": bool(np.array_equal(floats, np.arange(2_000_003, dtype=np.float32) * total)),
         "largest": counts.tolist(),
+        "device": getattr(world, "device", "cpu"),
     }
 
 

@@ -41,7 +41,17 @@ def test_a_flat_buffer_arrives_in_segments(tmp_path: Path, backend: str) -> None
 
 @pytest.mark.parametrize("backend", _BACKENDS)
 def test_floats_are_added_and_of_counts_the_largest_is_taken(tmp_path: Path, backend: str) -> None:
-    assert _found(backend, "reductions", tmp_path, ranks=4) == {"sum": True, "largest": [3, 0, 3 * 2**40]}
+    found = _found(backend, "reductions", tmp_path, ranks=4)
+    assert (found["sum"], found["largest"]) == (True, [3, 0, 3 * 2**40])
+
+
+@pytest.mark.gpu
+def test_ranks_with_a_gpu_each_reduce_over_nccl(tmp_path: Path) -> None:
+    import torch
+
+    ranks = torch.cuda.device_count()
+    found = _found("torch", "reductions", tmp_path, ranks=ranks)
+    assert found == {"sum": True, "largest": [ranks - 1, 0, (ranks - 1) * 2**40], "device": "cuda:0"}
 
 
 @pytest.mark.parametrize("backend", _BACKENDS)

@@ -1,6 +1,6 @@
 """Trains small models in all ways, as one rank or one of several; rank 0 writes the weights to FILE (safetensors).
 
-parallel_program.py FILE
+parallel_program.py FILE DEVICE
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from gptfl_dist.config.plan import LocalTraining
 from gptfl_dist.config.task import Model, Task
 from gptfl_dist.config.training import Pretraining
 from gptfl_dist.learning.data import ImageSet
+from gptfl_dist.learning.device import resolve_device
 from gptfl_dist.learning.group import Group, open_group
 from gptfl_dist.learning.local import train
 from gptfl_dist.learning.models import build_model
@@ -62,7 +63,8 @@ def built(name: str) -> nn.Module:
     return normed() if name == "normed" else Unused()
 
 
-def main(path: str, group: Group) -> None:
+def main(path: str, wanted: str, group: Group) -> None:
+    device = str(resolve_device(group.device(wanted)))
     draw = torch.Generator().manual_seed(0)
     labels = torch.arange(SAMPLES) % 3
     images = torch.randint(0, 60, (SAMPLES, 1, 16, 16), generator=draw) + 60 * labels.view(-1, 1, 1, 1)
@@ -70,28 +72,28 @@ def main(path: str, group: Group) -> None:
     found: dict[str, torch.Tensor] = {}
 
     def note(name: str, model: nn.Module, *figures: float) -> None:
-        found[name] = torch.cat([tensor.double().flatten() for tensor in model.state_dict().values()])
+        found[name] = torch.cat([tensor.double().flatten().cpu() for tensor in model.state_dict().values()])
         found[f"{name}-figures"] = torch.tensor(figures)
 
     for name, trained in (("cnn", "all"), ("cnn", "head"), ("normed", "all"), ("normed", "head"), ("unused", "all")):
         model, settings = built(name), LOCAL.model_copy(update={"trained": trained})
-        figures = train(model, data, settings, TASK, seed=1, device="cpu", progress=quiet, group=group)
+        figures = train(model, data, settings, TASK, seed=1, device=device, progress=quiet, group=group)
         note(f"{name}-{trained}", model, figures["train_loss"], figures["samples"])
     for name in ("scaffold", "moon"):
         model = built("cnn")
-        layout, previous = layout_of(model), copy.deepcopy(model)
+        layout, previous = layout_of(model), copy.deepcopy(model).to(device)
         with torch.no_grad():
             for parameter in previous.parameters():
-                parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
-        ours, own = (0.01 * torch.randn(layout.parameters, generator=draw) for _ in range(2))
+                parameter += (0.1 * torch.randn(parameter.shape, generator=draw)).to(device)
+        ours, own = ((0.01 * torch.randn(layout.parameters, generator=draw)).to(device) for _ in range(2))
         control = Control(model, layout, ours, own) if name == "scaffold" else None
         settings = LOCAL.model_copy(update={"momentum": 0.0, "contrastive": 2.0})
         terms = {"control": control, "previous": None if control else previous}
-        figures = train(model, data, settings, TASK, seed=1, device="cpu", progress=quiet, group=group, **terms)
+        figures = train(model, data, settings, TASK, seed=1, device=device, progress=quiet, group=group, **terms)
         note(name, model, figures["train_loss"])
-        found[f"{name}-own"] = own
+        found[f"{name}-own"] = own.cpu()
     model = built("cnn")
-    central = Pretraining(epochs=2, batch_size=22, learning_rate=1e-3, threads=1, device="cpu")
+    central = Pretraining(epochs=2, batch_size=22, learning_rate=1e-3, threads=1, device=wanted)
     result = pretrain(model, data, central, TASK, seed=5, progress=quiet, group=group)
     note("pretrained", model, result.validation_loss, result.validation_accuracy, result.curve[0]["train_loss"])
     if group.leader:
@@ -100,7 +102,7 @@ def main(path: str, group: Group) -> None:
 
 if __name__ == "__main__":
     joined = open_group(timedelta(minutes=2))
-    main(sys.argv[1], joined)
+    main(sys.argv[1], sys.argv[2], joined)
     joined.close()
     threads = [comm.read_text().strip() for comm in Path("/proc/self/task").glob("*/comm")]
     # The interpreter's end aborts the process now and then while such a thread is alive.

@@ -1,7 +1,8 @@
 """The collective operations over torch.distributed: gloo for messages and on CPUs, NCCL between GPUs.
 
 NCCL carries broadcasts and reductions where every rank has a GPU of its own on its node; messages between two ranks
-always go over gloo. Threads wait for what is under way, asleep. (The part for GPUs has not been run on GPUs by us.)
+always go over gloo. Threads wait for what is under way, asleep. (Of NCCL we have run one rank on one GPU, and nothing
+between GPUs.)
 """
 
 from __future__ import annotations
