@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from gptfl_dist.errors import LaunchError
-from gptfl_dist.learning.group import outside
+from gptfl_dist.learning.group import PLACE, outside
 
 _ENV = "GPTFL_LIFELINE"
 
@@ -43,10 +43,12 @@ class Child:
         output: IO[bytes] | None,
         answer: IO[bytes] | None = None,
         cwd: Path | None = None,
+        place: int | None = None,
     ) -> None:
         """Starts the command; `output` takes its stdout and stderr (None: the parent's own), `answer` stdout alone.
 
-        Raises LaunchError if the command cannot be run.
+        `place` is its number among those that run side by side, which take the machine's GPUs in turn; None is the
+        parent's own. Raises LaunchError if the command cannot be run.
         """
         reading, self._lifeline = os.pipe()
         try:
@@ -56,7 +58,7 @@ class Child:
                 stdout=answer if answer is not None else output,
                 stderr=output,
                 cwd=cwd,
-                env={**outside(os.environ), _ENV: str(reading)},
+                env={**outside(os.environ), **({} if place is None else {PLACE: str(place)}), _ENV: str(reading)},
                 pass_fds=(reading,),
                 start_new_session=True,
             )

@@ -60,6 +60,8 @@ _OF_A_RANK = frozenset(
     }
 )
 _LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+PLACE = "GPTFL_PLACE"
+"""The same for processes that we start side by side on one machine, and that are no group."""
 _MEETING = 300.0  # seconds that rank 0 has to write its address
 
 
@@ -77,9 +79,9 @@ class Group:
     def device(self, name: str) -> str:
         """The device of the configuration (`auto`, `cpu`, `cuda`, `cuda:1`, `mps`) as this rank is to use it.
 
-        Processes that a launcher started on one machine take its GPUs in turn.
+        Processes that were started side by side on one machine take its GPUs in turn.
         """
-        place = _place_on_machine()
+        place = _number(*_LOCAL_RANKS, PLACE)
         return name if place is None or name not in ("auto", "cuda") else _gpu(place, name)
 
     def threads(self, wanted: int) -> int:
@@ -233,7 +235,7 @@ def open_group(patience: timedelta) -> Group:
         return Group()
     met = None if _told_by_torch() else Path(os.environ[RENDEZVOUS])
     _join(rank, size, met, patience)
-    return _Ranks(rank, size, _place_on_machine(), patience)
+    return _Ranks(rank, size, _number(*_LOCAL_RANKS), patience)
 
 
 def place() -> tuple[int, int]:
@@ -262,9 +264,9 @@ def _told_by_torch() -> bool:
     return all(name in os.environ for name in _TORCH)
 
 
-def _place_on_machine() -> int | None:
-    """Which of the processes that a launcher started on this machine this one is, counted from 0; if one did."""
-    return next((int(os.environ[name]) for name in _LOCAL_RANKS if name in os.environ), None)
+def _number(*variables: str) -> int | None:
+    """What the first of these that is set says."""
+    return next((int(os.environ[name]) for name in variables if name in os.environ), None)
 
 
 def _gpu(place: int, name: str) -> str:

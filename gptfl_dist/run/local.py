@@ -63,7 +63,7 @@ async def run_locally(path: Path, say: Callable[[str], None]) -> Summary:
             from gptfl_dist.exchange.grpc.server import GrpcCoordinatorExchange
 
             assert isinstance(exchange, GrpcCoordinatorExchange)
-            for name, silo_file in files.items():
+            for place, (name, silo_file) in enumerate(files.items()):
                 home = file.run_folder / "silos" / name
                 make_folder(home, PRIVATE)
                 delete(home / SEEN)  # they believe their own run, though a power cut may have set its ledger back
@@ -80,6 +80,7 @@ async def run_locally(path: Path, say: Callable[[str], None]) -> Summary:
                             *("--work-folder", str(home)),
                         ],
                         output=output,
+                        place=place,
                     )
                 children.append(child)
                 stops.callback(child.stop)

@@ -14,9 +14,10 @@ import torch
 from ranks import mpiexec, torchrun
 
 from gptfl_dist.errors import LaunchError
-from gptfl_dist.learning.group import RENDEZVOUS, open_group, outside
+from gptfl_dist.learning.group import PLACE, RENDEZVOUS, open_group, outside
 
 PROGRAM = str(Path(__file__).with_name("group_program.py"))
+RANK = "MPI_LOCALRANKID"  # on its machine
 MINUTE = timedelta(minutes=1)
 
 
@@ -60,6 +61,30 @@ def test_a_process_by_itself_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) 
     assert group.threads(0) == len(os.sched_getaffinity(0))
     one = torch.ones(2)
     assert group.sum(one) is one
+
+
+@pytest.mark.parametrize(
+    ("variables", "gpu"), [({}, "auto"), ({PLACE: "3"}, "cuda:1"), ({PLACE: "3", RANK: "2"}, "cuda:0")]
+)
+def test_processes_side_by_side_take_two_gpus_in_turn(
+    variables: dict[str, str], gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Played where there are none; what a launcher says comes first."""
+    for name in (PLACE, RANK):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    chosen: list[str] = []
+    for function, answer in {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "set_device": chosen.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, function, answer)
+    group = open_group(MINUTE)
+    assert group.device("auto") == gpu
+    assert group.device("cuda:0") == "cuda:0"
+    assert chosen == ([gpu] if variables else [])
 
 
 def test_a_rendezvous_without_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 from blake3 import blake3
 from support import Command, Commands, Federation, wait_for
 
+from gptfl_dist.learning.group import PLACE
 from gptfl_dist.weights import WeightsFile
 
 _PORT = re.compile(r"gRPC with mutual TLS on 127\.0\.0\.1:(\d+)")
@@ -32,6 +33,7 @@ class Watched:
     commands: Commands
     command: Command
     processes: dict[int, str]
+    trainers_places: list[str]
     connected: dict[int, int]
     without_tls: bytes
     without_certificate: bytes
@@ -52,6 +54,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         commands,
         command,
         processes,
+        sorted(_variable(pid, PLACE) for pid, words in processes.items() if "gptfl_dist.run.trainer" in words),
         {pid: _connections(pid, port) for pid in processes},
         _speak_plain(port),
         _connect_without_certificate(port),
@@ -77,6 +80,12 @@ def _connections(pid: int, port: int) -> int:
             fields = line.split()
             found += int(fields[2].rpartition(":")[2], 16) == port and f"socket:[{fields[9]}]" in sockets
     return found
+
+
+def _variable(pid: int, name: str) -> str:
+    """What an environment variable of this process says."""
+    variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(each.partition("=")[::2] for each in variables)[name]
 
 
 def _speak_plain(port: int) -> bytes:
@@ -127,6 +136,10 @@ def test_coordinator_agents_and_trainers_are_processes_of_their_own(watched: Wat
     counted = {role: sum(part in command for command in watched.processes.values()) for role, part in roles.items()}
     assert counted == {"coordinator": 1, "agent": 2, "trainer": 2, "evaluator": 1}
     assert len(watched.processes) == sum(counted.values())
+
+
+def test_trainers_know_their_places_on_the_machine_by_which_they_share_out_its_gpus(watched: Watched) -> None:
+    assert watched.trainers_places == ["0", "1"]
 
 
 def test_nobody_else_enters_a_silos_work_folder(watched: Watched) -> None:

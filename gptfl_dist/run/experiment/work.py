@@ -1,7 +1,8 @@
 """Runs commands of this package side by side, so many at a time. Each is a process, whose end is no end of the others.
 
-They are forked from a server process that has loaded torch once: loading it takes longer than a short cell. A command
-goes on where it was stopped, so nothing needs to be remembered here.
+They are forked from a server process that has loaded torch once: loading it takes longer than a short cell. Those that
+run at a time take the machine's GPUs in turn. A command goes on where it was stopped, so nothing needs to be remembered
+here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from gptfl_dist.errors import GptflError
-from gptfl_dist.learning.group import outside
+from gptfl_dist.learning.group import PLACE, outside
 from gptfl_dist.run.stages import answer_of
 
 _K = TypeVar("_K")
@@ -37,19 +38,22 @@ async def run_all(
 
     `report(done, total)` is called as they end.
     """
-    turns = asyncio.Semaphore(workers)
+    places: asyncio.LifoQueue[int] = asyncio.LifoQueue()
+    for place in reversed(range(workers)):
+        places.put_nowait(place)
     ended = 0
 
     async def one(arguments: Sequence[str | Path]) -> GptflError | None:
         nonlocal ended
-        async with turns:
-            try:
-                await run_command(arguments)
-            except GptflError as error:
-                return error
-            finally:
-                ended += 1
-                report(ended, len(commands))
+        place = await places.get()
+        try:
+            await run_command(arguments, place)
+        except GptflError as error:
+            return error
+        finally:
+            places.put_nowait(place)
+            ended += 1
+            report(ended, len(commands))
         return None
 
     async with asyncio.TaskGroup() as group:
@@ -57,13 +61,13 @@ async def run_all(
     return {key: task.result() for key, task in tasks.items()}
 
 
-async def run_command(arguments: Sequence[str | Path]) -> None:
+async def run_command(arguments: Sequence[str | Path], place: int) -> None:
     """Runs `gptfl` with these arguments to its end. Raises its error, or StageFailed."""
     words = [*map(str, arguments), "--format", "json"]
     with tempfile.NamedTemporaryFile() as answer:
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(_LOADED)
-        process = server.Process(target=_command, args=(words, answer.name))
+        process = server.Process(target=_command, args=(words, answer.name, place))
         process.start()
         try:
             await _end_of(process)
@@ -93,12 +97,13 @@ def _stop(process: BaseProcess) -> None:
     process.join()
 
 
-def _command(words: list[str], answer: str) -> None:
+def _command(words: list[str], answer: str, place: int) -> None:
     """In the new process: `gptfl` with these words, what it prints in the file `answer`."""
     threading.Thread(target=_end_with_the_parent, name="lifeline", daemon=True).start()
     os.setsid()  # so that Ctrl-C reaches the parent alone
     for name in set(os.environ) - set(outside(os.environ)):
         del os.environ[name]
+    os.environ[PLACE] = str(place)
     for stream, file in ((sys.stdout, answer), (sys.stderr, os.devnull)):
         with Path(file).open("wb") as opened:
             os.dup2(opened.fileno(), stream.fileno())
