@@ -2,14 +2,15 @@
 
 A study is `gptfl experiment` on data and an experiment file in a folder. Its matrix: every strategy of STRATEGIES from
 random and from synthetic weights; FedAvg besides with one and three silos in each round and with a single round of as
-many epochs as others have rounds; each silo alone, and one silo with the data of all. The synthetic model alone is what
-cells with a synthetic start begin with. All that with three seeds.
+many epochs as others have rounds; each silo alone, and one silo with the data of all. FedAdam besides with warped
+samples at the silos, since pre-training has such and the silos else have not. The synthetic model alone is what cells
+with a synthetic start begin with. All that with three seeds.
 
 Tuning. Whatever is compared has six points to choose from, in each split and start anew, tried on the first seed for
-half as many rounds and judged by the silos' validation data: six rates of the silos, half a decade apart, the same for
-all studies and strategies. FedAdam has a rate of the server too, and so six pairs. What else a strategy has (mu of
-FedProx and of MOON) is fixed. Test data choose nothing. Much shorter trials would favour synthetic starts: from random
-weights a rate that is best in the end looks no better than others for long.
+half as many rounds (the single round for all of it) and judged by the silos' validation data: six rates of the silos,
+half a decade apart, the same for all studies and strategies. FedAdam has a rate of the server too, and so six pairs.
+What else a strategy has (mu of FedProx and of MOON) is fixed. Test data choose nothing. Much shorter trials would
+favour synthetic starts: from random weights a rate that is best in the end looks no better than others for long.
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ from typing import Any
 
 import numpy as np
 
-STRATEGIES: dict[str, Any] = {
-    "fedavg": {},
-    "fedprox": {"settings": {"training": {"proximal": 0.01}}},
-    "scaffold": {"settings": {"strategy": {"rule": "scaffold"}}},
-    "moon": {"settings": {"training": {"contrastive": 1.0}}},
-    "fedadam": {"settings": {"strategy": {"optimizer": "adam"}}},
-}
 RATES = (0.016, 0.05, 0.16, 0.5, 1.6, 5.0)
 # The silos' rate and the server's.
-ADAM_RATES = ((0.05, 0.01), (0.16, 0.01), (0.5, 0.01), (0.5, 0.03), (1.6, 0.03), (1.6, 0.1))
+ADAM_RATES = ((0.05, 0.01), (0.16, 0.03), (0.5, 0.03), (0.5, 0.1), (1.6, 0.1), (1.6, 0.3))
+ADAM = {"optimizer": "adam"}
+STRATEGIES: dict[str, Any] = {
+    "fedavg": {},
+    "fedprox": {"training": {"proximal": 0.01}},
+    "scaffold": {"strategy": {"rule": "scaffold"}},
+    "moon": {"training": {"contrastive": 1.0}},
+    "fedadam": {"strategy": ADAM},
+}
+WARPED = {"strategy": ADAM, "training": {"augmentation": True}}
 BOTH = ["random", "synthetic"]
 SEEDS = [0, 1, 2]
 
@@ -45,7 +48,7 @@ class Study:
     """What a study has of its own.
 
     `settings` are those that all cells share, as in a federation file. Every strategy is run on `splits`, what is for
-    reference on the first of them; FedAvg alone on `unseen`.
+    reference on the first of them; FedAdam alone on `unseen`.
     """
 
     name: str
@@ -68,10 +71,10 @@ class Study:
         cells = [
             {"splits": splits, "starts": BOTH, "strategies": names},
             {"splits": first, "starts": BOTH, "strategies": ["fedavg"], "silos": [1, 3, "alone", "pooled"]},
-            {"splits": first, "starts": BOTH, "strategies": ["one-shot"]},
+            {"splits": first, "starts": BOTH, "strategies": ["one-shot", "fedadam-warped"]},
         ]
         if unseen:
-            cells.append({"splits": unseen, "starts": BOTH, "strategies": ["fedavg"]})
+            cells.append({"splits": unseen, "starts": BOTH, "strategies": ["fedadam"]})
         return {
             "name": self.name,
             "seeds": SEEDS[:1] if quick else SEEDS,
@@ -93,8 +96,12 @@ class Study:
         pairs = ADAM_RATES[:1] if quick else ADAM_RATES
         adam = [{"training": {"learning_rate": rate}, "strategy": {"learning_rate": server}} for rate, server in pairs]
         epochs = {"epochs": self.epochs * self.rounds, "warm_up_rounds": 0}
-        one_shot = {"settings": {"federation": {"rounds": 1}, "training": epochs}}
-        return {**STRATEGIES, "fedadam": {**STRATEGIES["fedadam"], "grid": adam}, "one-shot": one_shot}
+        one_shot = {"federation": {"rounds": 1}, "training": epochs}
+        strategies = {**STRATEGIES, "one-shot": one_shot, "fedadam-warped": WARPED}
+        return {
+            name: {"settings": settings} | ({"grid": adam} if settings.get("strategy") == ADAM else {})
+            for name, settings in strategies.items()
+        }
 
 
 def main(

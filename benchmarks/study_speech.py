@@ -9,7 +9,7 @@ test split, are the test set; four of the others, by a fixed draw, are the speak
 validation data.
 Synthetic clips are spoken by three text-to-speech engines, which never heard the speakers.
 
-Besides the matrix that all studies have, each speaker is left out once: five are silos, and FedAvg from both starts
+Besides the matrix that all studies have, each speaker is left out once: five are silos, and FedAdam from both starts
 is tested on 200 recordings of the sixth, as a silo would find it that took no part. How cells are tuned: study.py.
 """
 
@@ -61,6 +61,7 @@ def study(quick: bool) -> Study:
 
 def prepare(folder: Path, options: argparse.Namespace) -> None:
     """train/, test/ and unseen/SPEAKER/, each with a folder a label; the same whatever the seed."""
+    shutil.rmtree(folder / "train", ignore_errors=True)  # which may hold another draw
     draws = np.random.default_rng(0)
     for speaker in SPEAKERS:
         for digit, label in enumerate(LABELS):

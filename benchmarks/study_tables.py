@@ -23,6 +23,7 @@ NAMES = {
     "scaffold": "SCAFFOLD",
     "moon": "MOON",
     "fedadam": "FedAdam",
+    "fedadam-warped": "FedAdam, warped samples",
     "one-shot": "one round for all",
 }
 OTHERS = {
@@ -30,6 +31,10 @@ OTHERS = {
     3: "three silos a round",
     "alone": "each silo alone",
     "pooled": "all data in one place",
+}
+COSTS = {
+    "generation and pre-training": ("generate_device_seconds", "pretrain_device_seconds"),
+    "training of all silos": ("silo_seconds",),
 }
 COLOURS = {"random": "#c2500a", "synthetic": "#0067a8"}
 
@@ -70,13 +75,12 @@ def strategies_of(split: dict[str, Any]) -> list[str]:
         random, synthetic = arms
         is_chosen = all(synthetic[field] == value for field, value in split["chosen"].items())
         rounds = ", ".join(str(cell["rounds_to_target"] or "-") for cell in synthetic["cells"])
-        difference = synthetic["difference_to_baseline"]
         body.append(
             (
                 NAMES[name],
                 percent(random["final_accuracy"]),
                 percent(synthetic["final_accuracy"]) + (" *" if is_chosen else ""),
-                f"{100 * difference['mean']:+.1f} ({100 * difference['sd']:.1f})",
+                _with_spread(synthetic["difference_to_baseline"], "+.1f"),
                 rounds,
             )
         )
@@ -84,12 +88,18 @@ def strategies_of(split: dict[str, Any]) -> list[str]:
 
 
 def references_of(split: dict[str, Any]) -> list[str]:
-    """FedAvg with fewer silos a round, alone and pooled, and what all starts are before the first round."""
-    whole = [arm for arm in split["arms"] if arm["strategy"] == "fedavg" and arm["silos"] == "all"]
-    body = [("before the first round", *(percent(arm["start_accuracy"]) for arm in _by_start(whole)))]
+    """FedAvg with fewer silos a round, alone and pooled, what all starts are before the first round, and the costs."""
+    whole = _by_start(arm for arm in split["arms"] if arm["strategy"] == "fedavg" and arm["silos"] == "all")
+    body = [("before the first round", *(percent(arm["start_accuracy"]) for arm in whole))]
     for silos, name in OTHERS.items():
         for _, arms in _pairs(split, silos):
             body.append((name, *(percent(arm["final_accuracy"]) for arm in arms)))
+            if silos == "alone":
+                own = "on their own held-out samples"
+                body.append((f"{name}, {own}", *(percent(arm["validation_accuracy"]) for arm in arms)))
+                body.append((f"all silos a round, {own}", *(percent(arm["validation_accuracy"]) for arm in whole)))
+    for name, fields in COSTS.items():
+        body.append((f"{name}, seconds", *(f"{cost(arm, fields):.0f}" for arm in whole)))
     return _table((f"FedAvg, {split['split']}: %", *STARTS), body)
 
 
@@ -117,8 +127,18 @@ def unseen_of(splits: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def percent(spread: dict[str, float]) -> str:
-    """Such as "96.4 (0.5)"."""
-    return f"{100 * spread['mean']:.1f} ({100 * spread['sd']:.1f})"
+    """Such as "96.4 (0.5)"; of one seed without its spread."""
+    return _with_spread(spread, ".1f")
+
+
+def _with_spread(spread: dict[str, float], form: str) -> str:
+    mean = format(100 * spread["mean"], form)
+    return mean if spread["sd"] is None else f"{mean} ({100 * spread['sd']:.1f})"
+
+
+def cost(arm: Arm, fields: Sequence[str]) -> float:
+    """The mean over an arm's seeds of what these take together."""
+    return statistics.fmean(sum(cell["cost"][field] for field in fields) for cell in arm["cells"])
 
 
 def over(arm: Arm, field: str, share: float = 1.0) -> float:

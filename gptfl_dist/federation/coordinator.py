@@ -62,7 +62,6 @@ class Rules:
     `buffer`: how many updates an asynchronous round takes; None where rounds are synchronous.
     """
 
-    arm: str
     seed: int
     silos: tuple[str, ...]
     rounds: int
@@ -266,8 +265,9 @@ class Coordinator:
         return self._sample(self._free, self._room, str(self.round))
 
     def _sample(self, silos: Iterable[str], count: int, what_for: str) -> tuple[str, ...]:
-        # A string seed is hashed by `random` itself (SHA-512), alike on every machine.
-        draw, present = random.Random(f"{self._rules.seed}/{self._rules.arm}/{what_for}"), sorted(silos)
+        # A string seed is hashed by `random` itself (SHA-512), alike on every machine. All arms of a run and the trials
+        # of its rates draw alike, so that they do not differ by who took part.
+        draw, present = random.Random(f"{self._rules.seed}/{what_for}"), sorted(silos)
         return tuple(sorted(draw.sample(present, min(count, len(present)))))
 
     def _call(self, silos: Iterable[str]) -> list[Command]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Literal
 
@@ -148,13 +149,19 @@ def outcome_of(
 
 def validation_of(arms: Sequence[FederatedArm]) -> float | None:
     """Accuracy on the silos' validation data after the last round, the mean over a cell's runs, if all have it."""
+    return next(iter(validations_of(arms)), None)
+
+
+def validations_of(arms: Sequence[FederatedArm]) -> tuple[float, ...]:
+    """The same after the last round, the one before and so on, as far back as all have it."""
     # Without a round the start was kept, of which validation_accuracy tells.
-    known = [last for arm in arms if (last := (arm.validation_accuracy, *arm.validation_curve)[-1]) is not None]
-    return statistics.fmean(known) if len(known) == len(arms) else None
+    curves = [reversed(arm.validation_curve or [arm.validation_accuracy]) for arm in arms]
+    known = takewhile(lambda values: None not in values, zip(*curves, strict=False))
+    return tuple(statistics.fmean(_known(values)) for values in known)
 
 
 def _known(values: Sequence[float | None]) -> list[float]:
-    assert all(value is not None for value in values), "an experiment has test data"
+    assert all(value is not None for value in values)
     return [value for value in values if value is not None]
 
 

@@ -63,7 +63,6 @@ class ArmRun:
         self.plan = plan
         self.machine = (AsynchronousCoordinator if asynchronous else Coordinator)(
             Rules(
-                arm=plan.name,
                 seed=file.seed,
                 silos=silos,
                 rounds=plan.rounds,

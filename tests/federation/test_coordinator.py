@@ -34,7 +34,7 @@ SILOS = ("a", "b", "c", "d")
 
 
 def rules(**changes) -> Rules:
-    default = Rules(arm="gptfl", seed=0, silos=SILOS, rounds=2, cohort=4, quorum=3, deadline=60.0, join_deadline=30.0)
+    default = Rules(seed=0, silos=SILOS, rounds=2, cohort=4, quorum=3, deadline=60.0, join_deadline=30.0)
     return dataclasses.replace(default, **changes)
 
 

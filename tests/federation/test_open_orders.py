@@ -33,9 +33,7 @@ SILOS = ("a", "b", "c", "d")
 
 
 def rules(**changes) -> Rules:
-    default = Rules(
-        arm="gptfl", seed=0, silos=SILOS, rounds=3, cohort=4, quorum=2, deadline=60.0, join_deadline=30.0, buffer=2
-    )
+    default = Rules(seed=0, silos=SILOS, rounds=3, cohort=4, quorum=2, deadline=60.0, join_deadline=30.0, buffer=2)
     return dataclasses.replace(default, **changes)
 
 

@@ -75,14 +75,19 @@ def test_the_first_of_the_best_points_is_taken_of_those_that_could_be_trained_wi
     group, other = groups_of(file)
     trials, others = trials_of(file, group), trials_of(file, other)
     assert best_point(group, [], {}) == 0
-    assert best_point(group, [None, 0.4, 0.7, 0.7], {trials[0]: DataError("no data")}) == 2
+    assert best_point(group, [(), (0.4,), (0.7,), (0.7,)], {trials[0]: DataError("no data")}) == 2
     failed = dict.fromkeys(trials, DataError("no data"))
-    assert best_point(group, [None, None], failed) is None
+    assert best_point(group, [(), ()], failed) is None
     # Those that came through told nothing, here of one and of both.
     for failures in ({trials[0]: DataError("no data")}, dict.fromkeys(others, DataError("no data"))):
         with pytest.raises(StageFailed, match="no silo told how the weights do on its validation data") as found:
-            best_point(group, [None, None], failures)
+            best_point(group, [(), ()], failures)
         assert "data.validation_share" in str(found.value.hint)
+
+
+def test_of_points_that_end_alike_the_one_that_was_ahead_the_round_before_is_taken(tmp_path: Path) -> None:
+    (group, _) = groups_of(loaded(tmp_path))
+    assert best_point(group, [(0.7, 0.3, 0.9), (0.7, 0.5, 0.1), (0.6, 0.6, 0.6)], {}) == 1
 
 
 def test_a_point_of_the_grid_is_said_by_what_it_sets() -> None:

@@ -23,7 +23,7 @@ from gptfl_dist.errors import ConfigError, GptflError, StageFailed, StorageError
 from gptfl_dist.files import write_file
 from gptfl_dist.ledger.reader import read
 from gptfl_dist.ledger.store import first_difference
-from gptfl_dist.observe.matrix import Outcome, outcome_of, validation_of
+from gptfl_dist.observe.matrix import Outcome, outcome_of, validations_of
 from gptfl_dist.observe.progress import progress
 from gptfl_dist.observe.summary import FILE_NAME, FederatedArm, Summary, read_summary
 from gptfl_dist.run.candidates import PRETRAINED_FACTS, PRETRAINED_WEIGHTS, PRETRAINING_COST
@@ -76,8 +76,9 @@ async def run_experiment(file: ExperimentFile, beside: Path, workers: int, say: 
     failures = await bench.run("trials", [cell for each in trials.values() for cell in each])
     points, scores = {}, {}
     for group in groups:
-        scores[group] = [None if cell in failures else bench.validation(cell) for cell in trials[group]]
-        if (point := best_point(group, scores[group], failures)) is not None:
+        tried = [() if cell in failures else bench.validations(cell) for cell in trials[group]]
+        scores[group] = [next(iter(accuracies), None) for accuracies in tried]
+        if (point := best_point(group, tried, failures)) is not None:
             points[group] = point
     if not points:
         first = next(iter(failures.values()))
@@ -95,14 +96,18 @@ async def run_experiment(file: ExperimentFile, beside: Path, workers: int, say: 
     return Experiment(file, outcomes, points, scores, failures)
 
 
-def best_point(group: Group, scores: Sequence[float | None], failures: Mapping[Cell, GptflError]) -> int | None:
-    """The first of the best points of the grid; None where every trial failed. Raises StageFailed where none told."""
-    if not scores:
+def best_point(group: Group, tried: Sequence[tuple[float, ...]], failures: Mapping[Cell, GptflError]) -> int | None:
+    """The best point of the grid; None where every trial failed. Raises StageFailed where none told.
+
+    `tried` has for each point its accuracies on validation data, from the last round backwards: of points that end
+    alike that one is better which was so in the round before.
+    """
+    if not tried:
         return 0
-    known = {point: score for point, score in enumerate(scores) if score is not None}
+    known = {point: accuracies for point, accuracies in enumerate(tried) if accuracies}
     if known:
         return max(known, key=lambda point: known[point])
-    if sum(cell.group == group for cell in failures) < len(scores):
+    if sum(cell.group == group for cell in failures) < len(tried):
         raise StageFailed(
             f"no point of the grid is known to be better than another in {group}: no silo told how the weights do "
             "on its validation data",
@@ -243,8 +248,8 @@ class _Bench:
             personal=file.training.private_norms,
         )
 
-    def validation(self, cell: Cell) -> float | None:
-        return validation_of([_arm(read_summary(folder)) for folder, _ in self._runs(cell)])
+    def validations(self, cell: Cell) -> tuple[float, ...]:
+        return validations_of([_arm(read_summary(folder)) for folder, _ in self._runs(cell)])
 
 
 def _of_other_settings(others: Mapping[Path, str]) -> ConfigError:
