@@ -6,7 +6,8 @@
 FOLDER holds the four idx files of Fashion-MNIST, as Debian's package dataset-fashion-mnist brings them. Its training
 images are dealt once, by a fixed draw: 10,000 are the pool that ten silos share (Dirichlet, alpha 0.1), another 10,000
 are declared public, and the rest is left alone. The generator, a class-conditional latent diffusion pipeline
-(fashion_generator.py), learns from the public part alone; no silo and no test holds an image of it. So the generator
+(fashion_generator.py), learns from the public part alone, once for all seeds (seed 0, two threads: other numbers of
+threads make another one); no silo and no test holds an image of it. So the generator
 knows the domain, as one that was trained on pictures of the web knows photos: unlike in studies (a) and (c), what the
 silos have is not of another kind than what it learnt from. Tests are on 2,000 of the 10,000 test images.
 

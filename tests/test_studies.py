@@ -46,6 +46,32 @@ def test_a_study_is_a_valid_experiment_whose_strategies_are_tuned_alike(
     assert fedavg == {"all", 1, 3, "alone", "pooled"}
 
 
+def test_no_silo_and_no_test_holds_an_image_of_the_public_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each image is told by its shade: 1 to 90 are training images, from 101 on test images."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    study = importlib.import_module("study_fashion")
+    for name, count in (("POOL", 40), ("PUBLIC", 30), ("TEST", 20)):
+        monkeypatch.setattr(study, name, count)
+    for part, first, count in (("train", 1, 90), ("t10k", 101, 40)):
+        shades = np.arange(first, first + count, dtype=np.uint8)
+        contents = {
+            "images-idx3": bytes(16) + np.repeat(shades, 28 * 28).tobytes(),
+            "labels-idx1": bytes(8) + bytes(count),
+        }
+        for name, content in contents.items():
+            (tmp_path / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: None)  # the generator's training
+    study.prepare(tmp_path, argparse.Namespace(data=tmp_path, quick=False))
+    held = {}
+    for name in ("train", "public", "test"):
+        with np.load(tmp_path / f"{name}.npz") as arrays:
+            held[name] = {int(image.max()) for image in arrays["images"]}
+    assert {name: len(shades) for name, shades in held.items()} == {"train": 40, "public": 30, "test": 20}
+    assert held["train"] | held["public"] < set(range(1, 91))
+    assert not held["train"] & held["public"]
+    assert held["test"] < set(range(101, 141))
+
+
 def test_a_quick_generator_never_stands_for_that_of_the_whole_study(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
