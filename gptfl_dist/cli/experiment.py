@@ -39,5 +39,10 @@ def experiment(
     made = report(done, file.read_text(encoding="utf-8"))
     if format_ is Format.json:
         typer.echo((made / "results.json").read_text(encoding="utf-8"))
-        return
-    typer.echo(str(made / "report.html"))
+    else:
+        typer.echo(str(made / "report.html"))
+    missing = [cell for cell in done.failures if cell.trial is None]
+    if missing:
+        also = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        say(f"missing: {missing[0]}{also}; {made / 'report.html'} says why, and the same command tries again")
+        raise typer.Exit(1)

@@ -289,7 +289,8 @@ def _tuning(matrix: Matrix) -> str:
         if len(budgets) == 1
         else f"The arms were tuned with different budgets: {' and '.join(map(str, budgets))} points."
     )
-    note += " Accuracy on validation data after its last round; ✓ marks the point that was chosen."
+    note += " Accuracy on validation data after its last round; ✓ marks the point that was chosen, of equal ones "
+    note += "the one that was ahead in the round before."
     if any(None in tuned.scores for tuned in matrix.tuning.values()):
         note += f" {UNKNOWN} stands for a trial that failed or told none, whose point is out."
     return section("tuning", "How each arm was tuned", *tables, f'<p class="note">{note}</p>')

@@ -146,6 +146,42 @@ def test_a_wrong_setting_is_found_before_anything_runs(gptfl: Commands, tmp_path
     assert not list(tmp_path.rglob("summary.json"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"federation": {"rounds": "five"}}, "federation.rounds: found 'five', expected a whole number"),
+        ({"strategy": {"rule": "nowhere:rule"}}, "strategy.rule nowhere:rule cannot be imported"),
+    ],
+)
+def test_so_is_a_wrong_type_and_a_rule_that_is_nowhere(
+    settings: dict[str, Any], told: str, gptfl: Commands, tmp_path: Path
+) -> None:
+    command = gptfl.start("experiment", experiment(tmp_path, strategies={"fedavg": {"settings": settings}}))
+    assert command.wait() != 0
+    assert told in command.stderr
+    assert "Traceback" not in command.stderr
+    assert not list((tmp_path / "results").rglob("federation.yaml"))
+
+
+def test_a_rule_beside_the_experiment_file_is_found_and_what_is_hardly_meant_is_told(
+    gptfl: Commands, tmp_path: Path
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "strategies.md").read_text()
+    (module,) = re.findall(r"^`{3}python\n(.*?)^`{3}$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "my_rules.py").write_text(module)
+    strategy = {"strategy": {"rule": "my_rules:midrange"}, "training": {"warm_up_rounds": 2}}
+    path = experiment(
+        tmp_path,
+        strategies={"midrange": {"settings": strategy}},
+        federation={"federation": {"rounds": 3}},
+        tuning={"rounds": 2, "grid": [{"training": {"learning_rate": rate}} for rate in (0.1, 0.2)]},
+        cells=[{"splits": ["uneven"], "starts": ["random"], "strategies": ["midrange"]}],
+    )
+    command = gptfl.run("experiment", path, "--format", "json")
+    assert json.loads(command.stdout)["failures"] == {}
+    assert "trials of the grid have no more rounds than training.warm_up_rounds" in command.stderr
+
+
 def test_no_cell_outlives_an_experiment_that_is_killed_and_the_next_call_goes_on(
     gptfl: Commands, tmp_path: Path
 ) -> None:
@@ -156,6 +192,9 @@ def test_no_cell_outlives_an_experiment_that_is_killed_and_the_next_call_goes_on
     command = gptfl.start("experiment", path)
     ledger = tmp_path / "results/cells/uneven/random/fedavg/all/seed-4/ledger.sqlite"
     wait_for(ledger.exists, 100)
+    beside = gptfl.start("experiment", path)
+    assert beside.wait() == 10
+    assert f"{tmp_path / 'results'}: another gptfl experiment is at work there" in beside.stderr
     command.process.kill()
     wait_for(lambda: not command.alive(), 20)
     shutil.rmtree(ledger.parent)  # of another number of rounds
@@ -171,7 +210,10 @@ def test_a_cell_of_another_release_fails_alone_and_says_what_to_remove(gptfl: Co
     folder = tmp_path / "results/cells/uneven/random/fedavg/pooled/seed-4"
     with contextlib.closing(sqlite3.connect(folder / "ledger.sqlite")) as ledger:
         ledger.execute("PRAGMA user_version = 1")
-    results = json.loads(gptfl.run("experiment", path, "--format", "json").stdout)
+    command = gptfl.start("experiment", path, "--format", "json")
+    assert command.wait() == 1
+    assert "missing: uneven/random/fedavg/pooled/seed-4; " in command.stderr
+    results = json.loads(command.stdout)
     assert [len(arm["cells"]) for arm in results["splits"][0]["arms"]] == [1, 0]
     (told,) = results["failures"].values()
     assert "the record was made by another release" in told
@@ -212,7 +254,8 @@ def test_a_point_whose_trial_failed_is_out_and_told_of_and_an_arm_without_any_is
         tuning={"rounds": 1, "grid": rates(1e30, 0.2)},
         cells=[{"splits": ["uneven"], "starts": ["random"], "strategies": ["fedavg", "hopeless"]}],
     )
-    done = gptfl.run("experiment", path, "--format", "json")
+    done = gptfl.start("experiment", path, "--format", "json")
+    assert done.wait() == 1  # for an arm is missing, not for the points that are out
     results, arms = json.loads(done.stdout), "uneven/random"
     failures = results["failures"]
     out = {

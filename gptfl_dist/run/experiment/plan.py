@@ -121,7 +121,11 @@ def _trial_rounds(file: ExperimentFile, settings: Settings) -> int:
     from gptfl_dist.config.federation import Federation
 
     rounds = settings.get("federation", {}).get("rounds", Federation.model_fields["rounds"].default)
-    assert isinstance(rounds, int)
+    if not isinstance(rounds, int):
+        raise ConfigError(
+            f"federation.rounds: found {rounds!r}, expected a whole number",
+            hint="in the experiment file it is set under federation.federation, or by a start, a strategy or a point",
+        )
     return min(file.tuning.rounds, rounds)
 
 

@@ -7,22 +7,27 @@ starts/START/seed-N          synthetic data and the model that was trained on th
 cells/SPLIT/START/STRATEGY/SILOS/trial-K and .../seed-N
 
 Each goes on where it was stopped, and what is finished is not done again. What was begun with other settings stops it.
+One process at a time works in the folder. A federation's file is written when the federation is to be run, so that it
+says what it was run with.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gptfl_dist.aggregation.rules import rule_of
 from gptfl_dist.config.experiment import ExperimentFile, Group, Settings
 from gptfl_dist.config.federation import FederationFile
-from gptfl_dist.config.load import federation_of, load_federation, to_yaml
+from gptfl_dist.config.load import federation_of, to_yaml
 from gptfl_dist.errors import ConfigError, GptflError, StageFailed, StorageError
 from gptfl_dist.files import write_file
 from gptfl_dist.ledger.reader import read
 from gptfl_dist.ledger.store import first_difference
+from gptfl_dist.lock import held
 from gptfl_dist.observe.matrix import Outcome, outcome_of, validations_of
 from gptfl_dist.observe.progress import progress
 from gptfl_dist.observe.summary import FILE_NAME, FederatedArm, Summary, read_summary
@@ -44,6 +49,7 @@ from gptfl_dist.run.settings import request_of
 from gptfl_dist.run.stages import stages_of
 
 FEDERATION = "federation.yaml"
+_LOCK = "experiment.lock"
 _NO_POINT = "not run, for no point of the grid could be trained with"
 
 
@@ -62,16 +68,29 @@ class Experiment:
 async def run_experiment(file: ExperimentFile, beside: Path, workers: int, say: Callable[[str], None]) -> Experiment:
     """Runs what is not finished yet, so many federations at a time; `beside` is the folder of the file.
 
-    Raises DataError, ConfigError or StageFailed.
+    Raises DataError, ConfigError, StageFailed or StorageError.
     """
-    bench = _Bench(file, beside, workers, say)
+    sys.path.insert(
+        0, str(beside)
+    )  # settings may name modules that lie beside the file; the cells' processes get it too
+    make_folder(file.folder)
+    refusal = StorageError(
+        f"{file.folder}: another gptfl experiment is at work there", hint="wait until it ends, or stop it"
+    )
+    with held(file.folder / _LOCK, refusal):
+        return await _run(file, _Bench(file, beside, workers, say), say)
+
+
+async def _run(file: ExperimentFile, bench: _Bench, say: Callable[[str], None]) -> Experiment:
     groups = groups_of(file)
     bench.share_out(groups)
     trials = {group: trials_of(file, group) for group in groups}
-    # All files are written first: what is wrong with a setting is found before anything runs.
+    # All settings are looked at first: what is wrong with one is found before anything runs.
     for group in groups:
         for cell in [*trials[group], *cells_of(file, group)]:
-            bench.write(cell, cell.trial or 0)
+            bench.settle(cell, cell.trial or 0)
+    for text in bench.doubts(trials):
+        say(text)
     await bench.make_starts(groups)
     failures = await bench.run("trials", [cell for each in trials.values() for cell in each])
     points, scores = {}, {}
@@ -87,7 +106,7 @@ async def run_experiment(file: ExperimentFile, beside: Path, workers: int, say: 
     failures |= bench.told(dict.fromkeys(left_out, StageFailed(_NO_POINT)))
     cells = [cell for group in points for cell in cells_of(file, group)]
     for cell in cells:
-        bench.write(cell, points[cell.group])
+        bench.settle(cell, points[cell.group])
     failures |= await bench.run("cells", cells)
     outcomes = {
         group: {cell.seed: bench.outcome(cell) for cell in cells_of(file, group) if cell not in failures}
@@ -131,6 +150,7 @@ class _Bench:
         self._file, self._beside, self._workers, self._say = file, beside, workers, say
         self._shared: dict[tuple[str, int], Shared] = {}
         self._synthesising: set[tuple[str, int]] = set()  # starts and seeds whose cells need synthetic data
+        self._files: dict[Path, FederationFile] = {}  # of the runs that were settled, by their folders
 
     def share_out(self, groups: Sequence[Group]) -> None:
         for name in dict.fromkeys(group.split for group in groups):
@@ -138,23 +158,38 @@ class _Bench:
                 folder = self._file.folder / "splits" / name / f"seed-{seed}"
                 self._shared[name, seed] = share_out(self._file, name, seed, folder)
 
-    def write(self, cell: Cell, point: int) -> None:
-        """Writes the federation files of a cell, each checked. Raises ConfigError."""
+    def settle(self, cell: Cell, point: int) -> None:
+        """Makes the federation files of a cell, each checked; `run` writes them. Raises ConfigError."""
         shared, start = self._shared[cell.group.split, cell.seed], self._start(cell.group.start, cell.seed)
         for folder, silos in self._runs(cell):
             settings = settings_of(self._file, cell, point, shared.entries(*silos))
             test_data = self._file.splits[cell.group.split].test_data or self._file.test_data
             where = {"run_folder": str(folder), "test_data": str(test_data.absolute())}
             settings = overlaid(settings, {**where, "synthesis": {"folder": str(start / "synthetic")}})
-            if self._write(folder, settings).synthesises:
+            file = self._files[folder] = self._checked(folder, settings)
+            if file.synthesises:
                 self._synthesising.add((cell.group.start, cell.seed))
 
-    def _write(self, folder: Path, settings: Settings) -> FederationFile:
-        where = f"the federation of {folder.relative_to(self._file.folder.absolute())}"
-        file = federation_of(settings, self._beside, where)
+    def doubts(self, trials: Mapping[Group, Sequence[Cell]]) -> list[str]:
+        """What is allowed and hardly meant."""
+        files = [self._files[folder] for cells in trials.values() for cell in cells for folder, _ in self._runs(cell)]
+        if any(1 < file.federation.rounds <= file.training.warm_up_rounds for file in files):
+            return [
+                "trials of the grid have no more rounds than training.warm_up_rounds, so none comes to the rate that "
+                "it is to try: raise tuning.rounds"
+            ]
+        return []
+
+    def _checked(self, folder: Path, settings: Settings) -> FederationFile:
+        file = federation_of(
+            settings, self._beside, f"the federation of {folder.relative_to(self._file.folder.absolute())}"
+        )
+        rule_of(file.strategy)
+        return file
+
+    def _write(self, folder: Path, file: FederationFile) -> None:
         make_folder(folder)
         write_file(folder / FEDERATION, to_yaml(file))
-        return file
 
     def _runs(self, cell: Cell) -> list[tuple[Path, Sequence[str]]]:
         """The runs of a cell: their folders, and their silos."""
@@ -186,7 +221,7 @@ class _Bench:
             settings = overlaid(
                 settings, {"run_folder": str(folder), "synthesis": {"folder": str(folder / "synthetic")}}
             )
-            self._write(folder, settings)
+            self._write(folder, self._checked(folder, settings))
         trained = {key: folder for key, folder in wanted.items() if self._synthetic(key[0])}
         for stage, starts in (("generate", wanted), ("pretrain", trained)):
             commands: dict[tuple[str, int], Sequence[str | Path]]
@@ -207,20 +242,22 @@ class _Bench:
         others: dict[Path, str] = {}
         for cell in cells:
             for folder, _ in self._runs(cell):
-                if self._synthetic(cell.group.start):
-                    _link(self._start(cell.group.start, cell.seed), folder)
                 try:
                     begun = read(folder, lambda ledger: ledger.fact("request"))
                 except StorageError as error:  # of another release, or no record that can be read
                     failures.setdefault(cell, _to_be_run_anew(error, folder))
                     continue
-                wanted = request_of(folder / FEDERATION, load_federation(folder / FEDERATION))
+                wanted = request_of(folder / FEDERATION, self._files[folder])
                 if begun is not None and begun != wanted:
                     others[folder] = first_difference(begun, wanted)
                 elif begun is None or not (folder / FILE_NAME).exists():
                     commands[cell, folder] = ["run", folder / FEDERATION, "--exchange", "memory"]
         if others:
             raise _of_other_settings(others)
+        for cell, folder in commands:
+            self._write(folder, self._files[folder])
+            if self._synthetic(cell.group.start):
+                _link(self._start(cell.group.start, cell.seed), folder)
         if commands:
             with progress(f"{self._file.name}: {what}", len(commands), "federations") as bar:
                 ended = await run_all(commands, self._workers, bar.callback)
@@ -238,7 +275,7 @@ class _Bench:
     def outcome(self, cell: Cell) -> Outcome:
         folders = [folder for folder, _ in self._runs(cell)]
         summaries = [read_summary(folder) for folder in folders]
-        file = load_federation(folders[0] / FEDERATION)
+        file = self._files[folders[0]]
         first = summaries[0]
         return outcome_of(
             [_arm(summary) for summary in summaries],
