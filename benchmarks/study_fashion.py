@@ -7,9 +7,9 @@ FOLDER holds the four idx files of Fashion-MNIST, as Debian's package dataset-fa
 images are dealt once, by a fixed draw: 10,000 are the pool that ten silos share (Dirichlet, alpha 0.1), another 10,000
 are declared public, and the rest is left alone. The generator, a class-conditional latent diffusion pipeline
 (fashion_generator.py), learns from the public part alone, once for all seeds (seed 0, two threads: other numbers of
-threads make another one); no silo and no test holds an image of it. So the generator
-knows the domain, as one that was trained on pictures of the web knows photos: unlike in studies (a) and (c), what the
-silos have is not of another kind than what it learnt from. Tests are on 2,000 of the 10,000 test images.
+threads make another one); no silo and no test holds an image of it. So the generator knows the domain, as one that was
+trained on pictures of the web knows photos: unlike in studies (a) and (c), what the silos have is not of another kind
+than what it learnt from. Tests are on 2,000 of the 10,000 test images.
 
 So that all of it takes an hour at most on two cores, every cell has 12 rounds, and the generator's training is short.
 How cells are tuned: study.py.
