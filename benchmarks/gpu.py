@@ -41,7 +41,7 @@ GUIDANCE = 2.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=72, help="pictures to generate")
+    parser.add_argument("--images", type=int, default=80, help="pictures to generate, whole batches")
     parser.add_argument("--steps", type=int, default=25, help="of the scheduler")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time")
     parser.add_argument("--training-images", type=int, default=4096)
@@ -50,6 +50,8 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("PyTorch finds no CUDA device here")
+    if options.images % (len(LABELS) * options.batch_size):
+        parser.error(f"--images: expected a multiple of {len(LABELS)} times --batch-size")
     result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder:
         result["generation"] = generation(Path(folder), options.images, options.steps, options.batch_size)

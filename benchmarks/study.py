@@ -98,6 +98,7 @@ class Study:
         epochs = {"epochs": self.epochs * self.rounds, "warm_up_rounds": 0}
         one_shot = {"federation": {"rounds": 1}, "training": epochs}
         strategies = {**STRATEGIES, "one-shot": one_shot, "fedadam-warped": WARPED}
+        # FedAdam's server has a rate too.
         return {
             name: {"settings": settings} | ({"grid": adam} if settings.get("strategy") == ADAM else {})
             for name, settings in strategies.items()

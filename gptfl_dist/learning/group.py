@@ -61,7 +61,7 @@ _OF_A_RANK = frozenset(
 )
 _LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 PLACE = "GPTFL_PLACE"
-"""The same for processes that we start side by side on one machine, and that are no group."""
+"""Tells a process its place among those that we start side by side on one machine, and that are no group."""
 _MEETING = 300.0  # seconds that rank 0 has to write its address
 
 

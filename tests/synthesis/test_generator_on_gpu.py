@@ -35,7 +35,7 @@ def test_auto_is_half_precision_on_a_gpu() -> None:
 
 @pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1.0), ("float16", 2.0), ("bfloat16", 4.0)])
 def test_the_embedded_generator_draws_the_digits_of_the_cpu(dtype: str, allowed: float) -> None:
-    """In the same number format: its noise is drawn in it, and so is another one."""
+    """Compared in one number format: noise is drawn in it, and may be another in another one."""
     batch = samples(EMBEDDED_LABELS)
     expected, found = (
         loaded("embedded", steps=10, device=device, dtype=dtype).images(batch, EMBEDDED_LABELS).astype(float)

@@ -173,7 +173,7 @@ class _Bench:
     def doubts(self, trials: Mapping[Group, Sequence[Cell]]) -> list[str]:
         """What is allowed and hardly meant."""
         files = [self._files[folder] for cells in trials.values() for cell in cells for folder, _ in self._runs(cell)]
-        if any(1 < file.federation.rounds <= file.training.warm_up_rounds for file in files):
+        if any(file.federation.rounds == self._file.tuning.rounds <= file.training.warm_up_rounds for file in files):
             return [
                 "trials of the grid have no more rounds than training.warm_up_rounds, so none comes to the rate that "
                 "it is to try: raise tuning.rounds"
