@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptfl_dist.config.load import federation_of, load_experiment
-from gptfl_dist.run.experiment.plan import cells_of, groups_of, settings_of, trials_of
+from gptfl_dist.config.document import read_document
+from gptfl_dist.config.load import load_experiment
+from gptfl_dist.run.experiment.plan import example_files, groups_of, trials_of
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 STRATEGIES = {"fedavg", "fedprox", "scaffold", "moon", "fedadam"}
@@ -31,10 +32,7 @@ def test_a_study_is_a_valid_experiment_whose_strategies_are_tuned_alike(
     path.write_text(json.dumps(study.experiment(quick=quick)))
     file = load_experiment(path)
     groups = groups_of(file)
-    silos = [{"name": f"silo-{number}", "file": "silo.yaml", "max_samples": 10} for number in range(4)]
-    for group in groups:
-        for cell in [*trials_of(file, group), *cells_of(file, group)]:
-            federation_of(settings_of(file, cell, cell.trial or 0, silos), tmp_path, str(cell))
+    assert list(example_files(file, read_document(path), tmp_path)) == groups
     assert {len(trials_of(file, group)) for group in groups} == {0 if quick else 6}
     if quick:
         return

@@ -26,7 +26,6 @@ def experiment(
 
     Stopped, it goes on with what is not finished. Every strategy is tuned alike, on validation data.
     """
-    from gptfl_dist.config.load import load_experiment
     from gptfl_dist.run.experiment.report import report
     from gptfl_dist.run.experiment.run import run_experiment
     from gptfl_dist.run.signals import run_until_done
@@ -34,8 +33,7 @@ def experiment(
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    loaded = load_experiment(file)
-    done = run_until_done(run_experiment(loaded, file.absolute().parent, workers or os.cpu_count() or 1, say))
+    done = run_until_done(run_experiment(file, workers or os.cpu_count() or 1, say))
     made = report(done, file.read_text(encoding="utf-8"))
     if format_ is Format.json:
         typer.echo((made / "results.json").read_text(encoding="utf-8"))

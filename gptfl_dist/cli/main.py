@@ -289,7 +289,7 @@ def credentials(
 def check(
     file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)], format_: FormatOption = Format.text
 ) -> None:
-    """The pre-flight of a federation, silo or operator file: everything that would fail, said before it does."""
+    """The pre-flight of a federation, silo, operator or experiment file: what would fail, said before it does."""
     from gptfl_dist.run.check import check_file
 
     findings = check_file(file)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,41 @@ def mapping_items(node: yaml.MappingNode) -> Iterator[tuple[yaml.ScalarNode, yam
     for key, value in node.value:
         if isinstance(key, yaml.ScalarNode):
             yield key, value
+
+
+def child_of(node: yaml.Node, part: str | int) -> yaml.Node | None:
+    """What stands under a key of a section or at a position of a list; None where nothing does."""
+    if isinstance(node, yaml.MappingNode):
+        return next((value for key, value in mapping_items(node) if key.value == part), None)
+    if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+        item: yaml.Node = node.value[part]
+        return item
+    return None
+
+
+def laid_over(document: Document, parts: Iterable[Keys]) -> Document:
+    """The sections at these keys laid over each other setting by setting, each setting at its place in the file.
+
+    Those that the file does not have are passed over. Values and problems are not those of the document.
+    """
+    root = yaml.MappingNode(_TAG + "map", [], document.root.start_mark, document.root.end_mark)
+    for keys in parts:
+        node: yaml.Node | None = document.root
+        for key in keys:
+            node = child_of(node, key) if node is not None else None
+        if isinstance(node, yaml.MappingNode):
+            root = _laid_over(root, node)
+    return Document(document.file, root, document.hint)
+
+
+def _laid_over(under: yaml.MappingNode, over: yaml.MappingNode) -> yaml.MappingNode:
+    merged = {key.value: (key, value) for key, value in mapping_items(under)}
+    for key, value in mapping_items(over):
+        _, old = merged.get(key.value, (None, None))
+        if isinstance(old, yaml.MappingNode) and isinstance(value, yaml.MappingNode):
+            value = _laid_over(old, value)
+        merged[key.value] = key, value
+    return yaml.MappingNode(over.tag, list(merged.values()), over.start_mark, over.end_mark)
 
 
 def _read_text(file: Path, max_bytes: int, hint: str) -> str:

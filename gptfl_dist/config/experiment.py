@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from gptfl_dist.config.base import Name, Section
-from gptfl_dist.config.federation import Arm
+from gptfl_dist.config.federation import Arm, FederationFile
 from gptfl_dist.config.silo import Data
 
 Settings = dict[str, Any]
@@ -168,6 +168,9 @@ class ExperimentFile(Section):
             taken = [key for one in settings for key in one if key in _OURS]
             if taken:
                 raise ValueError(f"{where} sets {', '.join(sorted(set(taken)))}, which the experiment sets itself")
+            flat = [key for one in settings for key in one if _is_section(key) and not isinstance(one[key], dict)]
+            if flat:
+                raise ValueError(f"{where} sets {flat[0]} to a single value, expected a section of keys")
             models = [model for one in settings if isinstance(model := one.get("model"), dict)]
             if not where.startswith("starts.") and any("pretrained" in model for model in models):
                 raise ValueError(
@@ -175,6 +178,12 @@ class ExperimentFile(Section):
                     "start, or name the checkpoint of one"
                 )
         return self
+
+
+def _is_section(key: str) -> bool:
+    """Whether a federation file has a section under this key, whose settings are laid over each other one by one."""
+    field = FederationFile.model_fields.get(key)
+    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from gptfl_dist.config.document import (
     SILO_HINT,
     Document,
     Keys,
+    child_of,
     describe,
     dump_yaml,
     mapping_items,
@@ -97,16 +98,20 @@ def load_experiment(path: Path) -> ExperimentFile:
     return _load(path, ExperimentFile)
 
 
-def federation_of(settings: Settings, folder: Path, where: str) -> FederationFile:
+def federation_of(settings: Settings, folder: Path, where: str, said: Document) -> FederationFile:
     """A federation file of these settings, their paths resolved against `folder`; `where` is what messages call them.
 
-    Raises ConfigError.
+    `said` has those of them that a user gave, where they stand. Raises ConfigError.
     """
     try:
         file = FederationFile.model_validate_json(json.dumps(settings, allow_nan=False), strict=True)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, one['loc'])) or 'the file'}: {one['msg']}" for one in error.errors())
-        raise ConfigError(f"{where}: {wrong}", hint=HINT) from None
+        errors = error.errors(include_url=False, include_input=False)
+        elsewhere = [_in_words(one) for one in errors if not _stands_in(said.root, one)]
+        if elsewhere:
+            raise ConfigError(f"{where}: {'; '.join(elsewhere)}", hint=HINT) from None
+        _report(said, FederationFile, error)
+        raise ConfigError(said.error().message, hint=f"It is so in {where}. {HINT}") from None
     return _resolved(file, folder)
 
 
@@ -190,6 +195,20 @@ class _Place:
     """The keys of the setting whose alternatives this error is one of, if it is."""
 
 
+def _stands_in(root: yaml.Node, detail: Any) -> bool:
+    """Whether what one of pydantic's errors is about is set there."""
+    if detail["loc"]:
+        return bool(_find(root, detail["loc"]).keys)
+    return _named_setting(root, (), _in_words(detail)) is not None
+
+
+def _in_words(detail: Any) -> str:
+    """An error without a place in a file."""
+    setting = ".".join(map(str, detail["loc"]))
+    said = detail["ctx"]["error"] if detail["type"] == "value_error" else detail["msg"]
+    return f"{setting}: {said}" if setting else str(said)
+
+
 def _report(document: Document, kind: type[Section], error: ValidationError) -> None:
     """Turn pydantic's errors into problems of the document, the alternatives of one setting into one."""
     known = {(problem.line, problem.column) for problem in document.problems}
@@ -271,7 +290,7 @@ def _find(root: yaml.Node, location: Iterable[str | int]) -> _Place:
     absent: Keys = ()
     union: Keys | None = None
     for part in location:
-        child = _child(node, part)
+        child = child_of(node, part)
         if child is not None:
             node, keys = child, (*keys, part)
         elif isinstance(node, yaml.MappingNode):
@@ -279,15 +298,6 @@ def _find(root: yaml.Node, location: Iterable[str | int]) -> _Place:
         elif union is None:
             union = keys
     return _Place(node, keys, absent, union)
-
-
-def _child(node: yaml.Node, part: str | int) -> yaml.Node | None:
-    if isinstance(node, yaml.MappingNode):
-        return next((value for key, value in mapping_items(node) if key.value == part), None)
-    if isinstance(node, yaml.SequenceNode) and isinstance(part, int):
-        item: yaml.Node = node.value[part]
-        return item
-    return None
 
 
 def _key_node(root: yaml.Node, keys: Keys) -> yaml.Node:

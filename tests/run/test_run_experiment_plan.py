@@ -6,13 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gptfl_dist.config import load_experiment
+from gptfl_dist.config.document import read_document
 from gptfl_dist.config.experiment import ExperimentFile, Group
-from gptfl_dist.config.load import federation_of
 from gptfl_dist.errors import ConfigError, DataError, StageFailed
-from gptfl_dist.run.experiment.plan import cells_of, groups_of, overlaid, point_text, settings_of, trials_of
+from gptfl_dist.run.check import check_file
+from gptfl_dist.run.experiment.plan import (
+    cells_of,
+    example_files,
+    federation_file_of,
+    groups_of,
+    overlaid,
+    point_text,
+    settings_of,
+    trials_of,
+)
 from gptfl_dist.run.experiment.run import best_point
 
 BLOCK = {"splits": ["a"], "starts": ["random"], "strategies": ["fedavg", "prox"]}
@@ -102,12 +113,93 @@ def test_no_criterion_ends_a_trial_before_another(tmp_path: Path) -> None:
     file = loaded(tmp_path, strategies={"fedavg": {}, "prox": {"settings": stops}})
     group = Group("a", "random", "prox", "all")
     silos = [{"name": "silo-1", "file": "silo-1.yaml"}]
+    said = read_document(tmp_path / "experiment.yaml")
     trial, cell = (
-        federation_of(settings_of(file, one, 0, silos), tmp_path, str(one)).federation
+        federation_file_of(file, said, tmp_path, one, 0, silos, {}).federation
         for one in (trials_of(file, group)[0], cells_of(file, group)[0])
     )
     assert (trial.rounds, trial.patience, trial.target_accuracy, trial.max_time) == (2, None, None, None)
     assert (cell.rounds, cell.patience, cell.target_accuracy, cell.max_time) == (9, 1, 0.5, 60)
+
+
+LAYERS = """\
+name: x
+labels: ["no", "yes"]
+data: {path: train.npz}
+test_data: test.npz
+federation:
+  training: {epochs: 2}
+splits:
+  a: {kind: dirichlet, silos: 2, alpha: 0.1}
+starts:
+  random: {arm: random}
+strategies:
+  mine:
+    settings: {training: {momentum: 0.5}}
+tuning:
+  grid:
+    - {training: {learning_rate: 0.1}}
+    - {training: {learning_rate: 0.2}}
+cells:
+  - {splits: [a], starts: [random], strategies: [mine], silos: [all]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "told"),
+    [
+        ("epochs: 2", "epochs: two", '6:22: training.epochs: found "two" (text), expected a whole number'),
+        ("{arm: random}", "{arm: random, settings: {seeed: 1}}", "10:36: seeed: unknown key, the nearest valid"),
+        (
+            "momentum: 0.5",
+            "momentum: -1",
+            "13:37: training.momentum: found -1 (a number), expected a number of at least",
+        ),
+        ("learning_rate: 0.2", "learning_rate: [a]", '17:35: training.learning_rate[0]: found "a" (text), expected'),
+        # The deepest layer that sets it is where it stands.
+        ("momentum: 0.5", "epochs: 0", "13:35: training.epochs: found 0 (a number), expected a number greater than 0"),
+        # A model says of two settings that they do not go together.
+        (
+            "{epochs: 2}",
+            "{epochs: 2}\n  federation: {quorum: 3}",
+            "7:24: federation.quorum: federation.quorum is 3, more",
+        ),
+        # What the matrix sets has no place among the settings.
+        (
+            "[all]",
+            "[3]",
+            "the federation of cells/a/random/mine/3/trial-1: federation.cohort is 3, but there are only 2",
+        ),
+        ("training: {epochs: 2}", "training: 2", "6:3: federation: federation sets training to a single value"),
+    ],
+)
+def test_a_wrong_setting_is_told_where_it_stands(right: str, wrong: str, told: str, tmp_path: Path) -> None:
+    assert right in LAYERS
+    path = tmp_path / "experiment.yaml"
+    path.write_text(LAYERS.replace(right, wrong))
+    with pytest.raises(ConfigError) as found:
+        example_files(load_experiment(path), read_document(path), tmp_path)
+    assert told in found.value.message
+
+
+def test_check_tries_what_an_experiment_would_begin_with(tmp_path: Path) -> None:
+    images = np.zeros((40, 8, 8), np.uint8)
+    for name in ("train.npz", "test.npz"):
+        np.savez(tmp_path / name, images=images, labels=np.arange(40) % 2, label_names=np.array(["no", "yes"]))
+    path = tmp_path / "experiment.yaml"
+    path.write_text(LAYERS)
+    found = {finding.checked: finding for finding in check_file(path)}
+    assert {finding.status for finding in found.values()} == {"ok"}, found
+    assert found["settings"].found == "3 federations, and 2 short ones that choose points of the grids"
+    assert found["splits.a"].found.startswith("2 silos of ")
+    assert found["test data"].found.startswith("40 images of all 2 labels")
+    assert not (tmp_path / "results").exists()
+    (tmp_path / "test.npz").unlink()
+    path.write_text(LAYERS.replace("alpha: 0.1", "alpha: 0.1, minimum: 30").replace("epochs: 2", "epochs: two"))
+    failed = {finding.checked for finding in check_file(path) if finding.status == "failed"}
+    assert failed == {"settings", "splits.a"}
+    path.write_text(LAYERS)
+    assert {finding.checked for finding in check_file(path) if finding.status == "failed"} == {"test data"}
 
 
 def test_trials_in_which_nobody_trains_are_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from ranks import torchrun
 from support import RULES, Commands, Federation
 
+from gptfl_dist.run.candidates import PRETRAINED_WEIGHTS
 from gptfl_dist.synthesis.generator import EMBEDDED_LABELS
 
 pytestmark = pytest.mark.gpu
@@ -25,6 +26,12 @@ def on_gpu(federation: Federation) -> Federation:
         path = federation.folder / f"{silo}.yaml"
         path.write_text(path.read_text().replace("device: cpu", "device: auto"))
     return federation
+
+
+def when_written(federation: Federation) -> dict[Path, int]:
+    """Of each shard of the synthetic set, and of the pre-trained weights."""
+    files = [path for name in ("shard-*.parquet", PRETRAINED_WEIGHTS) for path in Path(federation.folder).rglob(name)]
+    return {path: path.stat().st_mtime_ns for path in files}
 
 
 def both_arms(make: Make, name: str, **settings: Any) -> Federation:
@@ -69,5 +76,8 @@ def test_ranks_on_the_gpu_make_one_set_and_one_model(gptfl: Commands, federation
     for stage in ("generate", "pretrain"):
         command = gptfl.start(stage, mine.path, program=[*torchrun(2), "-m", "gptfl_dist"])
         assert command.wait() == 0, command.stderr
+    of_the_ranks = when_written(mine)
+    assert {path.suffix for path in of_the_ranks} == {".parquet", ".safetensors"}
     gptfl.run("run", mine.path)
+    assert when_written(mine) == of_the_ranks
     assert mine.summary()["arms"]["gptfl"]["curve"]

@@ -1,4 +1,4 @@
-"""The pre-flight of a federation, silo or operator file: what would fail in a run is tried here, before it costs hours.
+"""The pre-flight of a federation, silo, operator or experiment file: what would fail is tried before it costs hours.
 
 Each check is a function that returns what it found or raises the error that a run would end with. `Checklist` turns
 either into a `Finding`, so no check stops the others. Nothing is left behind on disk, and no port stays open.
@@ -14,6 +14,7 @@ from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import File, kind_of, load_experiment, load_federation, load_operator, load_silo
 from gptfl_dist.config.operator import OperatorFile
 from gptfl_dist.errors import ConfigError
+from gptfl_dist.run.check.experiment import check_experiment
 from gptfl_dist.run.check.federation import check_federation
 from gptfl_dist.run.check.findings import Checklist, Finding
 from gptfl_dist.run.check.operator import check_operator
@@ -38,6 +39,7 @@ def check_file(path: Path) -> list[Finding]:
         groups = len(groups_of(file))
         told = f"{path} is an experiment file of {groups} cells for each of {len(file.seeds)} seeds"
         checks.findings.append(Finding("file", "ok", told))
+        check_experiment(checks, path, file)
     elif isinstance(file, OperatorFile):
         checks.findings.append(Finding("file", "ok", f"{path} is the file of the {file.role} {file.name}"))
         check_operator(checks, file)

@@ -54,6 +54,24 @@ def built_model(path: Path, file: FederationFile, tell: Callable[[str], None] = 
         return build_model(file.model, file.task, len(file.labels), file.seed, tell)
 
 
+def check_test_data(file: FederationFile) -> str:
+    """Decodes every sample of the test data once, and looks for labels that they lack."""
+    if file.test_data is None:
+        return "none named: accuracy is measured on the silos' validation data alone"
+    from gptfl_dist.config.silo import Data
+    from gptfl_dist.learning.data import load_images
+
+    images = load_images(Data(path=file.test_data), file.task, file.labels)
+    counts = images.labels.bincount(minlength=len(file.labels)).tolist()
+    absent = [label for label, count in zip(file.labels, counts, strict=True) if not count]
+    if absent:
+        raise Doubt(
+            f"{len(images)} {file.task.samples} in {file.test_data}, none of {', '.join(absent)}",
+            "accuracy will say nothing of these labels",
+        )
+    return f"{len(images)} {file.task.samples} of all {len(counts)} labels in {file.test_data}"
+
+
 def writable(folder: Path) -> str:
     """Writes a file into the folder, or into the nearest one above that exists."""
     existing = nearest(folder)

@@ -24,6 +24,7 @@ from gptfl_dist.run.candidates import candidate_files
 from gptfl_dist.run.check.common import (
     built_model,
     check_credentials,
+    check_test_data,
     code_beside,
     ending_soon,
     host_names,
@@ -55,7 +56,7 @@ def check_federation(checks: Checklist, path: Path, file: FederationFile) -> Non
     if file.synthesises:
         checks.run("synthesis.folder", lambda: writable(file.synthesis.folder))
     checks.run("disk space", lambda: enough_space(path, file))
-    checks.run("test data", lambda: _test_data(file))
+    checks.run("test data", lambda: check_test_data(file))
     check_named_silos(checks, path, file)
     checks.run("credentials", lambda: _coordinator_credentials(file))
     checks.run("exchange.listen", partial(_listen, file, "exchange.listen", file.exchange.listen))
@@ -144,23 +145,6 @@ def _compression(path: Path, file: FederationFile) -> str:
     down = Codec(settings.down).layout(layout).nbytes / layout.nbytes
     packed = "" if settings.lossless == "none" else f", over gRPC packed by {settings.lossless} besides"
     return f"updates take {up:.1%} and weights {down:.1%} of {size(layout.nbytes)}{packed}"
-
-
-def _test_data(file: FederationFile) -> str:
-    if file.test_data is None:
-        return "none named: accuracy is measured on the silos' validation data alone"
-    from gptfl_dist.config.silo import Data
-    from gptfl_dist.learning.data import load_images
-
-    images = load_images(Data(path=file.test_data), file.task, file.labels)
-    counts = images.labels.bincount(minlength=len(file.labels)).tolist()
-    absent = [label for label, count in zip(file.labels, counts, strict=True) if not count]
-    if absent:
-        raise Doubt(
-            f"{len(images)} {file.task.samples} in {file.test_data}, none of {', '.join(absent)}",
-            "accuracy will say nothing of these labels",
-        )
-    return f"{len(images)} {file.task.samples} of all {len(counts)} labels in {file.test_data}"
 
 
 def _coordinator_credentials(file: FederationFile) -> str:

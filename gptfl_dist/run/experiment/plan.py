@@ -6,11 +6,18 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from gptfl_dist.aggregation.rules import rule_of
+from gptfl_dist.config.document import Document, laid_over
 from gptfl_dist.config.experiment import ExperimentFile, Group, Settings
+from gptfl_dist.config.federation import Federation, FederationFile
+from gptfl_dist.config.load import federation_of
 from gptfl_dist.errors import ConfigError
+
+_MANY = 100
+"""Silos of a split by key or more, of which only the data tell how many there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +87,7 @@ def settings_of(file: ExperimentFile, cell: Cell, point: int, silos: list[dict[s
     rules: Settings = {"cohort": group.silos if isinstance(group.silos, int) else "all", "deadline": "30d"}
     if cell.trial is not None:
         rounds = _trial_rounds(file, settings)
-        if rounds < 2 and settings.get("training", {}).get("first_round") == "means":
+        if rounds == 1 and settings.get("training", {}).get("first_round") == "means":
             raise ConfigError(
                 f"cells/{cell}: trials are of 1 round, in which silos send class means and nobody trains, so that no "
                 "point is better than another",
@@ -101,6 +108,49 @@ def settings_of(file: ExperimentFile, cell: Cell, point: int, silos: list[dict[s
     )
 
 
+def federation_file_of(
+    file: ExperimentFile,
+    said: Document,
+    beside: Path,
+    cell: Cell,
+    point: int,
+    silos: list[dict[str, Any]],
+    places: Settings,
+) -> FederationFile:
+    """The federation file of a cell, whose paths are in `places`; `said` is the experiment file, `beside` its folder.
+
+    Raises ConfigError.
+    """
+    settings = overlaid(settings_of(file, cell, point, silos), places)
+    made = federation_of(settings, beside, f"the federation of cells/{cell}", _said(file, said, cell.group, point))
+    rule_of(made.strategy)
+    return made
+
+
+def example_files(file: ExperimentFile, said: Document, beside: Path) -> dict[Group, FederationFile]:
+    """A federation file of each group, as far as it is known without the data.
+
+    Raises ConfigError where one of any cell and of any trial would be refused.
+    """
+    files = {}
+    for group in groups_of(file):
+        wanted = group.silos if isinstance(group.silos, int) else 0
+        count = file.splits[group.split].silos or max(_MANY, wanted)
+        silos = [{"name": f"silo-{number}", "file": "silo.yaml", "max_samples": 1} for number in range(count)]
+        (cell, *_), trials = cells_of(file, group), trials_of(file, group)
+        points = [*enumerate(trials), *((point, cell) for point in range(len(grid_of(file, group))))]
+        for point, one in points:
+            files[group] = federation_file_of(file, said, beside, one, point, silos, {})
+    return files
+
+
+def _said(file: ExperimentFile, said: Document, group: Group, point: int) -> Document:
+    """What the experiment file sets of the federations of a group at a point of its grid, as `_laid_over`."""
+    method = ("strategies", group.strategy)
+    grid = (*(method if file.strategies[group.strategy].grid else ("tuning",)), "grid", point)
+    return laid_over(said, [("federation",), ("starts", group.start, "settings"), (*method, "settings"), grid])
+
+
 def _laid_over(file: ExperimentFile, group: Group, point: int) -> Settings:
     """What the experiment file sets of the federations of a group at a point of its grid."""
     start, method = file.starts[group.start], file.strategies[group.strategy]
@@ -118,15 +168,9 @@ def trial_rounds_of(file: ExperimentFile, group: Group) -> list[int]:
 
 def _trial_rounds(file: ExperimentFile, settings: Settings) -> int:
     """The rounds of a trial with these settings of a federation file, which may ask for less than tuning."""
-    from gptfl_dist.config.federation import Federation
-
-    rounds = settings.get("federation", {}).get("rounds", Federation.model_fields["rounds"].default)
-    if not isinstance(rounds, int):
-        raise ConfigError(
-            f"federation.rounds: found {rounds!r}, expected a whole number",
-            hint="in the experiment file it is set under federation.federation, or by a start, a strategy or a point",
-        )
-    return min(file.tuning.rounds, rounds)
+    rounds = settings["federation"].get("rounds", Federation.model_fields["rounds"].default)
+    # What is no number is refused with the other settings, at its place.
+    return min(file.tuning.rounds, rounds) if isinstance(rounds, int) else rounds
 
 
 def overlaid(settings: Mapping[str, Any], over: Mapping[str, Any]) -> Settings:

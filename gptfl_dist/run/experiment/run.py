@@ -18,11 +18,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from gptfl_dist.aggregation.rules import rule_of
-from gptfl_dist.config.experiment import ExperimentFile, Group, Settings
+from gptfl_dist.config.document import read_document
+from gptfl_dist.config.experiment import ExperimentFile, Group
 from gptfl_dist.config.federation import FederationFile
-from gptfl_dist.config.load import federation_of, to_yaml
+from gptfl_dist.config.load import load_experiment, to_yaml
 from gptfl_dist.errors import ConfigError, GptflError, StageFailed, StorageError
 from gptfl_dist.files import write_file
 from gptfl_dist.ledger.reader import read
@@ -36,11 +37,10 @@ from gptfl_dist.run.experiment.data import POOLED, Shared, share_out
 from gptfl_dist.run.experiment.plan import (
     Cell,
     cells_of,
+    federation_file_of,
     grid_of,
     groups_of,
-    overlaid,
     point_text,
-    settings_of,
     trials_of,
 )
 from gptfl_dist.run.experiment.work import run_all
@@ -65,20 +65,20 @@ class Experiment:
     failures: Mapping[Cell, GptflError]
 
 
-async def run_experiment(file: ExperimentFile, beside: Path, workers: int, say: Callable[[str], None]) -> Experiment:
-    """Runs what is not finished yet, so many federations at a time; `beside` is the folder of the file.
+async def run_experiment(path: Path, workers: int, say: Callable[[str], None]) -> Experiment:
+    """Runs what is not finished yet of an experiment file, so many federations at a time.
 
     Raises DataError, ConfigError, StageFailed or StorageError.
     """
-    sys.path.insert(
-        0, str(beside)
-    )  # settings may name modules that lie beside the file; the cells' processes get it too
+    file = load_experiment(path)
+    # Settings may name modules that lie beside the file; the cells' processes get it too.
+    sys.path.insert(0, str(path.absolute().parent))
     make_folder(file.folder)
     refusal = StorageError(
         f"{file.folder}: another gptfl experiment is at work there", hint="wait until it ends, or stop it"
     )
     with held(file.folder / _LOCK, refusal):
-        return await _run(file, _Bench(file, beside, workers, say), say)
+        return await _run(file, _Bench(path, file, workers, say), say)
 
 
 async def _run(file: ExperimentFile, bench: _Bench, say: Callable[[str], None]) -> Experiment:
@@ -146,8 +146,9 @@ def why_it_failed(file: ExperimentFile, cell: Cell, error: GptflError) -> str:
 class _Bench:
     """The experiment's folder."""
 
-    def __init__(self, file: ExperimentFile, beside: Path, workers: int, say: Callable[[str], None]) -> None:
-        self._file, self._beside, self._workers, self._say = file, beside, workers, say
+    def __init__(self, path: Path, file: ExperimentFile, workers: int, say: Callable[[str], None]) -> None:
+        self._file, self._workers, self._say = file, workers, say
+        self._said, self._beside = read_document(path), path.absolute().parent
         self._shared: dict[tuple[str, int], Shared] = {}
         self._synthesising: set[tuple[str, int]] = set()  # starts and seeds whose cells need synthetic data
         self._files: dict[Path, FederationFile] = {}  # of the runs that were settled, by their folders
@@ -162,11 +163,10 @@ class _Bench:
         """Makes the federation files of a cell, each checked; `run` writes them. Raises ConfigError."""
         shared, start = self._shared[cell.group.split, cell.seed], self._start(cell.group.start, cell.seed)
         for folder, silos in self._runs(cell):
-            settings = settings_of(self._file, cell, point, shared.entries(*silos))
             test_data = self._file.splits[cell.group.split].test_data or self._file.test_data
-            where = {"run_folder": str(folder), "test_data": str(test_data.absolute())}
-            settings = overlaid(settings, {**where, "synthesis": {"folder": str(start / "synthetic")}})
-            file = self._files[folder] = self._checked(folder, settings)
+            file = self._files[folder] = self._federation_file(
+                cell, point, shared.entries(*silos), folder, start, test_data=str(test_data.absolute())
+            )
             if file.synthesises:
                 self._synthesising.add((cell.group.start, cell.seed))
 
@@ -180,12 +180,11 @@ class _Bench:
             ]
         return []
 
-    def _checked(self, folder: Path, settings: Settings) -> FederationFile:
-        file = federation_of(
-            settings, self._beside, f"the federation of {folder.relative_to(self._file.folder.absolute())}"
-        )
-        rule_of(file.strategy)
-        return file
+    def _federation_file(
+        self, cell: Cell, point: int, silos: list[dict[str, Any]], folder: Path, start: Path, **places: Any
+    ) -> FederationFile:
+        places |= {"run_folder": str(folder), "synthesis": {"folder": str(start / "synthetic")}}
+        return federation_file_of(self._file, self._said, self._beside, cell, point, silos, places)
 
     def _write(self, folder: Path, file: FederationFile) -> None:
         make_folder(folder)
@@ -217,11 +216,8 @@ class _Bench:
         for (start, seed), folder in wanted.items():
             group = next(group for group in groups if group.start == start)
             shared = self._shared[group.split, seed]
-            settings = settings_of(self._file, Cell(group, seed), 0, shared.entries(*shared.silos))
-            settings = overlaid(
-                settings, {"run_folder": str(folder), "synthesis": {"folder": str(folder / "synthetic")}}
-            )
-            self._write(folder, self._checked(folder, settings))
+            silos = shared.entries(*shared.silos)
+            self._write(folder, self._federation_file(Cell(group, seed), 0, silos, folder, folder))
         trained = {key: folder for key, folder in wanted.items() if self._synthetic(key[0])}
         for stage, starts in (("generate", wanted), ("pretrain", trained)):
             commands: dict[tuple[str, int], Sequence[str | Path]]
