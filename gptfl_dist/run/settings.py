@@ -19,7 +19,7 @@ survives, keeps and measures. What lies in a folder is known by its digests."""
 
 
 def request_of(path: Path, file: FederationFile) -> str:
-    """All of the federation file at `path` but what `MAY_CHANGE`.
+    """All of the federation file at `path` but what `MAY_CHANGE`, and what no arm uses.
 
     What lies beside the file is named from there, so a run that is moved together with it is the same run.
     """
@@ -29,6 +29,8 @@ def request_of(path: Path, file: FederationFile) -> str:
         holder = content[section] if section else content
         for each in holder if isinstance(holder, list) else [holder]:
             del each[name]
+    if not file.synthesises:
+        del content["synthesis"], content["pretraining"]
     return json.dumps(from_folder(content, path.absolute().parent), sort_keys=True)
 
 

@@ -46,6 +46,20 @@ def test_a_run_stays_the_same_run(setting: str, tmp_path: Path) -> None:
     assert request(tmp_path / "before", **before) == request(tmp_path / "after", **CHANGED[setting])
 
 
+RANDOM = {"arms": ["fedavg_random"]}
+
+
+@pytest.mark.parametrize("settings", [{"synthesis": {"images_per_label": 7}}, {"pretraining": {"epochs": 7}}], ids=str)
+@pytest.mark.parametrize(
+    ("rest", "used"), [(RANDOM, False), ({"arms": ["gptfl"]}, True), ({**RANDOM, "mixing": {"samples": "all"}}, True)]
+)
+def test_other_synthetic_data_make_another_run_where_they_are_used(
+    rest: dict[str, Any], used: bool, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    before, after = request(tmp_path / "before", **rest), request(tmp_path / "after", **rest, **settings)
+    assert (before != after) is used
+
+
 @pytest.mark.parametrize(
     "settings",
     [
