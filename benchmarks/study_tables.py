@@ -158,6 +158,7 @@ def draw(studies: Sequence[dict[str, Any]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     figure, grid = pyplot.subplots(2, len(studies), figsize=(4 * len(studies), 6), sharex="col", squeeze=False)
     for column, study in enumerate(studies):
@@ -175,6 +176,7 @@ def draw(studies: Sequence[dict[str, Any]], path: Path) -> None:
                 grid[1][column].plot(range(1, len(diversity) + 1), diversity, **look)
         grid[0][column].set(title=f"{study['experiment']}, {split['split']}")
         grid[1][column].set(xlabel="round", ylim=(0, None))
+        grid[1][column].xaxis.set_major_locator(MaxNLocator(integer=True))
     grid[0][0].set(ylabel="accuracy on test data, %")
     grid[1][0].set(ylabel="gradient diversity")
     grid[0][0].legend(frameon=False, loc="lower right")
