@@ -117,7 +117,7 @@ def agreement_of(split: dict[str, Any]) -> list[str]:
 
 
 def unseen_of(splits: Sequence[dict[str, Any]]) -> list[str]:
-    """FedAvg on those that were left out, before the first round and after the last."""
+    """FedAdam on those that were left out, before the first round and after the last."""
     body = []
     for split in splits:
         random, synthetic = _by_start(split["arms"])

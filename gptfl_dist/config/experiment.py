@@ -23,7 +23,10 @@ Settings = dict[str, Any]
 Silos = Literal["all", "alone", "pooled"] | PositiveInt
 """Who takes part: all silos in each round, so many drawn anew in each, each by itself, or one with the data of all."""
 
-_OURS = ("name", "seed", "run_folder", "arms", "silos", "test_data", "tuning", "labels")
+_OURS = (
+    "name", "seed", "run_folder", "arms", "silos", "test_data", "tuning", "labels", "federation.cohort",
+    "federation.deadline", "synthesis.folder",
+)  # fmt: skip
 
 
 class Split(Section):
@@ -147,12 +150,18 @@ class ExperimentFile(Section):
         return self
 
     @model_validator(mode="after")
+    def _each_seed_once(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds are {', '.join(map(str, self.seeds))}, expected each once")
+        return self
+
+    @model_validator(mode="after")
     def _equal_tuning(self) -> Self:
         """A comparison in which one method was tried more often than another says nothing."""
         for name, method in self.strategies.items():
             if method.grid is not None and len(method.grid) != len(self.tuning.grid):
                 raise ValueError(
-                    f"the grid of {name} has {len(method.grid)} points, expected {len(self.tuning.grid)} as in "
+                    f"strategies.{name}.grid has {len(method.grid)} points, expected {len(self.tuning.grid)} as in "
                     "tuning.grid: every method is tuned alike"
                 )
         return self
@@ -165,7 +174,7 @@ class ExperimentFile(Section):
         for name, method in self.strategies.items():
             parts[f"strategies.{name}"] = [method.settings, *(method.grid or [])]
         for where, settings in parts.items():
-            taken = [key for one in settings for key in one if key in _OURS]
+            taken = [key for one in settings for key in _keys_of(one) if key in _OURS]
             if taken:
                 raise ValueError(f"{where} sets {', '.join(sorted(set(taken)))}, which the experiment sets itself")
             flat = [key for one in settings for key in one if _is_section(key) and not isinstance(one[key], dict)]
@@ -178,6 +187,12 @@ class ExperimentFile(Section):
                     "start, or name the checkpoint of one"
                 )
         return self
+
+
+def _keys_of(settings: Settings) -> list[str]:
+    """The settings' names, and of sections those in them too."""
+    inner = [f"{name}.{key}" for name, value in settings.items() if isinstance(value, dict) for key in value]
+    return [*settings, *inner]
 
 
 def _is_section(key: str) -> bool:

@@ -75,15 +75,22 @@ def list_samples(data: Data, kind: Kind) -> Samples:
 
 
 def _only(samples: Samples, path: Path) -> Samples:
-    """The samples whose numbers, from 0, stand in a text file, one a line."""
+    numbers = numbers_in(path, len(samples.labels))
+    labels = [label for number, label in enumerate(samples.labels) if number in numbers]
+    return Samples(labels, (raw for number, raw in enumerate(samples.raw) if number in numbers))
+
+
+def numbers_in(path: Path, count: int) -> set[int]:
+    """The numbers, from 0, of some of `count` samples, which stand in a text file, one a line. Raises DataError."""
     try:
         numbers = {int(line) for line in path.read_text(encoding="utf-8").split()}
     except ValueError:
         raise DataError(f"{path}: expected a whole number in each line, the numbers of samples from 0") from None
-    if not numbers or not 0 <= min(numbers) <= max(numbers) < len(samples.labels):
-        raise DataError(f"{path}: expected numbers of samples from 0 to {len(samples.labels) - 1}, one at least")
-    labels = [label for number, label in enumerate(samples.labels) if number in numbers]
-    return Samples(labels, (raw for number, raw in enumerate(samples.raw) if number in numbers))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", hint="check data.samples") from None
+    if not numbers or not 0 <= min(numbers) <= max(numbers) < count:
+        raise DataError(f"{path}: expected numbers of samples from 0 to {count - 1}, one at least")
+    return numbers
 
 
 def kind_of(data: Data) -> Kind:

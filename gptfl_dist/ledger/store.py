@@ -322,6 +322,9 @@ def first_difference(old: str, new: str) -> str:
             for key in a | b:
                 if a.get(key) != b.get(key):
                     return walk(f"{path}.{key}" if path else str(key), a.get(key), b.get(key))
+        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+            place = next(number for number, (old, new) in enumerate(zip(a, b, strict=True)) if old != new)
+            return walk(f"{path}[{place}]", a[place], b[place])
         return f"{path} was {json.dumps(a)[:80]}, now {json.dumps(b)[:80]}"
 
     return walk("", json.loads(old), json.loads(new))

@@ -18,7 +18,7 @@ from gptfl_dist.errors import ConfigError, StorageError
 from gptfl_dist.learning.measures import Measures
 from gptfl_dist.ledger.reader import read
 from gptfl_dist.ledger.records import CountedUpdate
-from gptfl_dist.ledger.store import Ledger
+from gptfl_dist.ledger.store import Ledger, first_difference
 from gptfl_dist.weights import Layout, WeightsFile
 
 REQUEST = json.dumps({"name": "x", "training": {"epochs": 1}, "silos": ["a", "b"]})
@@ -321,3 +321,16 @@ def test_weights_that_a_backup_holds_are_not_written_over(ledger, tmp_path):
     ledger.drop_weights_except([])
     ledger.add_weights(LAYOUT, [b"\1" * LAYOUT.nbytes])
     assert held.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2}, "a.b was 1, now 3"),
+        ({"silos": [{"max": 1}, {"max": 2}]}, {"silos": [{"max": 1}, {"max": 3}]}, "silos[1].max was 2, now 3"),
+        ({"arms": ["x"]}, {"arms": ["x", "y"]}, 'arms was ["x"], now ["x", "y"]'),
+        ({"a": None}, {"a": {"b": 1}}, 'a was null, now {"b": 1}'),
+    ],
+)
+def test_the_first_setting_that_differs_is_named(old: object, new: object, told: str) -> None:
+    assert first_difference(json.dumps(old), json.dumps(new)) == told

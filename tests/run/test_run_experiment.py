@@ -58,6 +58,12 @@ def experiment(folder: Path, **changes: Any) -> Path:
     return path
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Of the files that say what was run; the tables and the page come of these."""
+    kept = [folder / name for name in ("splits", "starts", "cells")]
+    return {path: path.read_bytes() for part in kept for path in part.rglob("*") if path.is_file()}
+
+
 def test_a_matrix_is_run_cell_by_cell_and_what_is_finished_is_not_run_again(gptfl: Commands, tmp_path: Path) -> None:
     path = experiment(tmp_path)
     first = gptfl.run("experiment", path, "--format", "json")
@@ -107,6 +113,24 @@ def test_a_matrix_is_run_cell_by_cell_and_what_is_finished_is_not_run_again(gptf
     second = gptfl.run("experiment", path, "--format", "json")
     assert json.loads(second.stdout) == results
     assert {each: each.stat().st_mtime_ns for each in cells.rglob("summary.json")} == times
+    # What is not the same experiment any more is refused before anything of the old one is written over.
+    old = contents(tmp_path / "results")
+    text = path.read_text()
+    for right, wrong in (
+        ('"pretraining": {"epochs": 2', '"pretraining": {"epochs": 3'),
+        ('"alpha": 0.5', '"alpha": 0.7'),
+    ):
+        assert right in text
+        path.write_text(text.replace(right, wrong))
+        refused = gptfl.start("experiment", path)
+        assert refused.wait() == 2, refused.stderr
+        assert "holds a federation of other settings" in refused.stderr
+    path.write_text(text)
+    digits(tmp_path / "test.npz", 50, 2)
+    refused = gptfl.start("experiment", path)
+    assert refused.wait() == 2, refused.stderr
+    assert f"test.npz differs from what the federations in {tmp_path / 'results'} were made from" in refused.stderr
+    assert contents(tmp_path / "results") == old
 
 
 def test_strategies_that_use_synthetic_samples_or_class_means_are_cells_as_others_are(
@@ -181,6 +205,10 @@ def test_a_rule_beside_the_experiment_file_is_found_and_what_is_hardly_meant_is_
     command = gptfl.run("experiment", path, "--format", "json")
     assert json.loads(command.stdout)["failures"] == {}
     assert "trials of the grid have no more rounds than training.warm_up_rounds" in command.stderr
+    (tmp_path / "my_rules.py").write_text(module + "\nEDITED = True\n")
+    edited = gptfl.start("experiment", path)
+    assert edited.wait() == 2
+    assert "my_rules.py differs from what the federations in" in edited.stderr
 
 
 def test_no_cell_outlives_an_experiment_that_is_killed_and_the_next_call_goes_on(

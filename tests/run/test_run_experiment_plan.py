@@ -14,6 +14,7 @@ from gptfl_dist.config.document import read_document
 from gptfl_dist.config.experiment import ExperimentFile, Group
 from gptfl_dist.errors import ConfigError, DataError, StageFailed
 from gptfl_dist.run.check import check_file
+from gptfl_dist.run.experiment.data import share_out
 from gptfl_dist.run.experiment.plan import (
     cells_of,
     example_files,
@@ -171,6 +172,14 @@ cells:
             "the federation of cells/a/random/mine/3/trial-1: federation.cohort is 3, but there are only 2",
         ),
         ("training: {epochs: 2}", "training: 2", "6:3: federation: federation sets training to a single value"),
+        ("training: {epochs: 2}", "federation: {cohort: 2}", "federation sets federation.cohort, which the experiment"),
+        ("training: {epochs: 2}", "synthesis: {folder: s}", "federation sets synthesis.folder, which the experiment"),
+        ("name: x", "name: x\nseeds: [3, 3]", "2:8: seeds: seeds are 3, 3, expected each once"),
+        (
+            "momentum: 0.5}}",
+            "momentum: 0.5}}\n    grid: [{}]",
+            "14:11: strategies.mine.grid: strategies.mine.grid has 1",
+        ),
     ],
 )
 def test_a_wrong_setting_is_told_where_it_stands(right: str, wrong: str, told: str, tmp_path: Path) -> None:
@@ -196,10 +205,43 @@ def test_check_tries_what_an_experiment_would_begin_with(tmp_path: Path) -> None
     assert not (tmp_path / "results").exists()
     (tmp_path / "test.npz").unlink()
     path.write_text(LAYERS.replace("alpha: 0.1", "alpha: 0.1, minimum: 30").replace("epochs: 2", "epochs: two"))
-    failed = {finding.checked for finding in check_file(path) if finding.status == "failed"}
-    assert failed == {"settings", "splits.a"}
+    assert of_status("failed", path) == {"settings", "splits.a"}
     path.write_text(LAYERS)
-    assert {finding.checked for finding in check_file(path) if finding.status == "failed"} == {"test data"}
+    assert of_status("failed", path) == {"test data"}
+    path.write_text(LAYERS.replace("{arm: random}", "{arm: checkpoint, checkpoint: ./nowhere}"))
+    assert of_status("failed", path) == {"test data", "model of starts.random"}
+    path.write_text(LAYERS.replace("epochs: 2", "epochs: 2, warm_up_rounds: 5"))
+    assert of_status("warning", path) == {"settings"}
+
+
+def of_status(status: str, path: Path) -> set[str]:
+    return {finding.checked for finding in check_file(path) if finding.status == status}
+
+
+def test_a_split_shares_out_only_the_samples_that_the_data_name(tmp_path: Path) -> None:
+    labels = np.arange(40) % 2
+    names = np.array(["no", "yes"])
+    sites = np.array(["north", "north", "south", "south"] * 10)
+    np.savez(
+        tmp_path / "train.npz", images=np.zeros((40, 8, 8), np.uint8), labels=labels, label_names=names, site=sites
+    )
+    (tmp_path / "odd.txt").write_text("\n".join(str(number) for number in range(1, 40, 2)))
+    path = tmp_path / "experiment.yaml"
+    by_site = LAYERS.replace("{kind: dirichlet, silos: 2, alpha: 0.1}", "{kind: key, key: site}")
+    path.write_text(by_site.replace("path: train.npz", "path: train.npz, samples: odd.txt"))
+    shared = share_out(load_experiment(path), "a", 0, tmp_path / "split")
+    shared.write()
+    found = {
+        silo: {int(line) for line in (tmp_path / f"split/{silo}.txt").read_text().split()} for silo in shared.silos
+    }
+    assert found == {"north": set(range(1, 40, 4)), "south": set(range(3, 40, 4))}
+    assert json.loads((tmp_path / "split/split.json").read_text()) == {"north": [0, 10], "south": [0, 10]}
+    (tmp_path / "odd.txt").unlink()
+    with pytest.raises(DataError, match=r"odd\.txt cannot be read"):
+        share_out(load_experiment(path), "a", 0, tmp_path / "split")
+    path.write_text(by_site.replace("key: site", "key: label_names"))
+    with pytest.raises(DataError, match=r"the array label_names has the shape \(2,\), expected a key for each of 40"):
+        share_out(load_experiment(path), "a", 0, tmp_path / "split")
 
 
 def test_trials_in_which_nobody_trains_are_refused(tmp_path: Path) -> None:
@@ -216,7 +258,7 @@ def test_trials_in_which_nobody_trains_are_refused(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"cells": [{**BLOCK, "strategies": ["moon"]}]}, "cells name moon, expected one of strategies: fedavg, prox"),
-        ({"strategies": {"fedavg": {}, "prox": {"grid": [{}]}}}, "the grid of prox has 1 points, expected 2"),
+        ({"strategies": {"fedavg": {}, "prox": {"grid": [{}]}}}, "strategies.prox.grid has 1 points, expected 2"),
         ({"federation": {"seed": 1}}, "federation sets seed, which the experiment sets itself"),
         (
             {"federation": {"model": {"name": "transformers", "source": "m", "pretrained": True}}},

@@ -44,7 +44,7 @@ _SEARCH = 60.0  # seconds to load an MPI library in a process of its own
 
 def check_federation(checks: Checklist, path: Path, file: FederationFile) -> None:
     checks.run("device", lambda: _federation_devices(file))
-    checks.run("model", lambda: _model(path, file))
+    checks.run("model", lambda: check_model(path, file))
     if file.synthesises:
         for name, candidate in (candidate_files(file) or {"": file}).items():
             check_synthesis(checks, candidate, f" of {name}" if name else "")
@@ -78,7 +78,7 @@ def _federation_devices(file: FederationFile) -> str:
     )
 
 
-def _model(path: Path, file: FederationFile) -> str:
+def check_model(path: Path, file: FederationFile) -> str:
     """Builds the model and gives it one training batch."""
     import torch
     import torch.nn.functional as F  # noqa: N812  (torch's idiom)

@@ -1,4 +1,4 @@
-"""The splits of an experiment, written for silos to read: for each silo the numbers of its samples, and a silo file.
+"""The splits of an experiment, to be written for silos: for each the numbers of its samples, and a silo file.
 
 No sample is copied: every silo file names the experiment's data, and the list of those that are this silo's.
 """
@@ -22,7 +22,7 @@ from gptfl_dist.errors import DataError
 from gptfl_dist.files import write_file
 from gptfl_dist.learning.partition import dirichlet_partition, key_partition, quantity_partition, shard_partition
 from gptfl_dist.learning.seeding import derive_seed
-from gptfl_dist.learning.sources import Kind, list_samples
+from gptfl_dist.learning.sources import Kind, list_samples, numbers_in
 from gptfl_dist.run.folder import make_folder
 
 POOLED = "pooled"
@@ -33,10 +33,17 @@ COUNTS = "split.json"
 
 @dataclass(frozen=True)
 class Shared:
-    """A split that was written: how many samples each silo has. Its files lie in `folder`."""
+    """A split: how many samples each silo has, and the texts of its files by name, which `write` puts into `folder`."""
 
     folder: Path
     samples: Mapping[str, int]
+    files: Mapping[str, str]
+
+    def write(self) -> None:
+        """Raises StorageError."""
+        make_folder(self.folder)
+        for name, text in self.files.items():
+            write_file(self.folder / name, text)
 
     def entries(self, *names: str) -> list[dict[str, Any]]:
         """Entries of `silos` in a federation file."""
@@ -52,24 +59,32 @@ class Shared:
 
 
 def share_out(file: ExperimentFile, name: str, seed: int, folder: Path) -> Shared:
-    """Writes a split of the experiment's data for one seed. Raises DataError."""
+    """A split of the experiment's data for one seed, not written yet. Raises DataError."""
     kind: Kind = "audio" if file.federation.get("task", {}).get("kind") == "audio" else "image"
-    labels = np.array([file.data.labels.get(label, label) for label in list_samples(file.data, kind).labels])
+    whole = file.data.model_copy(update={"samples": None})
+    labels = np.array([file.data.labels.get(label, label) for label in list_samples(whole, kind).labels])
+    used = np.arange(len(labels))
+    if file.data.samples is not None:
+        used = np.array(sorted(numbers_in(file.data.samples, len(labels))))
     split = file.splits[name]
-    keys = None if split.key is None else keys_of(file.data, kind, split.key)
-    parts = parts_of(split, labels, keys, derive_seed(seed, "split", name))
+    keys = None if split.key is None else keys_of(whole, kind, split.key)
+    if keys is not None and keys.shape != labels.shape:
+        raise DataError(
+            f"{file.data.path}: the array {split.key} has the shape {keys.shape}, expected a key for each of "
+            f"{len(labels)} samples"
+        )
+    found = parts_of(split, labels[used], None if keys is None else keys[used], derive_seed(seed, "split", name))
+    parts = {silo: used[part] for silo, part in found.items()}
     parts[POOLED] = np.sort(np.concatenate(list(parts.values())))
-    make_folder(folder)
+    files = {}
     for silo, numbers in parts.items():
-        write_file(folder / f"{silo}.txt", "\n".join(map(str, numbers.tolist())) + "\n")
+        files[f"{silo}.txt"] = "\n".join(map(str, numbers.tolist())) + "\n"
         data = file.data.model_copy(update={"samples": Path(f"{silo}.txt")})
         content = {"name": silo, "data": _plain(data), "policy": {"class_means": True}}  # all data are of one owner
-        write_file(folder / f"{silo}.yaml", dump_yaml(content))
+        files[f"{silo}.yaml"] = dump_yaml(content)
     counts = {silo: Counter(labels[numbers].tolist()) for silo, numbers in parts.items() if silo != POOLED}
-    write_file(
-        folder / COUNTS, json.dumps({silo: [each[label] for label in file.labels] for silo, each in counts.items()})
-    )
-    return Shared(folder, {silo: len(numbers) for silo, numbers in parts.items()})
+    files[COUNTS] = json.dumps({silo: [each[label] for label in file.labels] for silo, each in counts.items()})
+    return Shared(folder, {silo: len(numbers) for silo, numbers in parts.items()}, files)
 
 
 def keys_of(data: Data, kind: Kind, key: str) -> np.ndarray:

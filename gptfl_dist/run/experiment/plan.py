@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -127,21 +127,30 @@ def federation_file_of(
     return made
 
 
-def example_files(file: ExperimentFile, said: Document, beside: Path) -> dict[Group, FederationFile]:
-    """A federation file of each group, as far as it is known without the data.
+def example_files(file: ExperimentFile, said: Document, beside: Path) -> dict[Group, list[FederationFile]]:
+    """Of each group the files of its trials, then one of a cell at each point, as far as known without the data.
 
     Raises ConfigError where one of any cell and of any trial would be refused.
     """
-    files = {}
+    files: dict[Group, list[FederationFile]] = {}
     for group in groups_of(file):
         wanted = group.silos if isinstance(group.silos, int) else 0
         count = file.splits[group.split].silos or max(_MANY, wanted)
         silos = [{"name": f"silo-{number}", "file": "silo.yaml", "max_samples": 1} for number in range(count)]
         (cell, *_), trials = cells_of(file, group), trials_of(file, group)
         points = [*enumerate(trials), *((point, cell) for point in range(len(grid_of(file, group))))]
-        for point, one in points:
-            files[group] = federation_file_of(file, said, beside, one, point, silos, {})
+        files[group] = [federation_file_of(file, said, beside, one, point, silos, {}) for point, one in points]
     return files
+
+
+def trial_doubts(files: Iterable[Sequence[FederationFile]]) -> list[str]:
+    """What is allowed of trials, of each its federations, and hardly meant."""
+    if any(file.federation.rounds <= file.training.warm_up_rounds for trial in files for file in trial):
+        return [
+            "trials of the grid have no more rounds than training.warm_up_rounds, so none comes to the rate that "
+            "it is to try: raise tuning.rounds, or lower training.warm_up_rounds"
+        ]
+    return []
 
 
 def _said(file: ExperimentFile, said: Document, group: Group, point: int) -> Document:

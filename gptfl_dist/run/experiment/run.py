@@ -13,6 +13,7 @@ says what it was run with.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ from gptfl_dist.observe.progress import progress
 from gptfl_dist.observe.summary import FILE_NAME, FederatedArm, Summary, read_summary
 from gptfl_dist.run.candidates import PRETRAINED_FACTS, PRETRAINED_WEIGHTS, PRETRAINING_COST
 from gptfl_dist.run.experiment.data import POOLED, Shared, share_out
+from gptfl_dist.run.experiment.inputs import keep_inputs
 from gptfl_dist.run.experiment.plan import (
     Cell,
     cells_of,
@@ -41,6 +43,7 @@ from gptfl_dist.run.experiment.plan import (
     grid_of,
     groups_of,
     point_text,
+    trial_doubts,
     trials_of,
 )
 from gptfl_dist.run.experiment.work import run_all
@@ -89,8 +92,10 @@ async def _run(file: ExperimentFile, bench: _Bench, say: Callable[[str], None]) 
     for group in groups:
         for cell in [*trials[group], *cells_of(file, group)]:
             bench.settle(cell, cell.trial or 0)
-    for text in bench.doubts(trials):
+    for text in trial_doubts([bench.files(cell) for group in groups for cell in trials[group]]):
         say(text)
+    bench.refuse_other_settings([cell for group in groups for cell in trials[group] or cells_of(file, group)])
+    bench.write_splits()
     await bench.make_starts(groups)
     failures = await bench.run("trials", [cell for each in trials.values() for cell in each])
     points, scores = {}, {}
@@ -159,6 +164,10 @@ class _Bench:
                 folder = self._file.folder / "splits" / name / f"seed-{seed}"
                 self._shared[name, seed] = share_out(self._file, name, seed, folder)
 
+    def write_splits(self) -> None:
+        for shared in self._shared.values():
+            shared.write()
+
     def settle(self, cell: Cell, point: int) -> None:
         """Makes the federation files of a cell, each checked; `run` writes them. Raises ConfigError."""
         shared, start = self._shared[cell.group.split, cell.seed], self._start(cell.group.start, cell.seed)
@@ -170,15 +179,30 @@ class _Bench:
             if file.synthesises:
                 self._synthesising.add((cell.group.start, cell.seed))
 
-    def doubts(self, trials: Mapping[Group, Sequence[Cell]]) -> list[str]:
-        """What is allowed and hardly meant."""
-        files = [self._files[folder] for cells in trials.values() for cell in cells for folder, _ in self._runs(cell)]
-        if any(file.federation.rounds == self._file.tuning.rounds <= file.training.warm_up_rounds for file in files):
-            return [
-                "trials of the grid have no more rounds than training.warm_up_rounds, so none comes to the rate that "
-                "it is to try: raise tuning.rounds"
-            ]
-        return []
+    def files(self, cell: Cell) -> list[FederationFile]:
+        """The federation files of a cell that was settled."""
+        return [self._files[folder] for folder, _ in self._runs(cell)]
+
+    def refuse_other_settings(self, cells: Sequence[Cell]) -> None:
+        """Raises ConfigError where the federation of one of these cells was begun with other settings, or other data.
+
+        They were settled. So nothing is written that belongs to the settings of before.
+        """
+        others = {}
+        for cell in cells:
+            for folder, _ in self._runs(cell):
+                with contextlib.suppress(StorageError):  # told of where the cell is to be run
+                    if difference := self._difference(folder):
+                        others[folder] = difference
+        if others:
+            raise _of_other_settings(others)
+        keep_inputs(self._file, self._beside, [file for cell in cells for file in self.files(cell)])
+
+    def _difference(self, folder: Path) -> str:
+        """The first setting that was another when the federation in a folder began. Raises StorageError."""
+        begun = read(folder, lambda ledger: ledger.fact("request"))
+        wanted = request_of(folder / FEDERATION, self._files[folder])
+        return "" if begun in (None, wanted) else first_difference(begun, wanted)
 
     def _federation_file(
         self, cell: Cell, point: int, silos: list[dict[str, Any]], folder: Path, start: Path, **places: Any
@@ -222,6 +246,8 @@ class _Bench:
         for stage, starts in (("generate", wanted), ("pretrain", trained)):
             commands: dict[tuple[str, int], Sequence[str | Path]]
             commands = {key: [stage, folder / FEDERATION] for key, folder in starts.items()}
+            if not commands:
+                continue
             with progress(f"{self._file.name}: {stage}", len(commands), "starts") as bar:
                 ended = await run_all(commands, self._workers, bar.callback)
             for error in ended.values():
@@ -239,14 +265,13 @@ class _Bench:
         for cell in cells:
             for folder, _ in self._runs(cell):
                 try:
-                    begun = read(folder, lambda ledger: ledger.fact("request"))
+                    difference = self._difference(folder)
                 except StorageError as error:  # of another release, or no record that can be read
                     failures.setdefault(cell, _to_be_run_anew(error, folder))
                     continue
-                wanted = request_of(folder / FEDERATION, self._files[folder])
-                if begun is not None and begun != wanted:
-                    others[folder] = first_difference(begun, wanted)
-                elif begun is None or not (folder / FILE_NAME).exists():
+                if difference:
+                    others[folder] = difference
+                elif not (folder / FILE_NAME).exists():
                     commands[cell, folder] = ["run", folder / FEDERATION, "--exchange", "memory"]
         if others:
             raise _of_other_settings(others)
