@@ -130,7 +130,8 @@ class Surroundings:
 
     `serving` is entered once nothing speaks against the run, and left with its end: what answers from its first second
     on. `opened` is called once the exchange takes silos, with a function that ends the federation with an error; `say`
-    shows a line to the operator. `make_evaluator` and `run_stage` are given the federation file's path.
+    shows a line to the operator. `make_evaluator` and `run_stage` are given the federation file's path. `spare_core` is
+    whether this process has more than one core for itself while updates arrive.
     """
 
     make_exchange: Callable[[FederationFile, Inbox], CoordinatorExchange]
@@ -139,6 +140,7 @@ class Surroundings:
     serving: Callable[[], contextlib.AbstractAsyncContextManager[object]] = contextlib.nullcontext
     make_evaluator: Callable[[Path, FederationFile], Evaluator] = _in_a_process
     run_stage: Callable[[Stage, Path], Awaitable[dict[str, Any]]] = run_stage
+    spare_core: bool = True
 
 
 async def coordinate(path: Path, around: Surroundings) -> Summary:
@@ -241,6 +243,7 @@ async def _run(path: Path, file: FederationFile, ledger: Ledger, live: LiveFile,
                 evaluator=evaluator,
                 make_exchange=lambda inbox: around.make_exchange(file, inbox),
                 watcher=watcher,
+                ahead=around.spare_core,
             )
             goodbye = Goodbye(False, "the coordinator stopped before the end; it may come back")
             try:

@@ -60,8 +60,9 @@ class Federator:
 
     def __init__(
         self, *, file: FederationFile, model: ModelFacts, ledger: Ledger, evaluator: Evaluator,
-        make_exchange: Callable[[Inbox], CoordinatorExchange], watcher: Watcher,
+        make_exchange: Callable[[Inbox], CoordinatorExchange], watcher: Watcher, ahead: bool = True,
     ) -> None:  # fmt: skip
+        """`ahead`: see `NextWeights`."""
         self.file = file
         self.layout = layout = model.layout
         self.ledger = ledger
@@ -80,7 +81,7 @@ class Federator:
             durable=ledger.durable,
             announced=lambda: self._next.begin(),
         )
-        self._next = NextWeights(file, layout, model.parameters, ledger, self._inbox)
+        self._next = NextWeights(file, layout, model.parameters, ledger, self._inbox, ahead=ahead)
         self.exchange = make_exchange(self._inbox)
         self._reducing = self.exchange if isinstance(self.exchange, Reducing) else None
         self._samples: dict[str, WeightsFile] = {}  # synthetic ones that silos are given, by digest: one file, or none

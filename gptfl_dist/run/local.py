@@ -7,6 +7,7 @@ written. Used by `gptfl run` without an MPI.
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -87,8 +88,14 @@ async def run_locally(path: Path, say: Callable[[str], None]) -> Summary:
                 watchers.append(asyncio.create_task(_watch(name, child, log, fail)))
             say(f"{len(files)} silos started, gRPC with mutual TLS on {_HOST}:{exchange.port}")
 
+        around = Surroundings(
+            make_exchange=make_exchange,
+            opened=start_silos,
+            say=say,
+            spare_core=len(os.sched_getaffinity(0)) > len(files) + 1,  # else the silos are at work on all of them
+        )
         try:
-            summary = await coordinate(path, Surroundings(make_exchange=make_exchange, opened=start_silos, say=say))
+            summary = await coordinate(path, around)
         except RunAborted:  # silos that were connected were told so, and end by themselves
             await _all_ended(children, _MARGIN)
             raise

@@ -45,16 +45,20 @@ class NextWeights:
     """
 
     def __init__(
-        self, file: FederationFile, layout: Layout, parameters: Collection[str], ledger: Ledger, inbox: Inbox
-    ) -> None:
+        self, file: FederationFile, layout: Layout, parameters: Collection[str], ledger: Ledger, inbox: Inbox,
+        *, ahead: bool,
+    ) -> None:  # fmt: skip
         """`parameters` are the names of the tensors that are no buffers, over which the diversity is measured.
 
-        Raises ModelError where the strategy's rule is code that cannot be imported.
+        `ahead`: the work may begin before all updates are there. It takes a core from what is receiving, so it is of no
+        use where there is none to spare. Raises ModelError where the strategy's rule is code that cannot be imported.
         """
         self._file, self._ledger, self._inbox = file, ledger, inbox
         self._parameters = parameters
         self._aggregation = Aggregation(file, layout, ledger)
         self._arm: ArmRun | None = None
+        self._may_begin = ahead and file.federation.mode == "synchronous" and file.federation.late == "drop"
+        self._may_begin &= self._aggregation.reads_once
         self._ahead: _Ahead | None = None
 
     def open(self, arm: ArmRun) -> None:
@@ -64,8 +68,8 @@ class NextWeights:
 
     def begin(self) -> None:
         """Begins if every update that the open round will count has been announced."""
-        arm, rules = self._arm, self._file.federation
-        if arm is None or rules.mode != "synchronous" or rules.late != "drop" or not self._aggregation.reads_once:
+        arm = self._arm
+        if arm is None or not self._may_begin:
             return
         if self._ahead is not None and (self._ahead.useful or not self._ahead.digest.done()):
             return

@@ -130,6 +130,7 @@ class World:
 
     layout = LAYOUT
     parameters = frozenset({"w"})
+    ahead = True  # whether coordinators begin with the next weights before all updates are there
 
     def __init__(
         self,
@@ -231,6 +232,7 @@ class World:
             evaluator=self.tester,  # type: ignore[arg-type]  # it tests, and starts no process
             make_exchange=make_exchange or self.make_exchange,
             watcher=self.notes,
+            ahead=self.ahead,
         )
         goodbye = Goodbye(False, "the coordinator stopped")
         try:

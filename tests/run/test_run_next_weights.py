@@ -45,6 +45,21 @@ async def test_the_next_weights_are_there_when_the_last_byte_is(tmp_path: Path) 
 
 
 @in_loop
+async def test_without_a_core_to_spare_they_are_made_when_all_is_there(tmp_path: Path) -> None:
+    async with World(tmp_path) as world:
+        world.ahead = False
+        arriving = world.network.hold("c", "sent", round=2)
+        run = asyncio.create_task(world.federate())
+        await arriving.reached.wait()
+        before = world.at_work.arm(ARM)
+        await asyncio.sleep(0.3)
+        assert _made(world) == {before.start, before.final}
+        arriving.release()
+        await run
+    assert world.value() == START + ROUNDS * mean_step(SAMPLES)
+
+
+@in_loop
 async def test_what_was_made_of_an_update_that_is_then_refused_does_not_count(tmp_path: Path) -> None:
     def step(silo: str, order: Order) -> float:
         return float("nan") if (silo, order.round) == ("c", 2) else STEPS[silo]
