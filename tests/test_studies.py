@@ -32,7 +32,7 @@ def test_a_study_is_a_valid_experiment_whose_strategies_are_tuned_alike(
     path.write_text(json.dumps(study.experiment(quick=quick)))
     file = load_experiment(path)
     groups = groups_of(file)
-    assert list(example_files(file, read_document(path), tmp_path)) == groups
+    assert list(example_files(file, read_document(path))) == groups
     assert {len(trials_of(file, group)) for group in groups} == {0 if quick else 6}
     if quick:
         return

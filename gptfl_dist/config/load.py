@@ -98,21 +98,22 @@ def load_experiment(path: Path) -> ExperimentFile:
     return _load(path, ExperimentFile)
 
 
-def federation_of(settings: Settings, folder: Path, where: str, said: Document) -> FederationFile:
-    """A federation file of these settings, their paths resolved against `folder`; `where` is what messages call them.
+def federation_of(settings: Settings, where: str, document: Document) -> FederationFile:
+    """A federation file of these settings; `where` is what messages call them.
 
-    `said` has those of them that a user gave, where they stand. Raises ConfigError.
+    `document` has those of them that a user gave, where they stand; paths are resolved against its file's folder.
+    Raises ConfigError.
     """
     try:
         file = FederationFile.model_validate_json(json.dumps(settings, allow_nan=False), strict=True)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False)
-        elsewhere = [_in_words(one) for one in errors if not _stands_in(said.root, one)]
+        elsewhere = [_in_words(one) for one in errors if not _stands_in(document.root, one)]
         if elsewhere:
             raise ConfigError(f"{where}: {'; '.join(elsewhere)}", hint=HINT) from None
-        _report(said, FederationFile, error)
-        raise ConfigError(said.error().message, hint=f"It is so in {where}. {HINT}") from None
-    return _resolved(file, folder)
+        _report(document, FederationFile, error)
+        raise ConfigError(document.error().message, hint=f"It is so in {where}. {HINT}") from None
+    return _resolved(file, document.file.absolute().parent)
 
 
 def kind_of(value: object) -> type[File] | None:

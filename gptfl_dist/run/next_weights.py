@@ -57,8 +57,8 @@ class NextWeights:
         self._parameters = parameters
         self._aggregation = Aggregation(file, layout, ledger)
         self._arm: ArmRun | None = None
-        self._may_begin = ahead and file.federation.mode == "synchronous" and file.federation.late == "drop"
-        self._may_begin &= self._aggregation.reads_once
+        known = file.federation.mode == "synchronous" and file.federation.late == "drop"  # which updates will count
+        self._may_begin = ahead and known and self._aggregation.reads_once
         self._ahead: _Ahead | None = None
 
     def open(self, arm: ArmRun) -> None:

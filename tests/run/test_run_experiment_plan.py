@@ -13,8 +13,10 @@ from gptfl_dist.config import load_experiment
 from gptfl_dist.config.document import read_document
 from gptfl_dist.config.experiment import ExperimentFile, Group
 from gptfl_dist.errors import ConfigError, DataError, StageFailed
+from gptfl_dist.ledger.record import FILE_NAME as LEDGER
 from gptfl_dist.run.check import check_file
 from gptfl_dist.run.experiment.data import share_out
+from gptfl_dist.run.experiment.inputs import keep_inputs
 from gptfl_dist.run.experiment.plan import (
     cells_of,
     example_files,
@@ -26,6 +28,7 @@ from gptfl_dist.run.experiment.plan import (
     trials_of,
 )
 from gptfl_dist.run.experiment.run import best_point
+from gptfl_dist.run.folder import make_folder
 
 BLOCK = {"splits": ["a"], "starts": ["random"], "strategies": ["fedavg", "prox"]}
 CONTENT: dict[str, Any] = {
@@ -114,9 +117,9 @@ def test_no_criterion_ends_a_trial_before_another(tmp_path: Path) -> None:
     file = loaded(tmp_path, strategies={"fedavg": {}, "prox": {"settings": stops}})
     group = Group("a", "random", "prox", "all")
     silos = [{"name": "silo-1", "file": "silo-1.yaml"}]
-    said = read_document(tmp_path / "experiment.yaml")
+    document = read_document(tmp_path / "experiment.yaml")
     trial, cell = (
-        federation_file_of(file, said, tmp_path, one, 0, silos, {}).federation
+        federation_file_of(file, document, one, 0, silos, {}).federation
         for one in (trials_of(file, group)[0], cells_of(file, group)[0])
     )
     assert (trial.rounds, trial.patience, trial.target_accuracy, trial.max_time) == (2, None, None, None)
@@ -187,7 +190,7 @@ def test_a_wrong_setting_is_told_where_it_stands(right: str, wrong: str, told: s
     path = tmp_path / "experiment.yaml"
     path.write_text(LAYERS.replace(right, wrong))
     with pytest.raises(ConfigError) as found:
-        example_files(load_experiment(path), read_document(path), tmp_path)
+        example_files(load_experiment(path), read_document(path))
     assert told in found.value.message
 
 
@@ -242,6 +245,30 @@ def test_a_split_shares_out_only_the_samples_that_the_data_name(tmp_path: Path) 
     path.write_text(by_site.replace("key: site", "key: label_names"))
     with pytest.raises(DataError, match=r"the array label_names has the shape \(2,\), expected a key for each of 40"):
         share_out(load_experiment(path), "a", 0, tmp_path / "split")
+
+
+def test_data_are_held_to_what_they_were_from_the_first_federation_on(tmp_path: Path) -> None:
+    path = tmp_path / "experiment.yaml"
+    path.write_text(LAYERS)
+    file = load_experiment(path)
+    make_folder(file.folder)
+    train, test = tmp_path / "train.npz", tmp_path / "test.npz"
+    train.write_bytes(b"wrong")
+    keep_inputs(file, tmp_path, [])
+    train.write_bytes(b"right")  # nothing was made from the wrong ones
+    keep_inputs(file, tmp_path, [])
+    ledger = file.folder / "cells/a/random/mine/all/trial-1" / LEDGER
+    ledger.parent.mkdir(parents=True)
+    ledger.touch()
+    test.write_bytes(b"was missing")
+    keep_inputs(file, tmp_path, [])
+    for changed in (train, test):
+        before = changed.read_bytes()
+        changed.write_bytes(b"other")
+        with pytest.raises(ConfigError, match=f"^{changed.name} differs from what the federations in"):
+            keep_inputs(file, tmp_path, [])
+        changed.write_bytes(before)
+    keep_inputs(file, tmp_path, [])
 
 
 def test_trials_in_which_nobody_trains_are_refused(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def check_experiment(checks: Checklist, path: Path, file: ExperimentFile) -> Non
 
 def _settings(path: Path, file: ExperimentFile, files: dict[Group, list[FederationFile]]) -> str:
     with code_beside(path):
-        files |= example_files(file, read_document(path), path.absolute().parent)
+        files |= example_files(file, read_document(path))
     trials = [files[group][: len(trials_of(file, group))] for group in files]
     for doubt in trial_doubts(trials):
         raise Doubt(doubt, hint="see docs/experiments.md")

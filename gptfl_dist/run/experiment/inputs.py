@@ -18,6 +18,7 @@ from gptfl_dist.config.experiment import ExperimentFile
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.errors import ConfigError
 from gptfl_dist.files import write_file
+from gptfl_dist.ledger.record import FILE_NAME as LEDGER
 
 INPUTS = "inputs.json"
 _FUNCTION = re.compile(r"(\w+(?:\.\w+)*):\w+")
@@ -30,11 +31,12 @@ def keep_inputs(file: ExperimentFile, beside: Path, files: Iterable[FederationFi
     Raises ConfigError where something is not what it was.
     """
     record = file.folder / INPUTS
-    known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    begun = next((file.folder / "cells").rglob(LEDGER), None) is not None
+    known = json.loads(record.read_text(encoding="utf-8")) if begun and record.exists() else {}
     paths = {file.data.path, file.test_data, *_modules(beside, files)}
     paths |= {split.test_data for split in file.splits.values() if split.test_data is not None}
     paths |= {file.data.samples} if file.data.samples is not None else set()
-    found = {_name(path, beside): _digest(path) for path in sorted(paths)}
+    found = {_name(path, beside): _digest(path) for path in sorted(paths) if path.exists()}
     changed = [name for name, digest in found.items() if known.get(name, digest) != digest]
     if changed:
         differ = "differs" if len(changed) == 1 else "differ"
@@ -75,7 +77,7 @@ def _digest(path: Path) -> str:
         for each in sorted(path.rglob("*")):
             if each.is_file():
                 hasher.update(f"{each.relative_to(path)} {each.stat().st_size}\n".encode())
-    elif path.is_file():
+    else:
         with path.open("rb") as content:
             while block := content.read(_READ):
                 hasher.update(block)

@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from gptfl_dist.aggregation.rules import rule_of
@@ -110,24 +110,23 @@ def settings_of(file: ExperimentFile, cell: Cell, point: int, silos: list[dict[s
 
 def federation_file_of(
     file: ExperimentFile,
-    said: Document,
-    beside: Path,
+    document: Document,
     cell: Cell,
     point: int,
     silos: list[dict[str, Any]],
     places: Settings,
 ) -> FederationFile:
-    """The federation file of a cell, whose paths are in `places`; `said` is the experiment file, `beside` its folder.
+    """The federation file of a cell, whose paths are in `places`; `document` is the experiment file.
 
     Raises ConfigError.
     """
     settings = overlaid(settings_of(file, cell, point, silos), places)
-    made = federation_of(settings, beside, f"the federation of cells/{cell}", _said(file, said, cell.group, point))
+    made = federation_of(settings, f"the federation of cells/{cell}", _part_of(document, file, cell.group, point))
     rule_of(made.strategy)
     return made
 
 
-def example_files(file: ExperimentFile, said: Document, beside: Path) -> dict[Group, list[FederationFile]]:
+def example_files(file: ExperimentFile, document: Document) -> dict[Group, list[FederationFile]]:
     """Of each group the files of its trials, then one of a cell at each point, as far as known without the data.
 
     Raises ConfigError where one of any cell and of any trial would be refused.
@@ -139,7 +138,7 @@ def example_files(file: ExperimentFile, said: Document, beside: Path) -> dict[Gr
         silos = [{"name": f"silo-{number}", "file": "silo.yaml", "max_samples": 1} for number in range(count)]
         (cell, *_), trials = cells_of(file, group), trials_of(file, group)
         points = [*enumerate(trials), *((point, cell) for point in range(len(grid_of(file, group))))]
-        files[group] = [federation_file_of(file, said, beside, one, point, silos, {}) for point, one in points]
+        files[group] = [federation_file_of(file, document, one, point, silos, {}) for point, one in points]
     return files
 
 
@@ -153,11 +152,11 @@ def trial_doubts(files: Iterable[Sequence[FederationFile]]) -> list[str]:
     return []
 
 
-def _said(file: ExperimentFile, said: Document, group: Group, point: int) -> Document:
+def _part_of(document: Document, file: ExperimentFile, group: Group, point: int) -> Document:
     """What the experiment file sets of the federations of a group at a point of its grid, as `_laid_over`."""
     method = ("strategies", group.strategy)
     grid = (*(method if file.strategies[group.strategy].grid else ("tuning",)), "grid", point)
-    return laid_over(said, [("federation",), ("starts", group.start, "settings"), (*method, "settings"), grid])
+    return laid_over(document, [("federation",), ("starts", group.start, "settings"), (*method, "settings"), grid])
 
 
 def _laid_over(file: ExperimentFile, group: Group, point: int) -> Settings:

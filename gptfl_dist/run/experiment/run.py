@@ -153,7 +153,7 @@ class _Bench:
 
     def __init__(self, path: Path, file: ExperimentFile, workers: int, say: Callable[[str], None]) -> None:
         self._file, self._workers, self._say = file, workers, say
-        self._said, self._beside = read_document(path), path.absolute().parent
+        self._document = read_document(path)
         self._shared: dict[tuple[str, int], Shared] = {}
         self._synthesising: set[tuple[str, int]] = set()  # starts and seeds whose cells need synthetic data
         self._files: dict[Path, FederationFile] = {}  # of the runs that were settled, by their folders
@@ -196,7 +196,9 @@ class _Bench:
                         others[folder] = difference
         if others:
             raise _of_other_settings(others)
-        keep_inputs(self._file, self._beside, [file for cell in cells for file in self.files(cell)])
+        keep_inputs(
+            self._file, self._document.file.absolute().parent, [file for cell in cells for file in self.files(cell)]
+        )
 
     def _difference(self, folder: Path) -> str:
         """The first setting that was another when the federation in a folder began. Raises StorageError."""
@@ -208,7 +210,7 @@ class _Bench:
         self, cell: Cell, point: int, silos: list[dict[str, Any]], folder: Path, start: Path, **places: Any
     ) -> FederationFile:
         places |= {"run_folder": str(folder), "synthesis": {"folder": str(start / "synthetic")}}
-        return federation_file_of(self._file, self._said, self._beside, cell, point, silos, places)
+        return federation_file_of(self._file, self._document, cell, point, silos, places)
 
     def _write(self, folder: Path, file: FederationFile) -> None:
         make_folder(folder)
