@@ -4,15 +4,13 @@ For wires that are no sockets, such as MPI. Both sides show their certificates, 
 through memory BIOs. What `step` and `seal` return must reach the peer's `step` and `open` whole and in order: records
 that are cut short, changed, swapped or sent twice are refused. No renegotiation, no resumption, no early data.
 
-The cipher suite is OpenSSL's first, AES-256-GCM. Python 3.11 has no call to choose another one, only an OpenSSL
-configuration file for the whole process; AES-128-GCM saves a few hundredths of a CPU second a gigabyte.
+The cipher suite is OpenSSL's first, AES-256-GCM. What is large passes beside the session, see `bulk`.
 """
 
 from __future__ import annotations
 
 import ssl
 import struct
-from collections.abc import Callable
 
 from gptfl_dist.errors import IdentityError, ProtocolError
 from gptfl_dist.security.authority import Credentials
@@ -80,10 +78,8 @@ class Session:
         self._ssl.write(data)
         return self._outgoing.read()
 
-    def open(
-        self, records: bytes | bytearray | memoryview, buffer_for: Callable[[int, int], memoryview]
-    ) -> tuple[int, int]:
-        """Puts the bytes of a message into what `buffer_for(kind, size)` returns, a buffer of that size; returns both.
+    def open(self, records: bytes | bytearray | memoryview) -> tuple[int, bytearray]:
+        """The kind and the bytes of a message.
 
         Raises ProtocolError for records that are not the whole next message of the peer.
         """
@@ -94,10 +90,11 @@ class Session:
         kind, size = _HEAD.unpack(head)
         if not 0 < size <= LONGEST:
             raise ProtocolError(f"{self._name} sent a message of {size} bytes, expected 1 to {LONGEST}")
-        self._fill(buffer_for(kind, size))
+        content = bytearray(size)
+        self._fill(memoryview(content))
         if self._incoming.pending or self._ssl.pending():
             raise ProtocolError(f"{self._name} sent more than the message of {size} bytes that it announced")
-        return kind, size
+        return kind, content
 
     def _fill(self, buffer: memoryview) -> None:
         filled = 0

@@ -51,7 +51,7 @@ class CollectiveCoordinatorExchange:
         self._listener: asyncio.Task[None] | None = None
         self._settling: set[asyncio.Task[None]] = set()
         self._parts = [memoryview(bytearray(SEGMENT)) for _ in range(DEPTH)]  # of broadcasts
-        self._updates = [memoryview(bytearray(SEGMENT)) for _ in range(DEPTH + 1)]  # of an update that arrives
+        self._updates = [memoryview(bytearray(SEGMENT)) for _ in range(DEPTH)]  # of an update that arrives
 
     async def open(self, welcome: Welcome) -> None:
         message: Message = {
@@ -189,17 +189,10 @@ class CollectiveCoordinatorExchange:
         await self._collective.say(rank, {"type": "receipt", "committed": False, "reason": str(refusal)})
 
     async def _fill(self, spool: Spool, ticket: int, rank: int, offset: int) -> None:
-        """Receives an update. Threads write and hash a part, which takes as long as to receive it, beside the next."""
-        writing: asyncio.Future[None] | None = None
-        try:
-            async for start, part in pipelined(self._arrivals(rank, offset, spool.size)):
-                if writing is not None:
-                    await writing
-                writing = asyncio.ensure_future(asyncio.to_thread(spool.write, ticket, start, part))
-                self.traffic.up += len(part)
-        finally:
-            if writing is not None:
-                await writing
+        """Receives an update. Each part is written and hashed while it is in the cache; the next are on their way."""
+        async for start, part in pipelined(self._arrivals(rank, offset, spool.size)):
+            spool.write(ticket, start, part)
+            self.traffic.up += len(part)
 
     def _arrivals(self, rank: int, offset: int, size: int) -> Iterator[tuple[Awaitable[None], tuple[int, memoryview]]]:
         for number, start in enumerate(range(offset, size, SEGMENT)):

@@ -22,7 +22,7 @@ _CONTROL, _DATA = 1, 2  # message tags
 _BUSY = 0.2  # seconds of almost no pause after an operation was started or completed
 _TURN = 0.002  # seconds of such tests before the event loop gets its turn
 _EAGER = 20  # tests that only yield the core; then naps, or the partners on this core would get too little of it
-_NAP = 2e-5  # seconds
+_NAP = 1e-4  # seconds
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.02  # seconds between two tests after that
 _PATIENCE = 0.1  # a wait for a message is looked after once in this part of the time that it has taken
 

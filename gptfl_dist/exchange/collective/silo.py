@@ -22,7 +22,7 @@ from gptfl_dist.exchange.base import Disconnected, Goodbye, Recalled, Receipt, U
 from gptfl_dist.exchange.collective.base import DEPTH, SEGMENT, Buffer, Collective, Message, completed, pipelined
 from gptfl_dist.exchange.collective.reduction import contributions
 from gptfl_dist.federation.orders import Order, Report
-from gptfl_dist.files import storage_error
+from gptfl_dist.files import replacing, storage_error, write_at
 from gptfl_dist.security.epoch import Epoch
 from gptfl_dist.weights import Codec, Layout, WeightsFile
 from gptfl_dist.weights.file import header_of
@@ -46,38 +46,43 @@ class Keeper(Protocol):
 
 
 class FileKeeper:
-    """Keeps weights as files in a folder; silos get links to them."""
+    """Keeps weights as files in a folder; silos get links to them.
+
+    Weights that came are written over older ones that nobody has a link to any more: fresh pages cost several times as
+    much. So as many files lie in the folder as silos hold different weights, and one more.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._here: set[str] = set()
+        self._dropped: set[Path] = set()
         self._arrival = asyncio.Condition()
 
     def keep_only(self, digests: Collection[str]) -> None:
         """Drops all others, also those that an earlier run left."""
         self._here &= set(digests)
-        kept = {self._path(digest) for digest in self._here}
-        for path in self._folder.glob("broadcast-*"):
-            if path not in kept:
-                path.unlink()
+        self._dropped = set(self._folder.glob("*broadcast-*")) - {self._path(digest) for digest in self._here}
 
     async def take(self, collective: Collective, digest: str, layout: Layout) -> None:
-        incoming, hasher = self._folder / "broadcast-incoming.part", blake3()
-        try:
-            with incoming.open("wb") as file:
-                incoming.chmod(0o600)
-                file.write(header_of(layout))
-                async for part in pipelined(_arrivals(collective, layout.nbytes)):
-                    file.write(part)
-                    hasher.update(part)
+        hasher, header = blake3(), header_of(layout)
+        path, over = self._path(digest), self._nobodys()
+        with replacing(path, durable=False, over=over) as fd:
+            os.ftruncate(fd, len(header) + layout.nbytes)
+            write_at(fd, 0, memoryview(header))
+            offset = len(header)
+            async for part in pipelined(_arrivals(collective, layout.nbytes)):
+                write_at(fd, offset, part)
+                hasher.update(part)
+                offset += len(part)
             if hasher.hexdigest() != digest:
                 raise ProtocolError("the weights that were broadcast do not have the digest that was announced")
-            incoming.replace(self._path(digest))
-        except OSError as error:
-            raise storage_error(error, incoming) from None
         async with self._arrival:
             self._here.add(digest)
             self._arrival.notify_all()
+
+    def _nobodys(self) -> Path | None:
+        """A file that was dropped, also by all silos."""
+        return next((path for path in sorted(self._dropped) if path.exists() and path.stat().st_nlink == 1), None)
 
     async def fetch(self, digest: str, path: Path) -> None:
         async with self._arrival:

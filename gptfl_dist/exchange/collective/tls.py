@@ -1,13 +1,17 @@
-"""The MPI backend with a TLS 1.3 session between rank 0 and each silo's rank: nothing passes that is not sealed.
+"""The MPI backend where nothing passes unsealed: rank 0 has a TLS 1.3 session with each silo's rank.
 
-So there is no broadcast by the MPI: rank 0 seals weights for each rank. Everything between two ranks is one sequence of
-messages of up to 1 MiB, of which several are on their way while the next is sealed and the last one opened.
+Control messages are TLS records. Weights and updates are sealed beside them (`security/bulk.py`), with keys that the
+two ends tell one another in the session: one for the updates of each silo, and one for what rank 0 broadcasts, so that
+it is sealed once. That key all silos know. So whoever keeps what was broadcast holds it to the digest that rank 0 told
+in the session; no silo can put something else in its place. Parts pass as messages of up to 1 MiB, of which several are
+on their way while the next is sealed and the last one opened.
 
-Both are done in the event loop's thread: in threads of their own they cost a third more CPU time, and took longer.
+All of that is done in the event loop's thread: in threads of their own it costs more CPU time, and takes longer.
 """
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Awaitable, Iterable, Mapping
 from typing import Literal
@@ -19,11 +23,12 @@ from gptfl_dist.errors import ProtocolError
 from gptfl_dist.exchange.buffers import keep_buffers
 from gptfl_dist.exchange.collective.base import Buffer, Message, decode, encode
 from gptfl_dist.exchange.collective.mpi import MpiCollective
+from gptfl_dist.security.bulk import KEY_BYTES, TAG_BYTES, Bulk
 from gptfl_dist.security.session import LONGEST, LONGEST_SEALED, Session
 
-_SEALED = 3  # message tag
-_IN_FLIGHT = 4  # messages that are received before they are wanted
-_MORE, _LAST, _DATA = 1, 2, 3  # kinds of messages: of a control message all but the last, the last; of a part
+_RECORDS, _PARTS = 3, 4  # message tags
+_IN_FLIGHT = 4  # parts of an update that are received before they are wanted
+_KEYS, _MORE, _LAST = 1, 2, 3  # kinds of what the session carries: keys, a control message but for its end, its end
 _LONGEST_CONTROL = 64 << 20  # bytes
 
 
@@ -40,8 +45,10 @@ class TlsCollective(MpiCollective):
 
     async def shake_hands(self) -> None:
         """Comes before all else, on all ranks. Raises IdentityError where a rank is not who it must be."""
+        told = broadcasts = os.urandom(KEY_BYTES) if self.rank == 0 else b""
         for line in self._lines.values():
-            await line.shake_hands(begin=self.rank != 0)
+            told = await line.shake_hands(broadcasts, begin=self.rank != 0)
+        self._broadcasts = Bulk(broadcasts or told, "rank 0")
 
     async def say(self, rank: int, message: Message) -> None:
         control = memoryview(encode(message))
@@ -61,9 +68,16 @@ class TlsCollective(MpiCollective):
         return None
 
     def broadcast(self, part: Buffer) -> Awaitable[None]:
-        if self.rank != 0:
-            return self.receive(memoryview(part), 0)
-        return self._all([sent for line in self._lines.values() for sent in line.post_part(memoryview(part))])
+        data = memoryview(part)
+        sealed = _memory(len(data) + TAG_BYTES)
+        if self.rank == 0:
+            self._broadcasts.seal(data, sealed)
+            return self.completed(self.world.Ibcast(sealed, root=0))
+        return self._opened(self.world.Ibcast(sealed, root=0), sealed, data)
+
+    async def _opened(self, request: MPI.Request, sealed: memoryview, data: memoryview) -> None:
+        await self.completed(request)
+        self._broadcasts.open(sealed, data)
 
     def reduce(self, part: Buffer, how: Literal["sum", "max"]) -> Awaitable[None]:
         raise ProtocolError("updates that are sealed cannot be reduced", hint="set collective.reduction to exact")
@@ -79,89 +93,116 @@ class TlsCollective(MpiCollective):
             await self.completed(request)
 
 
+class _Arrivals:
+    """The messages of one tag from another rank, in order, none longer than `longest`."""
+
+    def __init__(self, collective: MpiCollective, rank: int, tag: int, longest: int) -> None:
+        self._collective = collective
+        self._rank = rank
+        self._tag = tag
+        self._longest = longest
+        self._arriving: deque[tuple[MPI.Request, memoryview]] = deque()
+
+    def match(self, most: int) -> None:
+        """Begins to receive what the other rank has sent, until `most` messages are on their way."""
+        status = MPI.Status()
+        while len(self._arriving) < most:
+            message = self._collective.world.Improbe(self._rank, self._tag, status)
+            if message is None:
+                return
+            size = status.Get_count(MPI.BYTE)
+            if size > self._longest:
+                raise ProtocolError(f"rank {self._rank} sent {size} bytes, expected at most {self._longest}")
+            memory = _memory(size)
+            self._arriving.append((message.Irecv(memory), memory))
+
+    def here(self) -> memoryview | None:
+        """The next message, if it is here."""
+        self.match(1)
+        return self._arriving.popleft()[1] if self._arriving and self._arriving[0][0].Test() else None
+
+    async def next(self) -> memoryview:
+        """The next message."""
+        request, memory = await self._collective.until(self._first)
+        await self._collective.completed(request)
+        return memory
+
+    def _first(self) -> tuple[MPI.Request, memoryview] | None:
+        self.match(1)
+        return self._arriving.popleft() if self._arriving else None
+
+
 class _Line:
-    """The sealed messages between this rank and another, in both directions."""
+    """What passes between this rank and another, in both directions."""
 
     def __init__(self, collective: MpiCollective, rank: int, session: Session) -> None:
         self._collective = collective
         self._world = collective.world
         self._rank = rank
         self._session = session
-        self._arriving: deque[tuple[MPI.Request, memoryview]] = deque()
-        self._controls: deque[bytearray] = deque()  # whole ones that nobody has heard
+        self._records = _Arrivals(collective, rank, _RECORDS, LONGEST_SEALED)
+        self._parts = _Arrivals(collective, rank, _PARTS, LONGEST + TAG_BYTES)
         self._control = bytearray()  # one that is not whole
 
-    async def shake_hands(self, *, begin: bool) -> None:
+    async def shake_hands(self, broadcasts: bytes, *, begin: bool) -> bytes:
+        """The handshake of the session, after which each end tells the other its keys.
+
+        They are the key of the updates that it sends, and after it, where this is rank 0, that of its `broadcasts`;
+        returns the latter where the other one is rank 0, else b"".
+        """
         answer = self._session.step() if begin else b""
         while True:
             if answer:
-                await self._collective.completed(self._world.Isend(answer, self._rank, _SEALED))
+                await self._collective.completed(self._world.Isend(answer, self._rank, _RECORDS))
             if self._session.established:
-                return
-            answer = self._session.step(await self._next())
+                break
+            answer = self._session.step(await self._records.next())
+        key = os.urandom(KEY_BYTES)
+        await self._collective.completed(self.post(_KEYS, key + broadcasts))
+        kind, theirs = self._session.open(await self._records.next())
+        if kind != _KEYS or len(theirs) != (KEY_BYTES if self._rank else 2 * KEY_BYTES):
+            raise ProtocolError(
+                f"rank {self._rank} sent a message of kind {kind} and {len(theirs)} bytes, not its keys"
+            )
+        self._sealing = Bulk(key, f"rank {self._rank}")
+        self._opening = Bulk(bytes(theirs[:KEY_BYTES]), f"rank {self._rank}")
+        return bytes(theirs[KEY_BYTES:])
 
-    def post(self, kind: int, data: memoryview) -> MPI.Request:
-        """Seals a message and begins to send it."""
-        return self._world.Isend(self._session.seal(kind, data), self._rank, _SEALED)
+    def post(self, kind: int, data: bytes | memoryview) -> MPI.Request:
+        """Seals a message of the session and begins to send it."""
+        return self._world.Isend(self._session.seal(kind, data), self._rank, _RECORDS)
 
     def post_part(self, part: memoryview) -> list[MPI.Request]:
-        return [self.post(_DATA, part[start : start + LONGEST]) for start in range(0, len(part), LONGEST)]
+        """Seals a part and begins to send it."""
+        return [self._post_bulk(part[start : start + LONGEST]) for start in range(0, len(part), LONGEST)]
+
+    def _post_bulk(self, data: memoryview) -> MPI.Request:
+        sealed = _memory(len(data) + TAG_BYTES)
+        self._sealing.seal(data, sealed)
+        return self._world.Isend(sealed, self._rank, _PARTS)
 
     def heard(self) -> bytearray | None:
         """The next control message, if it is here."""
-        self._match(1)
-        while not self._controls and self._arriving and self._arriving[0][0].Test():
-            self._open(self._arriving.popleft()[1], memoryview(b""))
-            self._match(1)
-        return self._controls.popleft() if self._controls else None
+        while (records := self._records.here()) is not None:
+            kind, content = self._session.open(records)
+            if kind not in (_MORE, _LAST) or len(self._control) + len(content) > _LONGEST_CONTROL:
+                raise ProtocolError(
+                    f"rank {self._rank} sent a message of kind {kind} and {len(content)} bytes out of place"
+                )
+            self._control += content
+            if kind == _LAST:
+                control, self._control = self._control, bytearray()
+                return control
+        return None
 
     async def receive(self, part: memoryview) -> None:
-        """Fills a part with what comes next of weights and updates, and keeps control messages for later."""
-        while part:
-            records = await self._next()
-            self._match(_IN_FLIGHT)
-            part = part[self._open(records, part) :]
+        """Fills a part with what comes next of updates."""
+        for start in range(0, len(part), LONGEST):
+            sealed = await self._parts.next()
+            self._parts.match(_IN_FLIGHT)
+            self._opening.open(sealed, part[start : start + LONGEST])
 
-    async def _next(self) -> memoryview:
-        """The records of the next message."""
-        request, records = await self._collective.until(self._next_arriving)
-        await self._collective.completed(request)
-        return records
 
-    def _next_arriving(self) -> tuple[MPI.Request, memoryview] | None:
-        self._match(1)
-        return self._arriving.popleft() if self._arriving else None
-
-    def _match(self, most: int) -> None:
-        """Begins to receive what the other rank has sent, until `most` messages are on their way."""
-        status = MPI.Status()
-        while len(self._arriving) < most:
-            message = self._world.Improbe(self._rank, _SEALED, status)
-            if message is None:
-                return
-            size = status.Get_count(MPI.BYTE)
-            if size > LONGEST_SEALED:
-                raise ProtocolError(f"rank {self._rank} sent {size} bytes, expected at most {LONGEST_SEALED}")
-            records = np.empty(size, np.uint8).data
-            self._arriving.append((message.Irecv(records), records))
-
-    def _open(self, records: memoryview, part: memoryview) -> int:
-        """Opens a message: the next bytes of a part, whose number is returned, or of a control message."""
-        control = bytearray()
-
-        def buffer_for(kind: int, size: int) -> memoryview:
-            if kind == _DATA and size <= len(part):
-                return part[:size]
-            if kind in (_MORE, _LAST) and len(self._control) + size <= _LONGEST_CONTROL:
-                control.extend(bytes(size))
-                return memoryview(control)
-            raise ProtocolError(f"rank {self._rank} sent a message of kind {kind} and {size} bytes out of place")
-
-        kind, size = self._session.open(records, buffer_for)
-        if kind == _DATA:
-            return size
-        self._control += control
-        if kind == _LAST:
-            self._controls.append(self._control)
-            self._control = bytearray()
-        return 0
+def _memory(size: int) -> memoryview:
+    """That was not filled with zeros before."""
+    return np.empty(size, np.uint8).data
