@@ -1,10 +1,10 @@
 """The MPI backend where nothing passes unsealed: rank 0 has a TLS 1.3 session with each silo's rank.
 
-Control messages are TLS records. Weights and updates are sealed beside them (`security/bulk.py`), with keys that the
-two ends tell one another in the session: one for the updates of each silo, and one for what rank 0 broadcasts, so that
-it is sealed once. That key all silos know. So whoever keeps what was broadcast holds it to the digest that rank 0 told
-in the session; no silo can put something else in its place. Parts pass as messages of up to 1 MiB, of which several are
-on their way while the next is sealed and the last one opened.
+Control messages are TLS records. Weights and updates are sealed beside them (`security/bulk.py`), with a key of each
+rank that it tells in its sessions: a silo's for its updates, and rank 0's for what it broadcasts, which is sealed once.
+The latter all silos know. So whoever keeps what was broadcast holds it to the digest that rank 0 told in the session;
+no silo can put something else in its place. Parts pass as messages of up to 1 MiB, of which several are on their way
+while the next is sealed and the last one opened.
 
 All of that is done in the event loop's thread: in threads of their own it costs more CPU time, and takes longer.
 """
@@ -28,7 +28,7 @@ from gptfl_dist.security.session import LONGEST, LONGEST_SEALED, Session
 
 _RECORDS, _PARTS = 3, 4  # message tags
 _IN_FLIGHT = 4  # parts of an update that are received before they are wanted
-_KEYS, _MORE, _LAST = 1, 2, 3  # kinds of what the session carries: keys, a control message but for its end, its end
+_KEY, _MORE, _LAST = 1, 2, 3  # kinds of what the session carries: a key, a control message but for its end, its end
 _LONGEST_CONTROL = 64 << 20  # bytes
 
 
@@ -45,10 +45,10 @@ class TlsCollective(MpiCollective):
 
     async def shake_hands(self) -> None:
         """Comes before all else, on all ranks. Raises IdentityError where a rank is not who it must be."""
-        told = broadcasts = os.urandom(KEY_BYTES) if self.rank == 0 else b""
+        key = os.urandom(KEY_BYTES)
+        self._sealing = Bulk(key, f"rank {self.rank}")
         for line in self._lines.values():
-            told = await line.shake_hands(broadcasts, begin=self.rank != 0)
-        self._broadcasts = Bulk(broadcasts or told, "rank 0")
+            await line.shake_hands(key, begin=self.rank != 0)
 
     async def say(self, rank: int, message: Message) -> None:
         control = memoryview(encode(message))
@@ -69,21 +69,27 @@ class TlsCollective(MpiCollective):
 
     def broadcast(self, part: Buffer) -> Awaitable[None]:
         data = memoryview(part)
-        sealed = _memory(len(data) + TAG_BYTES)
         if self.rank == 0:
-            self._broadcasts.seal(data, sealed)
-            return self.completed(self.world.Ibcast(sealed, root=0))
+            return self.completed(self.world.Ibcast(self._sealed(data), root=0))
+        sealed = _memory(len(data) + TAG_BYTES)
         return self._opened(self.world.Ibcast(sealed, root=0), sealed, data)
 
     async def _opened(self, request: MPI.Request, sealed: memoryview, data: memoryview) -> None:
         await self.completed(request)
-        self._broadcasts.open(sealed, data)
+        self._lines[0].opening.open(sealed, data)
+
+    def _sealed(self, data: memoryview) -> memoryview:
+        sealed = _memory(len(data) + TAG_BYTES)
+        self._sealing.seal(data, sealed)
+        return sealed
 
     def reduce(self, part: Buffer, how: Literal["sum", "max"]) -> Awaitable[None]:
         raise ProtocolError("updates that are sealed cannot be reduced", hint="set collective.reduction to exact")
 
     def send(self, part: memoryview, rank: int) -> Awaitable[None]:
-        return self._all(self._lines[rank].post_part(part))
+        assert rank == 0  # whose own key all others know
+        cuts = range(0, len(part), LONGEST)
+        return self._all([self.world.Isend(self._sealed(part[at : at + LONGEST]), 0, _PARTS) for at in cuts])
 
     def receive(self, part: memoryview, rank: int) -> Awaitable[None]:
         return self._lines[rank].receive(part)
@@ -144,12 +150,8 @@ class _Line:
         self._parts = _Arrivals(collective, rank, _PARTS, LONGEST + TAG_BYTES)
         self._control = bytearray()  # one that is not whole
 
-    async def shake_hands(self, broadcasts: bytes, *, begin: bool) -> bytes:
-        """The handshake of the session, after which each end tells the other its keys.
-
-        They are the key of the updates that it sends, and after it, where this is rank 0, that of its `broadcasts`;
-        returns the latter where the other one is rank 0, else b"".
-        """
+    async def shake_hands(self, key: bytes, *, begin: bool) -> None:
+        """The handshake of the session, after which each end tells the other the key that it seals with."""
         answer = self._session.step() if begin else b""
         while True:
             if answer:
@@ -157,29 +159,15 @@ class _Line:
             if self._session.established:
                 break
             answer = self._session.step(await self._records.next())
-        key = os.urandom(KEY_BYTES)
-        await self._collective.completed(self.post(_KEYS, key + broadcasts))
+        await self._collective.completed(self.post(_KEY, key))
         kind, theirs = self._session.open(await self._records.next())
-        if kind != _KEYS or len(theirs) != (KEY_BYTES if self._rank else 2 * KEY_BYTES):
-            raise ProtocolError(
-                f"rank {self._rank} sent a message of kind {kind} and {len(theirs)} bytes, not its keys"
-            )
-        self._sealing = Bulk(key, f"rank {self._rank}")
-        self._opening = Bulk(bytes(theirs[:KEY_BYTES]), f"rank {self._rank}")
-        return bytes(theirs[KEY_BYTES:])
+        if kind != _KEY or len(theirs) != KEY_BYTES:
+            raise ProtocolError(f"rank {self._rank} sent a message of kind {kind} and {len(theirs)} bytes, not its key")
+        self.opening = Bulk(bytes(theirs), f"rank {self._rank}")
 
     def post(self, kind: int, data: bytes | memoryview) -> MPI.Request:
         """Seals a message of the session and begins to send it."""
         return self._world.Isend(self._session.seal(kind, data), self._rank, _RECORDS)
-
-    def post_part(self, part: memoryview) -> list[MPI.Request]:
-        """Seals a part and begins to send it."""
-        return [self._post_bulk(part[start : start + LONGEST]) for start in range(0, len(part), LONGEST)]
-
-    def _post_bulk(self, data: memoryview) -> MPI.Request:
-        sealed = _memory(len(data) + TAG_BYTES)
-        self._sealing.seal(data, sealed)
-        return self._world.Isend(sealed, self._rank, _PARTS)
 
     def heard(self) -> bytearray | None:
         """The next control message, if it is here."""
@@ -200,7 +188,7 @@ class _Line:
         for start in range(0, len(part), LONGEST):
             sealed = await self._parts.next()
             self._parts.match(_IN_FLIGHT)
-            self._opening.open(sealed, part[start : start + LONGEST])
+            self.opening.open(sealed, part[start : start + LONGEST])
 
 
 def _memory(size: int) -> memoryview:
