@@ -34,6 +34,7 @@ def replacing(path: Path, *, durable: bool = True, over: Path | None = None) -> 
         emptied = os.O_TRUNC if over is None else 0
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | emptied | os.O_CLOEXEC, 0o600)
         try:
+            os.fchmod(fd, 0o600)  # also where `over` was made by somebody else
             yield fd
             if durable:
                 os.fsync(fd)

@@ -5,9 +5,9 @@ of up to a MiB is sealed in one call, from where it lies to where it is sent fro
 sender.
 
 The nonce is the number of the message under its key, which both ends count and nobody sends. So a message that was
-changed, dropped, repeated or put before another does not open. A key seals MESSAGES of them (16 GiB) and is then
-followed by one that is derived from it (HKDF-Expand, RFC 5869); AES-GCM is good for more than twenty times as much
-(RFC 8446, section 5.5).
+changed or repeated, or comes out of its turn because others were dropped or swapped, does not open. A key seals
+MESSAGES of them (16 GiB) and is then followed by one that is derived from it (HKDF-Expand, RFC 5869); AES-GCM is good
+for more than twenty times as much (RFC 8446, section 5.5).
 """
 
 from __future__ import annotations

@@ -7,18 +7,23 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gptfl_dist.errors import ProtocolError
 from gptfl_dist.exchange.collective.base import SEGMENT, Collective, completed, pipelined
 from gptfl_dist.exchange.collective.reduction import ReducedUpdate, contributions
+from gptfl_dist.security import bulk
+from gptfl_dist.security.credentials import load_credentials
+from gptfl_dist.security.identity import Identity
+from gptfl_dist.security.session import Session
 from gptfl_dist.weights import Layout
 
 
-def joined(backend: str) -> Collective:
+async def joined(backend: str) -> Collective:
     if backend == "torch":
         from gptfl_dist.exchange.collective.torch import TorchCollective
 
@@ -27,7 +32,24 @@ def joined(backend: str) -> Collective:
 
     from gptfl_dist.exchange.collective.mpi import MpiCollective
 
-    return MpiCollective(MPI.COMM_WORLD)
+    return MpiCollective(MPI.COMM_WORLD) if backend == "mpi" else await sealed(MPI.COMM_WORLD)
+
+
+async def sealed(world: Any) -> Collective:
+    """With TLS between the ranks, by credentials in folders named by rank. Keys change at every third message."""
+    from gptfl_dist.exchange.collective.tls import TlsCollective
+
+    bulk.MESSAGES = 3
+    folder = Path(sys.argv[3], str(world.rank))
+    credentials, _ = load_credentials(*(folder / f"{name}.pem" for name in ("authority", "certificate", "key")))
+    peers = {0: Identity("fed", "coordinator", "coordinator")}
+    if world.rank == 0:
+        peers = {rank: Identity("fed", "silo", f"silo-{rank}") for rank in range(1, world.size)}
+    collective = TlsCollective(
+        world, {rank: Session(credentials, peer, f"rank {rank}") for rank, peer in peers.items()}
+    )
+    await collective.shake_hands()
+    return collective
 
 
 def cut(flat: Any, segment: int = SEGMENT) -> Iterator[Any]:
@@ -64,6 +86,46 @@ async def blocks(world: Collective) -> dict[str, Any]:
         await completed(world.receive(part.data, world.size - 1) for part in cut(arrived))
         return {"same": bool((arrived == flat).all())}
     return {}
+
+
+async def both_ways(world: Collective) -> dict[str, Any]:
+    """Rank 0 broadcasts while rank 1 sends it a flat buffer, and messages of several MiB pass."""
+    flat = np.random.default_rng(1).integers(0, 256, 9 * SEGMENT + 17, np.uint8)
+    text = "a" * (5 * SEGMENT // 2)
+    cast, sent = (flat if world.rank == 0 else np.zeros_like(flat)), np.zeros_like(flat)
+    work = [completed(world.broadcast(part) for part in cut(cast))]
+    if world.rank == 0:
+        work.append(completed(world.receive(part.data, 1) for part in cut(sent)))
+    elif world.rank == 1:
+        work.append(completed(world.send(part.data, 0) for part in cut(flat)))
+    await asyncio.gather(*work)
+    same = bool((cast == flat).all())
+    if world.rank:
+        await world.say(0, {"same": same, "text": text})
+        return {}
+    heard = [await world.hear() for _ in range(1, world.size)]
+    ends = same and bool((sent == flat).all())
+    return {"same": ends and all(message == {"same": True, "text": text} for _, message in heard)}
+
+
+async def out_of_place(world: Collective) -> dict[str, Any]:
+    """Rank 1 sends a part that is one byte short; or seals it twice, so that the first of both is never sent."""
+    part = np.ones(1000, np.uint8)
+    if world.rank:
+        if os.environ["WRONG"] == "short":
+            await world.send(part[:-1].data, 0)
+        else:
+            world._sealed(part.data)
+            await world.send(part.data, 0)
+        await world.hear()
+        return {}
+    try:
+        await world.receive(part.data, 1)
+        said = "taken"
+    except ProtocolError as error:
+        said = error.message
+    await world.say(1, {})
+    return {"said": said}
 
 
 async def reductions(world: Collective) -> dict[str, Any]:
@@ -176,8 +238,12 @@ def write_found(found: object) -> None:
 
 def main() -> None:
     backend, name = sys.argv[1:3]
-    world = joined(backend)
-    found = asyncio.run(globals()[name](world))
+    asyncio.run(run(backend, globals()[name]))
+
+
+async def run(backend: str, program: Callable[[Collective], Awaitable[dict[str, Any]]]) -> None:
+    world = await joined(backend)
+    found = await program(world)
     if world.rank == 0:
         write_found(found)
     world.close()

@@ -6,19 +6,29 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import MPIEXEC, TORCHRUN
 
+from gptfl_dist.security.authority import Authority
+
 _PROGRAM = Path(__file__).with_name("collective_program.py")
 _BACKENDS = ("mpi", "torch")
+_WITH_TLS = (*_BACKENDS, "tls")
 
 
 def _start(backend: str, name: str, folder: Path, ranks: int, **variables: str) -> subprocess.CompletedProcess[str]:
-    launch = {"mpi": [MPIEXEC, "-n", str(ranks), sys.executable], "torch": [*TORCHRUN, "--nproc-per-node", str(ranks)]}
-    command = [*launch[backend], str(_PROGRAM), backend, name, str(folder)]
+    if backend == "tls":
+        authority = Authority.new("fed", valid=timedelta(days=1))
+        authority.issue_coordinator(["localhost"]).save(folder / "0")
+        for rank in range(1, ranks):
+            authority.issue_silo(f"silo-{rank}").save(folder / str(rank))
+    torchrun = [*TORCHRUN, "--nproc-per-node", str(ranks)]
+    launch = torchrun if backend == "torch" else [MPIEXEC, "-n", str(ranks), sys.executable]
+    command = [*launch, str(_PROGRAM), backend, name, str(folder)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables}, timeout=200)
 
 
@@ -29,14 +39,27 @@ def _found(backend: str, name: str, folder: Path, ranks: int = 3, **variables: s
     return found
 
 
-@pytest.mark.parametrize("backend", _BACKENDS)
+@pytest.mark.parametrize("backend", _WITH_TLS)
 def test_messages_of_all_ranks_arrive_in_order(tmp_path: Path, backend: str) -> None:
     assert _found(backend, "messages", tmp_path, ranks=4) == {"in order": True}
 
 
-@pytest.mark.parametrize("backend", _BACKENDS)
+@pytest.mark.parametrize("backend", _WITH_TLS)
 def test_a_flat_buffer_arrives_in_segments(tmp_path: Path, backend: str) -> None:
     assert _found(backend, "blocks", tmp_path) == {"same": True}
+
+
+@pytest.mark.parametrize("backend", ["mpi", "tls"])
+def test_a_broadcast_an_update_and_long_messages_pass_side_by_side(tmp_path: Path, backend: str) -> None:
+    assert _found(backend, "both_ways", tmp_path, ranks=4) == {"same": True}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [("short", "rank 1 sent 1015 bytes, expected 1016"), ("lost", "what came from rank 1 is not what it sent")],
+)
+def test_a_sealed_part_that_is_not_the_next_one_whole_is_refused(tmp_path: Path, wrong: str, said: str) -> None:
+    assert _found("tls", "out_of_place", tmp_path, ranks=2, WRONG=wrong) == {"said": said}
 
 
 @pytest.mark.parametrize("backend", _BACKENDS)
@@ -74,7 +97,7 @@ def test_a_rank_that_waits_leaves_its_core(tmp_path: Path, backend: str) -> None
     assert found["share"] < 0.1
 
 
-@pytest.mark.parametrize("backend", _BACKENDS)
+@pytest.mark.parametrize("backend", _WITH_TLS)
 def test_nothing_waits_for_a_rank_that_is_known_to_be_gone(tmp_path: Path, backend: str) -> None:
     ended = _start(backend, "failing", tmp_path, ranks=2)
     assert ended.returncode != 0

@@ -39,6 +39,9 @@ def digest_of(content: bytes) -> str:
     return blake3(content).hexdigest()
 
 
+CONTENTS = [(content_of(1), LAYOUT), (content_of(2, SMALLER), SMALLER)]
+
+
 def round_of(keeper: FileKeeper, number: int, *paths, layout: Layout = LAYOUT) -> None:
     """What a round asks of the keeper: the weights before are dropped, these come, and some silos take them."""
     content = content_of(number, layout)
@@ -83,6 +86,7 @@ def test_a_silo_that_trains_on_keeps_the_weights_it_began_with(tmp_path):
     round_of(keeper, 6, slow, quick)
     round_of(keeper, 7, slow, quick)
     assert read(slow) == read(quick) == content_of(7)
+    assert len(files(tmp_path)) == 2
 
 
 def test_weights_of_another_size_fit_into_a_file_that_was_written_over(tmp_path):
@@ -97,11 +101,32 @@ def test_what_an_earlier_run_left_is_used_again(tmp_path):
     round_of(FileKeeper(tmp_path), 0)
     half_written = tmp_path / ".broadcast-abc.safetensors.99.part"
     half_written.write_bytes(b"half")
+    half_written.chmod(0o644)
     keeper, path = FileKeeper(tmp_path), tmp_path / "weights.safetensors"
     round_of(keeper, 1, path)
     round_of(keeper, 2, path)
     assert read(path) == content_of(2)
     assert len(files(tmp_path)) == 2
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in files(tmp_path)} == {0o600}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_job_that_goes_on_gets_all_that_is_handed_out_at_once(tmp_path, order):
+    """Such as weights and synthetic samples. Files of their names are there, from before."""
+    contents = {digest_of(content): (content, layout) for content, layout in (CONTENTS[number] for number in order)}
+
+    async def job() -> None:
+        keeper = FileKeeper(tmp_path)
+        keeper.keep_only(contents)
+        for digest, (content, layout) in contents.items():
+            await keeper.take(Broadcast(content), digest, layout)
+        for digest in contents:
+            await keeper.fetch(digest, tmp_path / f"{digest}.safetensors")
+
+    asyncio.run(job())
+    asyncio.run(job())
+    for digest, (content, _) in contents.items():
+        assert read(tmp_path / f"{digest}.safetensors") == content
 
 
 def test_weights_with_another_digest_than_told_are_not_kept(tmp_path):

@@ -49,7 +49,7 @@ class FileKeeper:
     """Keeps weights as files in a folder; silos get links to them.
 
     Weights that came are written over older ones that nobody has a link to any more: fresh pages cost several times as
-    much. So as many files lie in the folder as silos hold different weights, and one more.
+    much. Beside those that silos hold, one file more lies in the folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,6 +66,7 @@ class FileKeeper:
     async def take(self, collective: Collective, digest: str, layout: Layout) -> None:
         hasher, header = blake3(), header_of(layout)
         path, over = self._path(digest), self._nobodys()
+        self._dropped.discard(path)  # one of that name may be left from an earlier run
         with replacing(path, durable=False, over=over) as fd:
             os.ftruncate(fd, len(header) + layout.nbytes)
             write_at(fd, 0, memoryview(header))
@@ -81,8 +82,16 @@ class FileKeeper:
             self._arrival.notify_all()
 
     def _nobodys(self) -> Path | None:
-        """A file that was dropped, also by all silos."""
-        return next((path for path in sorted(self._dropped) if path.exists() and path.stat().st_nlink == 1), None)
+        """The largest file that was dropped, also by all silos; the others of these are gone."""
+        try:
+            found = {path: path.stat() for path in self._dropped if path.exists()}
+            free = sorted((path for path in found if found[path].st_nlink == 1), key=lambda path: found[path].st_size)
+            for path in free[:-1]:
+                path.unlink()
+        except OSError as error:
+            raise storage_error(error, self._folder) from None
+        self._dropped = found.keys() - set(free)
+        return free[-1] if free else None
 
     async def fetch(self, digest: str, path: Path) -> None:
         async with self._arrival:

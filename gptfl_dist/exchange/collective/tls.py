@@ -87,7 +87,8 @@ class TlsCollective(MpiCollective):
         raise ProtocolError("updates that are sealed cannot be reduced", hint="set collective.reduction to exact")
 
     def send(self, part: memoryview, rank: int) -> Awaitable[None]:
-        assert rank == 0  # whose own key all others know
+        if self.rank == 0 or rank != 0:  # all silos can open what rank 0 seals
+            raise ProtocolError(f"rank {self.rank} was to send a part to rank {rank}, expected a silo's to rank 0")
         cuts = range(0, len(part), LONGEST)
         return self._all([self.world.Isend(self._sealed(part[at : at + LONGEST]), 0, _PARTS) for at in cuts])
 
@@ -159,8 +160,9 @@ class _Line:
             if self._session.established:
                 break
             answer = self._session.step(await self._records.next())
-        await self._collective.completed(self.post(_KEY, key))
+        told = self.post(_KEY, key)
         kind, theirs = self._session.open(await self._records.next())
+        await self._collective.completed(told)
         if kind != _KEY or len(theirs) != KEY_BYTES:
             raise ProtocolError(f"rank {self._rank} sent a message of kind {kind} and {len(theirs)} bytes, not its key")
         self.opening = Bulk(bytes(theirs), f"rank {self._rank}")
