@@ -79,4 +79,4 @@ def test_over_mpi_all_weights_that_are_needed_reach_the_ranks(gptfl: Commands, u
     (uneven.folder / "go").touch()
     assert command.wait() == 0, command.stderr
     expect_whole(uneven)
-    assert len(list(held.glob("broadcast-*.safetensors"))) == 1
+    assert len(list(held.glob("broadcast-*.safetensors"))) <= 2  # the newest, and one to write the next over
