@@ -34,6 +34,15 @@ def _result(federation: Federation) -> dict[str, Any]:
     return {"weights": federation.summary()["weights"], "result": federation.result()}
 
 
+def _kill(pid: int) -> bool:
+    """False where it had ended by itself."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 @pytest.mark.timeout(4000)
 @pytest.mark.parametrize(("launcher", "reduction"), _ALL if "GPTFL_CHAOS_KILLS" in os.environ else _IN_THE_SUITE)
 def test_a_killed_rank_ends_the_job_and_nothing_is_lost(

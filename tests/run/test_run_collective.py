@@ -210,6 +210,23 @@ def test_whoever_ends_the_job_leaves_no_process_and_the_run_goes_on(
     assert mine.result() == undisturbed.result()
 
 
+@pytest.mark.parametrize(("launcher", "reduction"), [("mpi", "exact"), ("torch", "fast")])
+def test_a_run_that_lacks_only_its_report_comes_to_its_end(
+    gptfl: Commands, federation: Make, launcher: str, reduction: str
+) -> None:
+    """The coordinator says goodbye before the silos' trainers are ready."""
+    mine = federation(epochs=2, collective={"reduction": reduction})
+    command = _start(gptfl, launcher, 3, mine)
+    assert command.wait() == 0, command.stderr
+    result = mine.result()
+    (mine.run_folder / "summary.json").unlink()  # as if it had been killed before this was written
+    again = _start(gptfl, launcher, 3, mine)
+    assert again.wait(60) == 0, again.stderr
+    again.wait_until_gone()
+    assert mine.result() == result
+    assert "not connected" not in again.stderr
+
+
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_killed_rank_ends_the_job_where_no_launcher_ends_the_others(
     gptfl: Commands, federation: Make, victim: int

@@ -237,15 +237,16 @@ class RankExchange:
                 said_goodbye = True
 
     async def say(self, message: Message) -> None:
-        """Raises Disconnected after the coordinator's goodbye: nobody listens any more."""
-        if self._parted:
-            raise Disconnected("the coordinator has ended")
-        await self._collective.say(0, message)
+        """Says nothing after the coordinator's goodbye, which waits among the silo's words: nobody listens any more."""
+        if not self._parted:
+            await self._collective.say(0, message)
 
     async def upload(self, message: Message, path: Path) -> Receipt:
-        """Sends an update, one after the other."""
+        """Sends an update, one after the other. Raises Disconnected after the coordinator's goodbye."""
         with WeightsFile(path) as update:
             async with self._sending:
+                if self._parted:
+                    raise Disconnected("the coordinator has ended")
                 await self.say(message)
                 self._unanswered = True
                 answer = await self._answers.get()
