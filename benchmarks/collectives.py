@@ -34,6 +34,7 @@ from programs import (
     TORCHRUN,
     Run,
     check_result,
+    clear,
     follow,
     median,
     run_floor,
@@ -145,6 +146,7 @@ def run_federation(folder: Path, mode: Mode, ranks: int, rounds: int) -> Run:
         folder / "output.txt",
     )
     check_result(folder, ranks - 1, rounds + 1)
+    clear(folder)
     told = read_marks(marks)
     trainings = sorted(mark["time"] for mark in told if mark["what"] == "train")
     begins = trainings[:: ranks - 1]  # the first silo's in each round: every silo waits for the last one's update

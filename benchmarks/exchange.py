@@ -4,8 +4,9 @@
 
 Two programs move the same model between one coordinator and the silos, real processes with mutual TLS on this machine:
 `gptfl run`, whose silos are trained by `null/trainer.py`, and the floor (`null/floor.py`), one bare gRPC stream a silo.
-They run in turn, `--pairs` times; a figure is the median over all rounds of one program, a ratio is that of two such
-medians. With `--reference FOLDER` a third program, a floor of somebody else's in that folder, runs in turn with them.
+They run in turn, `--pairs` times; a figure is the median over all rounds of one program (of bytes the mean, for what is
+on its way when a round ends is counted in the next), a ratio is that of two such figures. With `--reference FOLDER` a
+third program, a floor of somebody else's in that folder, runs in turn with them.
 
 A round goes from the start of a training to the start of the next: updates up, aggregation, weights down. CPU seconds
 are those of all processes, memory is the peak resident size (VmHWM). Linux alone; as root in a network namespace of
@@ -33,6 +34,7 @@ from programs import (
     NUMBER_SIZE,
     Run,
     check_result,
+    clear,
     follow,
     median,
     run_floor,
@@ -86,8 +88,13 @@ def _alone_on_loopback() -> None:
 
 
 def _tell(who: str, run: Run) -> None:
-    cpu, wall, wire = (median([run], what) for what in ("cpu", "wall", "wire"))
-    print(f"{who}: CPU {cpu:.3f} s, wall {wall:.3f} s, wire {wire / MB:.1f} MB a round", flush=True)
+    cpu, wall = (median([run], what) for what in ("cpu", "wall"))
+    print(f"{who}: CPU {cpu:.3f} s, wall {wall:.3f} s, wire {_wire([run]) / MB:.1f} MB a round", flush=True)
+
+
+def _wire(runs: list[Run]) -> float:
+    """Bytes of a round."""
+    return statistics.fmean(value for run in runs for value in run.wire)
 
 
 def run_federation(folder: Path, silos: int, rounds: int) -> Run:
@@ -107,6 +114,7 @@ def run_federation(folder: Path, silos: int, rounds: int) -> Run:
         for number, what in [*((number, "train") for number in range(1, rounds + 1)), (rounds + 1, "evaluate")]
     }
     check_result(folder, silos, rounds)
+    clear(folder)
     return run_of(monitor, [begins[number] for number in sorted(begins)], started, _memory(monitor, told, begins))
 
 
@@ -141,8 +149,8 @@ def _result(options: argparse.Namespace, ours: list[Run], floors: list[Run], ref
         "pairs": options.pairs,
         "cpu_s": median(ours, "cpu"),
         "wall_s": median(ours, "wall"),
-        "wire_mb": median(ours, "wire") / MB,
-        "wire_ratio": {"minimum": median(ours, "wire") / (2 * options.silos * model)},
+        "wire_mb": _wire(ours) / MB,
+        "wire_ratio": {"minimum": _wire(ours) / (2 * options.silos * model)},
         "coordinator_rss_mb": max(run.memory["coordinator"] for run in ours) / 2**20,
         "silo_rss_models": max(run.memory["silo"] for run in ours) / model,
         "start_to_round1_s": statistics.median(run.first_round for run in ours),
@@ -156,7 +164,7 @@ def _result(options: argparse.Namespace, ours: list[Run], floors: list[Run], ref
             "wall_ratio": median(ours, "wall") / median(floors, "wall"),
             "floor": [asdict(run) for run in floors],
         }
-        result["wire_ratio"]["floor"] = median(ours, "wire") / median(floors, "wire")
+        result["wire_ratio"]["floor"] = _wire(ours) / _wire(floors)
     if references and floors:
         result["floor_to_reference"] = median(floors, "cpu") / statistics.median(references)
     return result

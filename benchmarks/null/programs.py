@@ -96,6 +96,11 @@ def check_result(folder: Path, silos: int, rounds: int) -> None:
         sys.exit(f"the weights are off by {error}")
 
 
+def clear(folder: Path) -> None:
+    """Removes a federation's run: gigabytes that wait to be written to the disk would slow the program that is next."""
+    shutil.rmtree(folder / "run")
+
+
 def save_credentials(folder: Path, federation: str, silos: int) -> None:
     """A set of certificates a side, in `coordinator` and `silo-1`, `silo-2` ... of a folder."""
     from gptfl_dist.security.authority import Authority
