@@ -53,4 +53,4 @@ def train_proximal(
             losses += loss.item()
             done += 1
             progress(done, total)
-    return {"train_loss": losses / total, "distance": float(distance) ** 0.5}
+    return {"train_loss": losses / total, "distance": distance.item() ** 0.5}

@@ -67,7 +67,8 @@ class Session:
     def _refusal(self, reason: str) -> IdentityError:
         return IdentityError(
             f"the certificate of {self._name} {reason}, expected a valid one of {self._peer.uri} from our authority",
-            hint="each side needs files of one authority: by `gptfl join`, or by one call of `gptfl credentials`",
+            hint="each side needs files of one authority: by `gptfl join`, or by one call of `gptfl credentials`; "
+            "`gptfl check FEDERATION_FILE` compares them",
         )
 
     def seal(self, kind: int, data: bytes | bytearray | memoryview) -> bytes:

@@ -56,6 +56,22 @@ def test_the_weights_are_those_of_the_grpc_run_bit_for_bit(
     assert "this run is finished" in again.stderr
 
 
+def test_a_set_that_the_other_side_would_refuse_is_found_before_the_job(
+    gptfl: Commands, federation: Callable[..., Federation]
+) -> None:
+    mine = with_tls(federation())
+    checked = gptfl.run("check", mine.path)
+    assert "not for 127.0.0.1" not in checked.stdout + checked.stderr  # nobody dials the coordinator
+    foreign = Authority.new("tiny", valid=timedelta(days=1))
+    give(mine, mine.folder / "silo-2.yaml", "coordinator", foreign.issue_silo("silo-2"))
+    checked = gptfl.start("check", mine.path)
+    assert checked.wait() == 6, checked.stdout
+    told = (
+        f"silo-2/certificate.pem was not issued by the other side's {mine.folder}/credentials/federation/authority.pem"
+    )
+    assert told in checked.stdout + checked.stderr
+
+
 MARKED = """
 import torch
 from torch import nn

@@ -224,8 +224,9 @@ class RankExchange:
                 updates = self.keeper.updates_of(message["silos"])
                 await completed(contributions(self._collective, self._layout, updates))
             elif kind == "goodbye":
-                for words in self.words.values():
-                    words.put_nowait(Goodbye(**message))
+                if message["finished"]:  # if not, rank 0 ends the job: no silo is to try and connect again
+                    for words in self.words.values():
+                        words.put_nowait(Goodbye(**message))
                 if not self.welcome.done():
                     self.welcome.cancel()
                 self._parted = True

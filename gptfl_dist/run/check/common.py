@@ -22,7 +22,7 @@ from gptfl_dist.errors import IdentityError, LaunchError, StorageError, TrainerE
 from gptfl_dist.files import storage_error
 from gptfl_dist.run.check.findings import Doubt
 from gptfl_dist.security.authority import Credentials
-from gptfl_dist.security.credentials import load_credentials
+from gptfl_dist.security.credentials import certificates_in, leads_to, load_credentials
 from gptfl_dist.security.expiry import ending
 
 if TYPE_CHECKING:
@@ -105,6 +105,15 @@ def check_credentials(
             hint="use the set that was made for this side",
         )
     return credentials
+
+
+def require_trusted(certificate: Path, authority: Path) -> None:
+    """Raises IdentityError where those who go by `authority`, the other side, would refuse this certificate."""
+    if not any(leads_to(certificates_in(certificate), root) for root in certificates_in(authority)):
+        raise IdentityError(
+            f"{certificate} was not issued by the other side's {authority}",
+            hint="each side needs files of one authority: by `gptfl join`, or by one call of `gptfl credentials`",
+        )
 
 
 def valid_until(credentials: Credentials, whose: str, *, renewed: bool = False) -> str:

@@ -167,6 +167,8 @@ def _coordinator_credentials(file: FederationFile) -> str:
             )
         return "none named: gptfl run makes its own; gptfl coordinator needs them"
     shown = check_credentials(exchange.authority, exchange.certificate, exchange.key, "coordinator", None, file.name)
+    if file.collective.trust == "tls":  # between ranks, which nobody dials
+        return valid_until(shown, "the coordinator's")
     dialled = {host_of(exchange.listen): "exchange.listen"}
     for entry in file.silos:
         if entry.file is not None and entry.file.exists() and (side := load_silo(entry.file).coordinator) is not None:

@@ -22,6 +22,7 @@ from gptfl_dist.run.check.common import (
     code_beside,
     launcher_found,
     parse_script,
+    require_trusted,
     valid_until,
 )
 from gptfl_dist.run.check.findings import Checklist, Doubt
@@ -130,6 +131,10 @@ def _silo_credentials(file: FederationFile, entry: SiloEntry, silo_path: Path) -
             hint="name the files that `gptfl join` got for this silo, or that `gptfl credentials` made for it",
         )
     shown = check_credentials(side.authority, side.certificate, side.key, "silo", entry.name, file.name)
+    theirs = file.exchange
+    if theirs.authority is not None and theirs.certificate is not None:
+        require_trusted(side.certificate, theirs.authority)
+        require_trusted(theirs.certificate, side.authority)
     return valid_until(shown, f"those of {entry.name}")
 
 
