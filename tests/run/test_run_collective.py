@@ -245,6 +245,7 @@ def test_a_killed_rank_ends_the_job_where_no_launcher_ends_the_others(
     teller = ranks[1 if victim == 0 else 0]
     assert f"rank {victim} on {os.uname().nodename} is gone: it was killed, or its node is down" in teller.stderr
     assert "the same command goes on" in teller.stderr
+    assert not any("not connected" in rank.stderr for rank in ranks)  # nor tries to be, as the job ends
 
 
 def test_a_rank_that_waits_for_one_that_never_comes_can_be_stopped(gptfl: Commands, federation: Make) -> None:
