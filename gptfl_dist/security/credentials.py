@@ -23,6 +23,9 @@ from gptfl_dist.security.identity import Identity
 _UNREADABLE = (ValueError, x509.InvalidVersion)
 _HINT = "an invited silo gets its files by `gptfl join`; `gptfl credentials` makes a set for every side"
 
+ONE_AUTHORITY = "each side needs files of one authority: by `gptfl join`, or by one call of `gptfl credentials`"
+"""What to do where one side refuses the other's certificate."""
+
 
 def load_credentials(
     authority: Path, certificate: Path, key: Path, *, section: str | None = None

@@ -14,6 +14,7 @@ import struct
 
 from gptfl_dist.errors import IdentityError, ProtocolError
 from gptfl_dist.security.authority import Credentials
+from gptfl_dist.security.credentials import ONE_AUTHORITY
 from gptfl_dist.security.credentials import identity_in, tls_context
 from gptfl_dist.security.identity import Identity
 
@@ -67,8 +68,7 @@ class Session:
     def _refusal(self, reason: str) -> IdentityError:
         return IdentityError(
             f"the certificate of {self._name} {reason}, expected a valid one of {self._peer.uri} from our authority",
-            hint="each side needs files of one authority: by `gptfl join`, or by one call of `gptfl credentials`; "
-            "`gptfl check FEDERATION_FILE` compares them",
+            hint=f"{ONE_AUTHORITY}; `gptfl check FEDERATION_FILE` compares them",
         )
 
     def seal(self, kind: int, data: bytes | bytearray | memoryview) -> bytes:

@@ -63,8 +63,7 @@ def test_a_killed_rank_ends_the_job_and_nothing_is_lost(
             time.sleep(0.01)
         ranks = [pid for pid in command.pids("-m gptfl_dist run") if pid != command.process.pid]
         victim = moments.choice(sorted(ranks)) if ranks else 0
-        if command.process.poll() is None and victim:
-            os.kill(victim, signal.SIGKILL)
+        if victim and _kill(victim):
             killed += 1
             began = time.monotonic()
             code = command.wait(_GRACE)

@@ -238,7 +238,7 @@ class RankExchange:
                 said_goodbye = True
 
     async def say(self, message: Message) -> None:
-        """Says nothing after the coordinator's goodbye, which waits among the silo's words: nobody listens any more."""
+        """Says nothing after the coordinator's goodbye: nobody listens any more."""
         if not self._parted:
             await self._collective.say(0, message)
 

@@ -22,7 +22,7 @@ from gptfl_dist.errors import IdentityError, LaunchError, StorageError, TrainerE
 from gptfl_dist.files import storage_error
 from gptfl_dist.run.check.findings import Doubt
 from gptfl_dist.security.authority import Credentials
-from gptfl_dist.security.credentials import certificates_in, leads_to, load_credentials
+from gptfl_dist.security.credentials import ONE_AUTHORITY, certificates_in, leads_to, load_credentials
 from gptfl_dist.security.expiry import ending
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def require_trusted(certificate: Path, authority: Path) -> None:
     if not any(leads_to(certificates_in(certificate), root) for root in certificates_in(authority)):
         raise IdentityError(
             f"{certificate} was not issued by the other side's {authority}",
-            hint="each side needs files of one authority: by `gptfl join`, or by one call of `gptfl credentials`",
+            hint=ONE_AUTHORITY,
         )
 
 
