@@ -14,8 +14,7 @@ import struct
 
 from gptfl_dist.errors import IdentityError, ProtocolError
 from gptfl_dist.security.authority import Credentials
-from gptfl_dist.security.credentials import ONE_AUTHORITY
-from gptfl_dist.security.credentials import identity_in, tls_context
+from gptfl_dist.security.credentials import ONE_AUTHORITY, identity_in, tls_context
 from gptfl_dist.security.identity import Identity
 
 LONGEST = 1 << 20
