@@ -33,13 +33,22 @@ from gptfl_dist.run.demo import LABELS, prepare
 ARMS = ("fedavg_random", "gptfl")
 DATA = ("mnist", "digits")
 SILOS = 4
-# What each changes in the demo's file, whose rate is otherwise the same in every round.
-PLAIN = {"training": {"warm_up_rounds": 0}}
+# What the demo's file becomes, a rate that is the same in every round and a finer grid, before a recipe changes it.
+PLAIN: dict[str, dict[str, Any]] = {
+    "training": {
+        "learning_rate": [0.1, 0.2, 0.4, 0.8, 1.6, 3.2],
+        "schedule": "constant",
+        "warm_up_rounds": 0,
+        "weight_decay": 0.0,
+    },
+    "tuning": {"rounds": 5},
+}
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "constant": {},
     "cosine": {"training": {"schedule": "cosine"}},
     "warm-up": {"training": {"warm_up_rounds": 3}},
     "cosine, warm-up": {"training": {"schedule": "cosine", "warm_up_rounds": 3}},
+    "cosine, warm-up, weight decay": {"training": {"schedule": "cosine", "warm_up_rounds": 3, "weight_decay": 0.001}},
     "head first": {"training": {"head_rounds": 2}},
     "proximal": {"training": {"proximal": 0.1}},
     "weight decay": {"training": {"weight_decay": 0.001}},
@@ -159,9 +168,9 @@ def table(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         }
     ordered = dict(sorted(means.items(), key=lambda item: -item[1]["validation"]))
     columns = list(next(iter(ordered.values())))
-    print(f"{'recipe':<18}" + "".join(f"{column:>22}" for column in columns))
+    print(f"{'recipe':<30}" + "".join(f"{column:>22}" for column in columns))
     for recipe, values in ordered.items():
-        print(f"{recipe:<18}" + "".join(f"{100 * values[column]:>20.2f} %" for column in columns))
+        print(f"{recipe:<30}" + "".join(f"{100 * values[column]:>20.2f} %" for column in columns))
     return ordered
 
 

@@ -40,7 +40,7 @@ def test_the_files_of_a_demo_are_valid_and_the_same_demo_keeps_them(tmp_path: Pa
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize(("rounds", "tuning", "warm_up"), [(1, 1, 0), (2, 2, 0), (5, 5, 1), (30, 5, 3)])
+@pytest.mark.parametrize(("rounds", "tuning", "warm_up"), [(1, 1, 0), (2, 2, 0), (5, 5, 1), (30, 8, 3)])
 def test_a_short_demo_tunes_and_warms_up_in_short(rounds: int, tuning: int, warm_up: int, tmp_path: Path) -> None:
     file = load_federation(demo(tmp_path, rounds=rounds))
     assert (file.tuning.rounds, file.training.warm_up_rounds) == (tuning, warm_up)
