@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from demo_seeds import spread
+from demo_variants import run_variant
 
-from gptfl_dist.run.candidates import PRETRAINED_FACTS, PRETRAINED_WEIGHTS
 from gptfl_dist.run.demo import prepare
 
 PLAIN = "none"
@@ -83,31 +79,13 @@ def run_seed(folder: Path, seed: int, silos: int, rounds: int, names: Sequence[s
     demo = yaml.safe_load(prepared.read_text())
     arms: dict[str, dict[str, Any]] = {}
     for name in names:
-        run_folder = folder / "runs" / name
         training = demo["training"]
         if name != PLAIN:
             training = {**training, "learning_rate": arms[PLAIN]["learning_rate"]}
-            adopt(folder / "runs" / PLAIN, run_folder)
-        settings = {
-            **demo,
-            "run_folder": os.path.relpath(run_folder, folder),
-            "arms": ["gptfl"],
-            "training": training,
-            "compression": CODECS[name],
-        }
-        path = folder / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(settings, sort_keys=False))
-        subprocess.run([sys.executable, "-m", "gptfl_dist", "run", str(path), "--exchange", "grpc"], check=True)
-        arms[name] = json.loads((run_folder / "summary.json").read_text())["arms"]["gptfl"]
+        settings = {**demo, "arms": ["gptfl"], "training": training, "compression": CODECS[name]}
+        summary = run_variant(folder, name, settings, start_of=None if name == PLAIN else PLAIN)
+        arms[name] = summary["arms"]["gptfl"]
     return arms
-
-
-def adopt(source: Path, target: Path) -> None:
-    """Gives a run the pre-trained weights of another, whose settings before the rounds are the same."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in (PRETRAINED_WEIGHTS, PRETRAINED_FACTS):
-        if not (target / name).exists():
-            shutil.copyfile(source / name, target / name)
 
 
 def collect(name: str, by_seed: Sequence[dict[str, dict[str, Any]]]) -> dict[str, Any]:
