@@ -18,6 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gptfl_dist.observe.figures import ARM_COLOURS
+from gptfl_dist.observe.wording import ARM_NAMES
+
 FEDERATED = ("fedavg_random", "gptfl")
 
 
@@ -94,14 +97,15 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name, label, colour in (("fedavg_random", "FedAvg from random", "#0072b2"), ("gptfl", "GPT-FL", "#d55e00")):
+    for name in FEDERATED:
+        colour = ARM_COLOURS[name]
         by_round = list(zip(*result["arms"][name]["curves"], strict=True))
         rounds = range(1, len(by_round) + 1)
-        axes.plot(rounds, [100 * statistics.fmean(values) for values in by_round], color=colour, label=label)
+        axes.plot(rounds, [100 * statistics.fmean(values) for values in by_round], color=colour, label=ARM_NAMES[name])
         low, high = [100 * min(values) for values in by_round], [100 * max(values) for values in by_round]
         axes.fill_between(rounds, low, high, color=colour, alpha=0.2, linewidth=0)
     level = result["arms"]["synthetic_only"]["accuracy"]["mean"]
-    axes.axhline(100 * level, color="#666666", linestyle=":", label="synthetic only")
+    axes.axhline(100 * level, color=ARM_COLOURS["synthetic_only"], label=ARM_NAMES["synthetic_only"])
     axes.set(xlabel="round", ylabel="accuracy on test data, %")
     axes.set_title(f"MNIST, Dirichlet 0.1, {len(result['seeds'])} seeds: mean, lowest and highest", fontsize=10)
     axes.legend(frameon=False, loc="lower right")

@@ -25,6 +25,7 @@ def run_variant(
     settings: dict[str, Any],
     *,
     start_of: str | None,
+    exchange: str = "grpc",
     launcher: Sequence[str] = (sys.executable,),
 ) -> dict[str, Any]:
     """The summary of a run to its end of a federation file's settings; an interrupted one goes on.
@@ -33,13 +34,20 @@ def run_variant(
     pre-trains its own where that is None.
     """
     run_folder = folder / "runs" / name
-    if start_of is not None:
-        _adopt(folder / "runs" / start_of, run_folder)
+    source = None if start_of is None else folder / "runs" / start_of
+    if source is not None:
+        _adopt(source, run_folder)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({**settings, "run_folder": os.path.relpath(run_folder, folder)}, sort_keys=False))
-    subprocess.run([*launcher, "-m", "gptfl_dist", "run", str(path)], check=True)
+    subprocess.run([*launcher, "-m", "gptfl_dist", "run", str(path), "--exchange", exchange], check=True)
+    if source is not None and _start(source) != _start(run_folder):
+        sys.exit(f"{run_folder} was pre-trained anew, so it does not compare with {source}: delete it and start again")
     summary: dict[str, Any] = json.loads((run_folder / "summary.json").read_text())
     return summary
+
+
+def _start(run_folder: Path) -> bytes:
+    return (run_folder / PRETRAINED_WEIGHTS).read_bytes()
 
 
 def _adopt(source: Path, target: Path) -> None:

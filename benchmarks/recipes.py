@@ -33,7 +33,7 @@ from gptfl_dist.run.demo import LABELS, prepare
 ARMS = ("fedavg_random", "gptfl")
 DATA = ("mnist", "digits")
 SILOS = 4
-# What the demo's file becomes, a rate that is the same in every round and a finer grid, before a recipe changes it.
+# Changes to the demo's file before those of a recipe: six rates, each the same in every round, and no weight decay.
 PLAIN: dict[str, dict[str, Any]] = {
     "training": {
         "learning_rate": [0.1, 0.2, 0.4, 0.8, 1.6, 3.2],

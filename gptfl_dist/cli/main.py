@@ -66,7 +66,7 @@ def demo(
     folder: Annotated[Path, typer.Option(help="where everything goes")] = Path("runs/demo"),
     silos: Annotated[int, typer.Option(min=2, max=20, help="how many silos share the data")] = 4,
     rounds: Annotated[
-        int, typer.Option(min=1, help="rounds of each federated arm; a rate is tried for 5 at most")
+        int, typer.Option(min=1, help="rounds of each federated arm; a rate is tried for 8 at most")
     ] = 30,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     fresh: FreshOption = False,

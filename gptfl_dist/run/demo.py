@@ -53,8 +53,8 @@ synthesis:
   # Models trained on other parts of the set judge each image; where they read another digit, it is left out.
   filter: {judge: cross, threshold: 0.7}
 
-# One recipe and one grid for both arms; each arm's rate is chosen on the silos' validation data. A falling rate and a
-# little weight decay bring an arm to rest: sums that another exchange rounds otherwise hardly move its end.
+# One recipe and one grid for both arms; each arm's rate is chosen on the silos' validation data. With a falling
+# rate and a little weight decay the last rounds change little, so that runs over other exchanges end much alike.
 training:
   batch_size: 32
   learning_rate: [0.1, 0.4, 1.6, 6.4]
