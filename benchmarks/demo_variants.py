@@ -40,13 +40,13 @@ def run_variant(
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump({**settings, "run_folder": os.path.relpath(run_folder, folder)}, sort_keys=False))
     subprocess.run([*launcher, "-m", "gptfl_dist", "run", str(path), "--exchange", exchange], check=True)
-    if source is not None and _start(source) != _start(run_folder):
+    if source is not None and _pretrained(source) != _pretrained(run_folder):
         sys.exit(f"{run_folder} was pre-trained anew, so it does not compare with {source}: delete it and start again")
     summary: dict[str, Any] = json.loads((run_folder / "summary.json").read_text())
     return summary
 
 
-def _start(run_folder: Path) -> bytes:
+def _pretrained(run_folder: Path) -> bytes:
     return (run_folder / PRETRAINED_WEIGHTS).read_bytes()
 
 
