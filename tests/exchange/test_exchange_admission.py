@@ -13,7 +13,16 @@ import pytest
 from exchange_world import HOST, World, dial, header_of, in_loop, train_order
 
 from gptfl_dist.errors import IdentityError
-from gptfl_dist.exchange.base import Answered, Disconnected, OrderFailed, Receipt, SiloBarred, SiloJoined, SiloLeft
+from gptfl_dist.exchange.base import (
+    Answered,
+    Disconnected,
+    Goodbye,
+    OrderFailed,
+    Receipt,
+    SiloBarred,
+    SiloJoined,
+    SiloLeft,
+)
 from gptfl_dist.security.authority import Credentials, key_bytes, new_key
 from gptfl_dist.security.identity import Identity, Role
 from gptfl_dist.security.registry import Registry
@@ -189,6 +198,20 @@ async def test_a_transfer_that_begins_while_the_stream_moves_is_not_cut(tmp_path
                 await moving
                 assert await world.event() == SiloJoined("alice")
             assert await world.settled() == []  # it never left
+
+
+@in_loop
+async def test_the_end_is_heard_though_it_comes_while_the_stream_moves(tmp_path):
+    kept = Kept(tmp_path)
+    async with World(tmp_path, trust=kept.trust) as world, TcpProxy(world.server.port) as proxy:
+        alice = await ready(world, kept.silo(), port=proxy.port)
+        proxy.delay = 0.5  # the end is still on its way when the new connection is refused
+        closing = asyncio.create_task(world.server.close(Goodbye(True, "done")))
+        listening = asyncio.create_task(alice.receive())
+        await asyncio.sleep(0.1)
+        await alice.show(kept.silo())
+        assert await listening == Goodbye(True, "done")
+        await closing
 
 
 @in_loop

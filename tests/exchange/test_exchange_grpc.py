@@ -119,6 +119,18 @@ async def test_a_round_from_welcome_to_goodbye(tmp_path):
 
 
 @in_loop
+async def test_the_end_is_heard_by_a_silo_that_is_not_ready_yet(tmp_path):
+    async with World(tmp_path) as world:
+        silo = world.silo()
+        await silo.connect()
+        goodbye = asyncio.create_task(world.server.close(Goodbye(True, "done")))
+        await asyncio.sleep(0.5)
+        await silo.ready()
+        assert await silo.receive() == Goodbye(True, "done")
+        await goodbye
+
+
+@in_loop
 async def test_two_silos_answer_apart(tmp_path):
     update, update_digest, _ = random_weights(tmp_path / "update", SMALL, 2)
     async with World(tmp_path) as world:

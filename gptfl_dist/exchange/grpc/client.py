@@ -277,7 +277,7 @@ class GrpcSiloExchange:
         """From now on these credentials are shown.
 
         The stream moves to a connection that shows them once no transfer is under way; the coordinator knows the silo
-        again. Where that fails, `receive` raises Disconnected.
+        again. Where none comes about, the stream stays where it is, and the next connection shows them.
         """
         self._credentials = credentials
         async with self._moving:
@@ -287,13 +287,14 @@ class GrpcSiloExchange:
             if old is None:
                 return
             try:
-                moved = await self._dial() == self._welcome  # else the coordinator has another run
-                if moved:
-                    await self.ready()
+                welcome = await self._dial()
             except (Disconnected, GptflError):
-                moved = False
-            if not moved:
-                await self.close()
+                return  # and not hang up: what keeps the coordinator from answering may be its end, which it tells
+            if welcome == self._welcome:
+                with suppress(Disconnected):  # `receive` meets it too
+                    await self.ready()
+            else:
+                await self.close()  # the coordinator has another run
             await old.close()
 
     @asynccontextmanager

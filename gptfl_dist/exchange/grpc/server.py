@@ -12,6 +12,7 @@ import asyncio
 import logging
 from base64 import b64encode
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -59,6 +60,7 @@ _log = logging.getLogger(__name__)
 NONCE = "gptfl-nonce"
 _PART = "take part"
 _LOOK_EVERY = 0.2  # seconds between two looks at the certificates of silos that say nothing
+_PREPARING = 10.0  # seconds in which a silo that has just connected says that it is ready, and hears of the end
 
 _Message = TypeVar("_Message", bound=Message)
 
@@ -70,7 +72,7 @@ class _Line:
     instance: str
     address: str
     peer: Peer
-    ready: bool = False
+    settled: asyncio.Event = field(default_factory=asyncio.Event)  # the silo said that it is ready, or left
     outgoing: asyncio.Queue[pb.ToSilo | None] = field(default_factory=asyncio.Queue)
 
 
@@ -146,9 +148,8 @@ class GrpcCoordinatorExchange:
         if self._watch is not None:
             self._watch.cancel()
         message = pb.ToSilo(goodbye=pb.Goodbye(finished=goodbye.finished, reason=goodbye.reason))
-        for line in self._lines.values():
-            line.outgoing.put_nowait(message)
-            line.outgoing.put_nowait(None)
+        patience = _PREPARING if goodbye.finished else 0.0  # else the silo dials again, and hears it another time
+        await asyncio.gather(*(_dismiss(line, message, patience) for line in self._lines.values()))
         await self._port.close()
         # A check reads its spool in a thread, which nothing can stop; its caller closes the spools next.
         await asyncio.gather(*self._checks, return_exceptions=True)
@@ -231,6 +232,7 @@ class GrpcCoordinatorExchange:
         except grpc.aio.BaseError:
             pass  # the connection broke
         finally:
+            line.settled.set()
             line.outgoing.put_nowait(None)
 
     def _hear(self, silo: str, line: _Line, message: pb.FromSilo) -> None:
@@ -239,8 +241,8 @@ class GrpcCoordinatorExchange:
         So a silo that talks without end fills no queue. Raises StorageError.
         """
         kind = message.WhichOneof("message")
-        if kind == "ready" and not line.ready:
-            line.ready = True
+        if kind == "ready" and not line.settled.is_set():
+            line.settled.set()
             self.events.put_nowait(SiloJoined(silo))
         elif kind == "progress" and self._inbox.awaits(silo, message.progress.nonce):
             progress = message.progress
@@ -367,6 +369,14 @@ class GrpcCoordinatorExchange:
         """Tells that an order failed, once. What a silo says of orders that are not open changes nothing."""
         if self._inbox.fail(silo, nonce):
             self.events.put_nowait(OrderFailed(silo, nonce, convert.legible(reason)))
+
+
+async def _dismiss(line: _Line, goodbye: pb.ToSilo, patience: float) -> None:
+    """Ends a silo's stream, but not while the silo is about to say on it that it is ready: it would hear nothing."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(line.settled.wait(), patience)
+    line.outgoing.put_nowait(goodbye)
+    line.outgoing.put_nowait(None)
 
 
 async def _parse(kind: type[_Message], data: bytes, context: Context) -> _Message:
