@@ -29,13 +29,14 @@ _TAIL = 2000  # bytes of a dead trainer's output that are shown
 class TrainerProcess:
     """Starts `command` with a channel; `ask` sends a message and waits for the answer.
 
-    The output of the process goes to `log`.
+    The output of the process goes to `log`. Errors call it by its `role`.
     """
 
-    def __init__(self, command: Sequence[str], log: Path, cwd: Path | None = None) -> None:
+    def __init__(self, command: Sequence[str], log: Path, cwd: Path | None = None, role: str = "trainer") -> None:
         self._command = command
         self._log = log
         self._cwd = cwd
+        self._role = role
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -98,12 +99,12 @@ class TrainerProcess:
                 elif received["type"] == answer:
                     return received
                 else:
-                    raise TrainerError(f"the trainer answered {received['type']!r}, expected {answer!r}")
+                    raise TrainerError(f"the {self._role} answered {received['type']!r}, expected {answer!r}")
         except ConnectionError:
             pass
         except ValueError:  # also what a line longer than the limit raises
             await self.stop()
-            raise TrainerError("the trainer sent what is no message", hint=f"see {self._log}") from None
+            raise TrainerError(f"the {self._role} sent what is no message", hint=f"see {self._log}") from None
         except asyncio.CancelledError:
             await self.stop()
             raise
@@ -111,7 +112,7 @@ class TrainerProcess:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         # A script whose own loop is over ends by itself, as it did before it was a silo's: it can begin anew.
         kind = TrainerLost if code <= 0 else TrainerError
-        raise kind(f"the trainer {how} before it answered\n{last_words(self._log)}", hint=f"see {self._log}")
+        raise kind(f"the {self._role} {how} before it answered\n{last_words(self._log)}", hint=f"see {self._log}")
 
     async def finish(self, message: Message) -> None:
         """Sends a last message and gives the trainer time to end by itself."""

@@ -121,7 +121,8 @@ class Terminal:
 def _in_a_process(path: Path, file: FederationFile) -> Evaluator:
     # In the federation file's folder, so that model.source can name a module that lies beside the file.
     command, log = python_module("gptfl_dist.run.evaluator"), file.run_folder / "logs" / "evaluator.log"
-    return ProcessEvaluator(TrainerProcess(command, log, cwd=path.absolute().parent), file, path.absolute().parent)
+    folder = path.absolute().parent
+    return ProcessEvaluator(TrainerProcess(command, log, cwd=folder, role="evaluator"), file, folder)
 
 
 @dataclass(frozen=True, kw_only=True)

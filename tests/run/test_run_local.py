@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 from blake3 import blake3
-from support import Command, Commands, Federation, wait_for
+from support import RULES, Command, Commands, Federation, wait_for
 
+from gptfl_dist.errors import TrainerLost
 from gptfl_dist.learning.group import PLACE
 from gptfl_dist.weights import WeightsFile
 
@@ -277,6 +278,22 @@ def test_a_killed_trainer_is_started_again_and_killed_once_more_costs_its_silo_t
     assert arm["rounds"] == 3
     # Five updates in rounds 2 and 3 together: the silo was back in round 3, with a new trainer.
     assert arm["bytes_up"] == (3 + 2 + 3) * three.summary()["model_bytes"]
+
+
+def test_a_killed_evaluator_ends_the_run_with_its_name_and_the_same_command_goes_on(
+    gptfl: Commands, federation: Callable[..., Federation]
+) -> None:
+    world = federation(federation={**RULES, "rounds": 3})
+    command = gptfl.start("run", world.path)
+    wait_for(lambda: world.owed(2))
+    (evaluator,) = command.pids("gptfl_dist.run.evaluator")
+    os.kill(evaluator, signal.SIGKILL)
+    assert command.wait() == TrainerLost.exit_code, command.stderr
+    assert "gptfl: the evaluator was killed by signal 9" in command.stderr
+    assert "evaluator.log" in command.stderr
+    command.wait_until_gone()
+    gptfl.run("run", world.path)
+    assert len(world.summary()["arms"]["fedavg_random"]["curve"]) == 3
 
 
 def test_a_silo_with_unreadable_data_ends_the_run_with_its_message(
