@@ -236,7 +236,7 @@ def coordinator(file: FederationPath, fresh: FreshOption = False, format_: Forma
     from gptfl_dist.run.institution import run_coordinator
     from gptfl_dist.run.signals import run_until_done
 
-    open_run_folder(file, fresh)
+    open_run_folder(file, fresh, certified=True)
     _show(run_until_done(run_coordinator(file, _say)), file, format_)
 
 

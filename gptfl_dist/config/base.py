@@ -24,6 +24,9 @@ Address = Annotated[
     Field(description="a host and a port of at most 65535 as host:port"),
 ]
 
+HOST = r"^[A-Za-z0-9_.:-]+$"
+Host = Annotated[str, StringConstraints(pattern=HOST), Field(description="a host name or an IP address")]
+
 EVERYWHERE = ("0.0.0.0", "::")
 """The hosts to listen on that stand for all addresses of a machine."""
 

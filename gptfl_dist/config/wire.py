@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from gptfl_dist.config.base import Address, Section, Share
+from gptfl_dist.config.base import Address, Host, Section, Share
 from gptfl_dist.config.units import Duration, Rate, Size
 
 
@@ -53,7 +53,7 @@ class Enrolment(Section):
     """
 
     authority: Path = Path("authority")
-    hosts: list[str] = Field(min_length=1)
+    hosts: list[Host] = Field(min_length=1)
     listen: Address = "0.0.0.0:8444"
     certificates: Annotated[Duration, Field(ge=5.0)] = 7 * 24 * 3600.0
     approval: bool = False

@@ -22,7 +22,8 @@ def import_function(source: str, setting: str) -> Callable[..., Any]:
     except Exception as error:  # importing runs the user's module, which may raise anything
         raise ModelError(
             f"{setting} {source} cannot be imported: {type(error).__name__}: {first_line(error)}",
-            hint="check the spelling, and that the module is installed or its folder stands in PYTHONPATH",
+            hint="check the spelling, and that the module lies beside the file that names it, is installed, or its "
+            "folder stands in PYTHONPATH",
         ) from error
     if not callable(function):
         raise ModelError(f"{setting} {source} is {type(function).__name__}, expected a function")

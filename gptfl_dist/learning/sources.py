@@ -296,24 +296,28 @@ def _encoded(batches: Any, where: Path, look: _Look) -> Iterator[tuple[str, byte
 
 # .npz files
 
+_NPZ = "save it as np.savez(path, images=..., labels=...)"
+
 
 def _read_npz(path: Path, look: _Look) -> Samples:
     if look.one != "image":
         raise DataError(f"{path} is an .npz file, which holds images", hint=look.layout.format(path=path.parent))
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise DataError(f"{path} is no .npz file: it is no zip archive", hint=_NPZ)
     try:
         with np.load(path, allow_pickle=False) as archive:
             missing = {"images", "labels"} - set(archive.files)
             if missing:
                 raise DataError(
                     f"{path} has the arrays {', '.join(archive.files) or 'none'}: {', '.join(sorted(missing))} missing",
-                    hint="save it as np.savez(path, images=..., labels=...)",
+                    hint=_NPZ,
                 )
             pictures, labels = archive["images"], archive["labels"]
             names = archive["label_names"] if "label_names" in archive.files else None
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{path} cannot be read as .npz: {error}",
-            hint="save it as np.savez(path, images=..., labels=...) with plain arrays: object arrays are never read",
+            hint=f"{_NPZ} with plain arrays: object arrays are never read",
         ) from error
     if pictures.dtype != np.uint8 or pictures.ndim not in (3, 4):
         raise DataError(

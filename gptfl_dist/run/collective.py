@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import load_federation, load_silo
 from gptfl_dist.config.silo import SiloFile
-from gptfl_dist.errors import GptflError, Interrupted, LaunchError, Requeue
+from gptfl_dist.errors import ConfigError, GptflError, Interrupted, LaunchError, Requeue
 from gptfl_dist.exchange.base import CoordinatorExchange
 from gptfl_dist.exchange.collective.base import Collective
 from gptfl_dist.exchange.collective.coordinator import (
@@ -31,11 +31,12 @@ from gptfl_dist.exchange.collective.watch import RankEnded, Watch
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.launch.start import open_trainer
 from gptfl_dist.observe.summary import Summary
-from gptfl_dist.run.coordinator import Surroundings, coordinate, require_one_key, silo_files
+from gptfl_dist.run.coordinator import Surroundings, coordinate
 from gptfl_dist.run.credentials import coordinator_credentials, silo_credentials
 from gptfl_dist.run.folder import PRIVATE, make_folder, open_run_folder
 from gptfl_dist.run.freshness import Freshness
 from gptfl_dist.run.in_process import ReducingRunner
+from gptfl_dist.run.inputs import require_one_key, silo_files
 from gptfl_dist.run.launcher import Choice, mpi_launcher, torchrun
 from gptfl_dist.run.ranks import dismiss_helpers, help_train, open_ranks
 from gptfl_dist.run.requirements import require_data
@@ -69,9 +70,8 @@ def run_world(path: Path, choice: Choice, fresh: bool, say: Callable[[str], None
     try:
         ranks = _ranks_of(path, collective)
         if rank == 0:
-            open_run_folder(path, fresh)
             say(f"exchange: {NAMES[collective.transport]}, {collective.size} ranks ({choice.why})")
-        summary = run_until_done(_run_rank(path, collective, ranks, say), terminated=Requeue)
+        summary = run_until_done(_run_rank(path, collective, ranks, fresh, say), terminated=Requeue)
         collective.close()
         return summary
     except RankEnded as error:  # which that rank has told itself
@@ -102,27 +102,43 @@ def _ranks_of(path: Path, collective: Collective) -> dict[str, range]:
     """The ranks of each silo of the federation file."""
     try:
         file = load_federation(path)
-        return _shared_out(file, collective.size)
+        return _shared_out(file, collective.size, collective.transport)
     except GptflError:
         if collective.rank > 0:
             time.sleep(_TIME_TO_SAY_SO)  # rank 0 says what all of them find wrong, and ends them
         raise
 
 
-def _shared_out(file: FederationFile, size: int) -> dict[str, range]:
-    ranks = assign(list(silo_files(file)), size)
-    require_one_key(file, {name: load_silo(path) for name, path in silo_files(file).items()})
+def _shared_out(file: FederationFile, size: int, transport: str) -> dict[str, range]:
+    files = silo_files(file)
+    silos = {name: load_silo(path) for name, path in files.items()}
+    ranks = assign(list(silos), size)
+    require_one_key(file, silos)
     if file.collective.reduction == "fast" and size > len(ranks) + 1:
         raise LaunchError(
             f"collective.reduction is fast, and the world has {size} ranks, expected at most {len(ranks) + 1}: one "
             f"coordinator and {len(ranks)} silos, each a rank",
             hint="set collective.reduction to exact, which knows silos of several ranks, or start fewer ranks",
         )
+    if file.collective.trust == "plain":
+        return ranks
+    if transport != "mpi" or size != len(ranks) + 1:
+        raise LaunchError(
+            f"collective.trust is tls, and this world has {size} ranks of {NAMES[transport]}, expected "
+            f"{len(ranks) + 1} of MPI: one coordinator, and one for each silo's certificate",
+            hint=f"start it with: mpiexec -n {len(ranks) + 1} gptfl run FILE",
+        )
+    for name, silo in silos.items():
+        if silo.coordinator is None:
+            raise ConfigError(
+                f"{files[name]}: coordinator is missing, and collective.trust is tls",
+                hint="name the silo's authority, certificate and key there; its address is not used",
+            )
     return ranks
 
 
 async def _run_rank(
-    path: Path, collective: Collective, ranks: Mapping[str, range], say: Callable[[str], None]
+    path: Path, collective: Collective, ranks: Mapping[str, range], fresh: bool, say: Callable[[str], None]
 ) -> Summary | None:
     """This rank's part, until it is done or another rank is lost; rank 0 returns the summary."""
     watch = Watch(collective)
@@ -132,7 +148,7 @@ async def _run_rank(
         await watch.open()
         collective = await _secured(path, collective, ranks)
         if collective.rank == 0:
-            work = asyncio.create_task(_coordinate(path, collective, ranks, say))
+            work = asyncio.create_task(_coordinate(path, collective, ranks, fresh, say))
         else:
             work = asyncio.create_task(_serve(path, collective, ranks))
         waited: set[asyncio.Future[Any]] = {work, watch.lost}
@@ -159,19 +175,13 @@ async def _run_rank(
 
 
 async def _secured(path: Path, collective: Collective, ranks: Mapping[str, range]) -> Collective:
-    """The world at the trust level that the federation file asks for. Raises IdentityError, LaunchError.
+    """The world at the trust level that the federation file asks for. Raises ConfigError, IdentityError.
 
     It comes before hours of synthesis, so that no rank is found to be the wrong one after them.
     """
     file = load_federation(path)
     if file.collective.trust == "plain":
         return collective
-    if collective.transport != "mpi" or collective.size != len(ranks) + 1:
-        raise LaunchError(
-            f"collective.trust is tls, and this world has {collective.size} ranks of {NAMES[collective.transport]}, "
-            f"expected {len(ranks) + 1} of MPI: one coordinator, and one for each silo's certificate",
-            hint=f"start it with: mpiexec -n {len(ranks) + 1} gptfl run FILE",
-        )
     from gptfl_dist.exchange.collective.mpi import MpiCollective
     from gptfl_dist.exchange.collective.tls import TlsCollective
 
@@ -191,8 +201,13 @@ async def _secured(path: Path, collective: Collective, ranks: Mapping[str, range
 
 
 async def _coordinate(
-    path: Path, collective: Collective, ranks: Mapping[str, range], say: Callable[[str], None]
+    path: Path, collective: Collective, ranks: Mapping[str, range], fresh: bool, say: Callable[[str], None]
 ) -> Summary:
+    for _ in range(1, collective.size):
+        await collective.hear()  # that it can begin: `fresh` deletes an earlier run only then
+    open_run_folder(path, fresh)
+    for rank in range(1, collective.size):
+        await collective.say(rank, {"type": "begin"})
     first = {silo: its.start for silo, its in ranks.items()}
     federated = False
 
@@ -220,6 +235,8 @@ async def _serve(path: Path, collective: Collective, ranks: Mapping[str, range])
     names = [silo for silo, its in ranks.items() if collective.rank in its]
     its = ranks[names[0]]  # of one silo, if they are several
     silos = {name: _silo(path, file, name) for name in names}
+    await collective.say(0, {"type": "ready"})
+    await collective.hear()  # that the run folder is as it shall be
     for name in names:
         make_folder(_home(file, name), PRIVATE)
     if collective.rank > its.start:

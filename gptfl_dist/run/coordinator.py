@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -21,16 +20,11 @@ from typing import Any
 from blake3 import blake3
 
 from gptfl_dist import __version__
-from gptfl_dist.aggregation.rules import rule_of
 from gptfl_dist.config.federation import FederationFile
-from gptfl_dist.config.load import load_federation, load_silo
-from gptfl_dist.config.silo import SiloFile
+from gptfl_dist.config.load import load_federation
 from gptfl_dist.errors import (
-    ConfigError,
-    DataError,
     GptflError,
     Interrupted,
-    LaunchError,
     RunAborted,
     StorageError,
     first_line,
@@ -52,8 +46,8 @@ from gptfl_dist.run.candidates import PRETRAINED_WEIGHTS
 from gptfl_dist.run.evaluation import Evaluator, ProcessEvaluator
 from gptfl_dist.run.federate import Federator
 from gptfl_dist.run.folder import ENDED
+from gptfl_dist.run.inputs import require_inputs
 from gptfl_dist.run.requests import aborted, unless_aborted
-from gptfl_dist.run.requirements import require_data
 from gptfl_dist.run.result import federated_arms, settings_text, write_results
 from gptfl_dist.run.settings import request_of
 from gptfl_dist.run.stages import Stage, run_stage, stages_of
@@ -151,14 +145,8 @@ async def coordinate(path: Path, around: Surroundings) -> Summary:
     code that strategy.rule names.
     """
     file = load_federation(path)
-    if file.test_data is not None and not file.test_data.exists():  # not to be found out after hours of synthesis
-        raise DataError(
-            f"the data {file.test_data} does not exist", hint=f"check test_data in {path}: it is relative to that file"
-        )
+    require_inputs(path, file)
     use_at_rest(file.at_rest, file.run_folder)
-    if ":" in file.strategy.rule:
-        sys.path.insert(0, str(path.absolute().parent))  # it may name a module that lies beside the file
-    rule_of(file.strategy)  # not to be found out after hours either
     ledger = Ledger(file.run_folder, request_of(path, file), durable=file.durability == "power")
     try:
         auditor = auditing.Auditor(ledger)
@@ -279,36 +267,3 @@ async def _run(path: Path, file: FederationFile, ledger: Ledger, live: LiveFile,
     )
     ledger.set_fact("finished", summary.finished.isoformat())
     return summary
-
-
-def silo_files(file: FederationFile) -> dict[str, Path]:
-    """The silo file of each silo, by name in sorted order, for runs that start the silos themselves."""
-    missing = [entry.name for entry in file.silos if entry.file is None]
-    if missing:
-        raise ConfigError(
-            f"silos: {', '.join(missing)} have no file, and this run starts the silos itself",
-            hint="give each silo its file, or start the sides apart with gptfl coordinator and gptfl silo",
-        )
-    return {entry.name: entry.file for entry in sorted(file.silos, key=lambda s: s.name) if entry.file is not None}
-
-
-def load_silos(path: Path, file: FederationFile) -> dict[str, tuple[Path, SiloFile]]:
-    """Each silo's file with its path, checked, for runs that start the silos themselves. By name in sorted order."""
-    loaded = {}
-    for name, silo_path in silo_files(file).items():
-        silo = load_silo(silo_path)
-        if silo.name != name:
-            raise ConfigError(f"{silo_path}: name is {silo.name}, {path} expects {name}")
-        require_data(silo)  # the trainer would find out only after synthesis and pre-training
-        loaded[name] = silo_path, silo
-    return loaded
-
-
-def require_one_key(file: FederationFile, silos: dict[str, SiloFile]) -> None:
-    """Raises LaunchError where a side encrypts at rest, in a run whose sides share processes and so have one key."""
-    keys = {"the federation file": file.at_rest, **{name: silo.at_rest for name, silo in silos.items()}}
-    if encrypting := [name for name, key in keys.items() if key is not None]:
-        raise LaunchError(
-            f"at_rest is set in {', '.join(encrypting)}, and here all sides share processes, which have one key",
-            hint="start the sides apart with gptfl coordinator and gptfl silo, or use an encrypted disk",
-        )

@@ -44,7 +44,10 @@ def coordinator_credentials(path: Path, file: FederationFile) -> Credentials:
         )
     credentials, identity = load_credentials(settings.authority, settings.certificate, settings.key, section="exchange")
     if identity.role != "coordinator":
-        raise IdentityError(f"{settings.certificate} is the certificate of {identity.uri}, expected the coordinator's")
+        raise IdentityError(
+            f"{settings.certificate} is the certificate of {identity.uri}, expected the coordinator's",
+            hint="use the set that was made for the coordinator",
+        )
     return credentials
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from gptfl_dist.config.load import load_federation, load_silo
+from gptfl_dist.config.load import load_federation
+from gptfl_dist.errors import StorageError
 from gptfl_dist.files import storage_error
 from gptfl_dist.ledger.lock import locked
 from gptfl_dist.ledger.record import FILE_NAME
@@ -21,6 +22,8 @@ from gptfl_dist.run.candidates import (
     PRETRAINING_COST,
     PRETRAINING_STATE,
 )
+from gptfl_dist.run.credentials import coordinator_credentials
+from gptfl_dist.run.inputs import load_silos, require_inputs
 from gptfl_dist.run.synthetic import SAMPLES
 
 PRIVATE = 0o700
@@ -44,21 +47,28 @@ def run_folder_of(path: Path) -> Path:
     return path if path.is_dir() else load_federation(path).run_folder
 
 
-def open_run_folder(path: Path, fresh: bool, *, with_silos: bool = False) -> None:
+def open_run_folder(path: Path, fresh: bool, *, with_silos: bool = False, certified: bool = False) -> None:
     """Starts the log in the run folder of the federation file at `path`; `fresh` deletes first what a run left there.
 
-    `with_silos`: the run starts the silos as well, whose work folders lie in the run folder.
+    `with_silos`: the run starts the silos as well, whose work folders lie in the run folder. `certified`: it shows the
+    certificates that the file names.
 
-    Raises ConfigError, with nothing deleted, where a key of `at_rest` cannot be had; StorageError, also where `fresh`
-    meets a coordinator at work.
+    Raises, with nothing deleted, ConfigError, DataError or IdentityError where the run could not begin anew: its data,
+    a silo file, its certificates or a key of `at_rest` cannot be had. StorageError, also where `fresh` meets a
+    coordinator at work.
     """
     file = load_federation(path)
     folder = file.run_folder
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"run_folder is {folder}, which is a file", hint=f"name a folder in {path}")
     if fresh and (folder / FILE_NAME).exists():
-        silos = [load_silo(entry.file).at_rest for entry in file.silos if with_silos and entry.file is not None]
+        require_inputs(path, file)
+        silos = [silo.at_rest for _, silo in load_silos(path, file).values()] if with_silos else []
         for at_rest in (file.at_rest, *silos):
             if at_rest is not None:
                 key_of(at_rest)  # it may be another than before, as nothing stays that the old one encrypted
+        if certified:
+            coordinator_credentials(path, file)
         with locked(folder):
             delete_run(folder)
     configure(folder / "logs" / "coordinator.jsonl")

@@ -17,10 +17,11 @@ from gptfl_dist.exchange.base import CoordinatorExchange
 from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.exchange.memory import MemoryCoordinatorExchange, MemoryNetwork, MemorySiloExchange
 from gptfl_dist.observe.summary import Summary
-from gptfl_dist.run.coordinator import Surroundings, coordinate, load_silos, require_one_key
+from gptfl_dist.run.coordinator import Surroundings, coordinate
 from gptfl_dist.run.evaluation import Evaluator, InProcessEvaluator
 from gptfl_dist.run.folder import PRIVATE, make_folder
 from gptfl_dist.run.in_process import InProcessRunner
+from gptfl_dist.run.inputs import load_silos, require_one_key
 from gptfl_dist.run.silo import Silo
 from gptfl_dist.run.stages import Stage, is_generated, is_pretrained, run_stage
 from gptfl_dist.run.threads import to_its_end

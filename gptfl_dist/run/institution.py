@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from datetime import timedelta
@@ -11,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gptfl_dist.config.base import port_of
+from gptfl_dist.config.base import HOST, port_of
 from gptfl_dist.config.federation import FederationFile
 from gptfl_dist.config.load import load_federation, load_silo
 from gptfl_dist.config.wire import Enrolment as EnrolmentSettings
@@ -155,7 +156,15 @@ async def run_silo(
 
 
 def make_credentials(path: Path, hosts: list[str], out: Path, days: int) -> list[str]:
-    """Writes a set a side below `out`; returns what to do with each. Raises StorageError where `out` is not empty."""
+    """Writes a set a side below `out`; returns what to do with each.
+
+    Raises ConfigError where a host is none, StorageError where `out` is not empty.
+    """
+    for host in hosts:
+        if re.fullmatch(HOST, host) is None:
+            raise ConfigError(
+                f"--host is {host!r}, expected a host name or an IP address", hint="such as coordinator.example.org"
+            )
     file = load_federation(path)
     if out.exists() and any(out.iterdir()):
         raise StorageError(f"{out} is not empty", hint="name another folder with --out, or move the old sets away")

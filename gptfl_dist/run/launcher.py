@@ -74,9 +74,10 @@ def choose(asked: Wire) -> Choice:
     """
     launcher = torchrun() or mpi_launcher()
     if asked in (Wire.grpc, Wire.memory):
-        if launcher is not None and launcher.rank > 0:
+        if launcher is not None and launcher.ranks > 1:
             raise ConfigError(
-                f"--exchange {asked} under a launcher ({launcher.told}) would start every process several times"
+                f"--exchange {asked} under a launcher ({launcher.told}) would start every process several times",
+                hint=f"leave --exchange out, or start it without the launcher: gptfl run FILE --exchange {asked}",
             )
         return Choice(asked, f"--exchange {asked}")
     if asked is Wire.torch and torchrun() is None:

@@ -23,9 +23,10 @@ from gptfl_dist.exchange.inbox import Inbox
 from gptfl_dist.launch.lifeline import Child
 from gptfl_dist.launch.trainer import TIME_TO_END
 from gptfl_dist.observe.summary import Summary
-from gptfl_dist.run.coordinator import Surroundings, coordinate, load_silos
+from gptfl_dist.run.coordinator import Surroundings, coordinate
 from gptfl_dist.run.folder import PRIVATE, delete, make_folder
 from gptfl_dist.run.freshness import SEEN
+from gptfl_dist.run.inputs import load_silos
 from gptfl_dist.security.audit_log import AuditLog
 from gptfl_dist.security.authority import Authority
 from gptfl_dist.security.trust import FixedTrust

@@ -133,13 +133,11 @@ class _Telling:
         if self._working:
             return "running", None if live is None else live.started, ""
         if found.ended is None:
-            return (
-                "killed",
-                None,
-                "; ".join(
-                    filter(None, ["the coordinator was killed, or its machine went down: it noted no end", waits])
-                ),
+            gone = (
+                "the coordinator, or under mpiexec a rank of its job, was killed, or its machine went down: it noted "
+                "no end"
             )
+            return "killed", None, "; ".join(filter(None, [gone, waits]))
         stopped = found.ended["error"] in ("", "Interrupted")
         told = "; ".join(filter(None, [found.ended["message"], waits]))
         return "stopped" if stopped else "failed", found.ended["at"], told
@@ -151,7 +149,7 @@ class _Telling:
         newest = self._arm.rounds[-1].round if self._arm.rounds else 0
         if live is not None and live.arm == self._arm.arm and live.round is not None and live.round >= newest:
             begun = live.state in ("train", "evaluate") and live.since is not None
-            seconds = -_until(live.since, self._at) if begun and live.since is not None else None
+            seconds = max(0.0, -_until(live.since, self._at)) if begun and live.since is not None else None
             left = None if live.deadline is None else _until(live.deadline, self._at)
             return RoundStatus(self._arm.arm, live.round, planned, str(live.state), seconds, left)
         if record is not None:
@@ -247,7 +245,8 @@ class _Telling:
             hint = "" if self._found.ended is None else self._found.ended["hint"]
             steps += [hint] if hint else []
             where = "" if round_ is None or self._open is None else f", in round {round_.round} of {round_.arm}"
-            steps.append(f"start the coordinator again with the command that started it: it goes on{where}")
+            first = "mend what it failed of, then " if state == "failed" else ""
+            steps.append(f"{first}start it again with the command that started it: it goes on{where}")
         if state == "aborting":
             steps.append("wait: it ends within seconds")
         for silo in silos:

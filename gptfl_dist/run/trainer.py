@@ -292,7 +292,7 @@ def _function_of(name: str, group: Group) -> Callable[..., dict[str, float]]:
         raise PolicyError(
             f"code.function {name} takes no argument `group`, and this silo trains with {group.size} ranks",
             hint="each rank would train by itself; share out the batches as gptfl_dist.learning.parallel does and take "
-            "`group`, or launch one process",
+            "`group`, or give the silo one rank: at most one more than there are silos under mpiexec and torchrun",
         )
     return function
 

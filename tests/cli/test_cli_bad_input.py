@@ -194,6 +194,14 @@ def test_a_coordinator_with_the_certificate_of_a_silo(gptfl: Commands, tmp_path:
     assert "expected the coordinator's" in message
 
 
+def test_a_host_that_is_none_gets_no_certificate(gptfl: Commands, tmp_path: Path) -> None:
+    file = tiny_federation(tmp_path)
+    command = gptfl.start("credentials", file, "--host", "bad host!", "--out", tmp_path / "sets")
+    assert command.wait() == 2
+    assert "--host is 'bad host!', expected a host name or an IP address" in command.stderr
+    assert not (tmp_path / "sets").exists()
+
+
 def test_a_missing_key_is_said_with_the_setting_that_names_it(gptfl: Commands, tmp_path: Path) -> None:
     file = institution(tmp_path, 0)
     own = ", ".join(f"{name}: credentials/silo-1/{name}.pem" for name in ("authority", "certificate", "key"))
@@ -302,7 +310,7 @@ def test_a_run_folder_that_is_a_file(gptfl: Commands, tmp_path: Path) -> None:
     file = tiny_federation(tmp_path)
     (tmp_path / "run").touch()
     message = refused(gptfl.start("run", file, "--format", "json"), 10)
-    assert str(tmp_path / "run") in message
+    assert f"run_folder is {tmp_path / 'run'}, which is a file" in message
 
 
 if os.geteuid() == 0:  # only root may mount a disk that is small enough to fill

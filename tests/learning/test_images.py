@@ -217,7 +217,7 @@ def test_damaged_files_of_each_form(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"PAR1 or PK, but broken")
         refused(tmp_path / name, name)
     np.save(tmp_path / "array.npy", np.zeros(3))
-    refused(tmp_path / "array.npy", "array.npy", format="npz")
+    refused(tmp_path / "array.npy", "array.npy", "no zip archive", format="npz")
     (tmp_path / "a.bin").write_bytes(b"?")
     refused(tmp_path / "a.bin", "no known form")
     np.savez(tmp_path / "pickle.npz", images=np.zeros((1, 8, 8), np.uint8), labels=np.array([None], dtype=object))

@@ -203,6 +203,6 @@ def test_ranks_that_share_a_process_cannot_encrypt(tmp_path: Path) -> None:
     silo.write_text(json.dumps({"name": "s", "data": {"path": "d"}, "at_rest": {"key_env": "A"}}))
     content: dict[str, Any] = {"name": "f", "labels": ["a", "b"], "silos": [{"name": "s", "file": str(silo)}]}
     with pytest.raises(LaunchError, match="at_rest is set in s, and here all sides share processes"):
-        _shared_out(FederationFile.model_validate(content), 2)
+        _shared_out(FederationFile.model_validate(content), 2, "mpi")
     with pytest.raises(GptflError, match="at_rest is set in the federation file, s"):
-        _shared_out(FederationFile.model_validate({**content, "at_rest": {"key_env": "A"}}), 2)
+        _shared_out(FederationFile.model_validate({**content, "at_rest": {"key_env": "A"}}), 2, "mpi")

@@ -129,6 +129,13 @@ def test_no_mistake_hides_another(tmp_path: Path) -> None:
     assert "silo-6" in found["silo files"].found
 
 
+def test_a_silo_file_that_is_not_there_is_said_once(tmp_path: Path) -> None:
+    file = tiny_federation(tmp_path)
+    (tmp_path / "silo-2.yaml").unlink()
+    failed = [finding for finding in check_file(file) if finding.status == "failed"]
+    assert [finding.checked for finding in failed] == ["silo file of silo-2"]
+
+
 def test_a_port_in_use_is_no_fault_where_a_coordinator_of_this_run_is_at_work(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"

@@ -69,8 +69,12 @@ def test_auto_takes_what_the_launcher_says(
 def test_what_is_asked_for_wins_where_it_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     _only(monkeypatch, _TORCHRUN)
     assert choose(Wire.mpi).wire is Wire.mpi
-    with pytest.raises(ConfigError, match="every process several times"):
-        choose(Wire.grpc)
+    for rank in ("0", "1"):  # all of them: or rank 0 would begin a run that the others end
+        _only(monkeypatch, {**_TORCHRUN, "RANK": rank})
+        with pytest.raises(ConfigError, match="every process several times"):
+            choose(Wire.grpc)
+    _only(monkeypatch, {"PMI_SIZE": "1", "PMI_RANK": "0"})
+    assert choose(Wire.grpc).wire is Wire.grpc
     _only(monkeypatch, {})
     with pytest.raises(LaunchError, match="torchrun did not start this process") as error:
         choose(Wire.torch)

@@ -123,7 +123,9 @@ class Watch:
                 )
             )
         elif code := int(json.loads(said)["end"]):
-            ended = RankEnded(f"rank {rank} on {host} ended with exit code {code}")
+            ended = RankEnded(
+                f"rank {rank} on {host} ended with exit code {code}", hint="the output of the job has its message"
+            )
             ended.exit_code = code
             self.lost.set_result(ended)
 
