@@ -14,7 +14,7 @@ from gptfl_dist.run.requirements import require_data
 
 
 def require_inputs(path: Path, file: FederationFile) -> None:
-    """Raises what the coordinator of the federation file at `path` cannot do without: DataError, ConfigError.
+    """Raises what the coordinator of the federation file at `path` cannot do without: DataError, ModelError.
 
     Imports the code that strategy.rule names, which may lie beside the file.
     """
