@@ -53,9 +53,9 @@ def open_run_folder(path: Path, fresh: bool, *, with_silos: bool = False, certif
     `with_silos`: the run starts the silos as well, whose work folders lie in the run folder. `certified`: it shows the
     certificates that the file names.
 
-    Raises, with nothing deleted, ConfigError, DataError, IdentityError or ModelError where the run could not begin anew:
-    its data, a silo file, its certificates, code or a key of `at_rest` cannot be had. StorageError, also where `fresh`
-    meets a coordinator at work.
+    Raises, with nothing deleted, ConfigError, DataError, IdentityError or ModelError where the run could not begin
+    anew: its data, a silo file, its certificates, code or a key of `at_rest` cannot be had. StorageError, also where
+    `fresh` meets a coordinator at work.
     """
     file = load_federation(path)
     folder = file.run_folder
