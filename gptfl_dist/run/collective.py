@@ -102,14 +102,15 @@ def _ranks_of(path: Path, collective: Collective) -> dict[str, range]:
     """The ranks of each silo of the federation file."""
     try:
         file = load_federation(path)
-        return _shared_out(file, collective.size, collective.transport)
+        return _checked_ranks(file, collective.size, collective.transport)
     except GptflError:
         if collective.rank > 0:
             time.sleep(_TIME_TO_SAY_SO)  # rank 0 says what all of them find wrong, and ends them
         raise
 
 
-def _shared_out(file: FederationFile, size: int, transport: str) -> dict[str, range]:
+def _checked_ranks(file: FederationFile, size: int, transport: str) -> dict[str, range]:
+    """The ranks of each silo. Raises ConfigError or LaunchError where the file cannot be run by such a world."""
     files = silo_files(file)
     silos = {name: load_silo(path) for name, path in files.items()}
     ranks = assign(list(silos), size)

@@ -245,7 +245,7 @@ class _Telling:
             hint = "" if self._found.ended is None else self._found.ended["hint"]
             steps += [hint] if hint else []
             where = "" if round_ is None or self._open is None else f", in round {round_.round} of {round_.arm}"
-            first = "mend what it failed of, then " if state == "failed" else ""
+            first = "mend what stopped it, then " if state == "failed" else ""
             steps.append(f"{first}start it again with the command that started it: it goes on{where}")
         if state == "aborting":
             steps.append("wait: it ends within seconds")

@@ -20,7 +20,7 @@ from gptfl_dist.errors import ConfigError, GptflError, LaunchError
 from gptfl_dist.run.archive import manifest_of, unpack
 from gptfl_dist.run.at_rest import KEY_CHECK, key_of, use_at_rest
 from gptfl_dist.run.backup import back_up
-from gptfl_dist.run.collective import _shared_out
+from gptfl_dist.run.collective import _checked_ranks
 from gptfl_dist.run.restore import restore
 from gptfl_dist.testing.federations import tiny_federation
 from gptfl_dist.weights import WeightsFile
@@ -203,6 +203,6 @@ def test_ranks_that_share_a_process_cannot_encrypt(tmp_path: Path) -> None:
     silo.write_text(json.dumps({"name": "s", "data": {"path": "d"}, "at_rest": {"key_env": "A"}}))
     content: dict[str, Any] = {"name": "f", "labels": ["a", "b"], "silos": [{"name": "s", "file": str(silo)}]}
     with pytest.raises(LaunchError, match="at_rest is set in s, and here all sides share processes"):
-        _shared_out(FederationFile.model_validate(content), 2, "mpi")
+        _checked_ranks(FederationFile.model_validate(content), 2, "mpi")
     with pytest.raises(GptflError, match="at_rest is set in the federation file, s"):
-        _shared_out(FederationFile.model_validate({**content, "at_rest": {"key_env": "A"}}), 2, "mpi")
+        _checked_ranks(FederationFile.model_validate({**content, "at_rest": {"key_env": "A"}}), 2, "mpi")

@@ -43,6 +43,7 @@ def test_a_run_that_cannot_begin_anew_deletes_nothing(gptfl: Commands, federatio
             refused(start(), DataError.exit_code, f"{data}")
         data.with_suffix(".away").rename(data)
 
-    gptfl.mpi(3, "run", world.path, "--fresh").wait()
+    anew = gptfl.mpi(3, "run", world.path, "--fresh")
+    assert anew.wait() == 0, anew.stderr
     assert {path: path.read_bytes() for path in before if path.exists()} != before
     assert world.summary()["arms"]["fedavg_random"]["rounds"] == 3
